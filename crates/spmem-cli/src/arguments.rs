@@ -1,0 +1,99 @@
+//! The command line: what `spm` is asked to do, and its help.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::EXAMPLE;
+use crate::size::SysramLimit;
+
+const EXIT_STATUS: &str = "\
+Exit status: that of COMMAND, 128+N when signal N ended it; 125 when spm itself fails or
+refuses; 126 when COMMAND cannot be executed; 127 when it is not found.";
+
+const RUN_EXAMPLES: &str = "Examples:
+  spm run --sysram 512M --report -- redis-server --port 7777
+  spm run --sysram 25% --json out.json -- sort -S 90% big.txt";
+
+/// Specific-purpose memory for stock Linux: walls first, then explicit holes.
+#[derive(Parser)]
+#[command(name = "spm", version, disable_help_subcommand = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub action: Action,
+}
+
+/// What to do.
+#[derive(Subcommand)]
+pub enum Action {
+    /// Run a program inside a RAM budget, its cold pages on a walled-off compressed node
+    #[command(after_help = format!("{EXIT_STATUS}\n\n{RUN_EXAMPLES}"), after_long_help = run_long_help())]
+    Run(RunArguments),
+    /// List the nodes
+    Nodes(NodesArguments),
+    /// Show on this machine, in about 15 seconds, what the walls refuse and how pages leave and come back
+    Tour,
+    /// The program that `spm tour` runs: fills memory, touches it, checks every byte
+    #[command(name = "tour-load", hide = true)]
+    TourLoad(LoadArguments),
+}
+
+/// Options of `spm run`.
+#[derive(Args)]
+pub struct RunArguments {
+    /// RAM that the managed memory of COMMAND and all its children may take: 512M, 2G, 25% of the machine's, or max
+    /// [default: max]
+    #[arg(long, value_name = "SIZE|PCT%|max")]
+    pub sysram: Option<SysramLimit>,
+    /// Print a table at the end, on stderr or into FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub report: Option<OsString>,
+    /// Write the report as one JSON object to FILE, - for stdout
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Read defaults and nodes from this TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Run what cannot be managed anyway, without a budget, and say so on stderr
+    #[arg(long)]
+    pub best_effort: bool,
+    /// The program and its arguments
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true)]
+    pub command: Vec<OsString>,
+}
+
+/// Options of `spm nodes`.
+#[derive(Args)]
+pub struct NodesArguments {
+    /// Print a JSON array instead of a table; sizes are integers in bytes
+    #[arg(long)]
+    pub json: bool,
+    /// Sizes for people: 23.5G
+    #[arg(short = 'u', long)]
+    pub human: bool,
+    /// Read the nodes from this TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Options of the tour's program.
+#[derive(Args)]
+pub struct LoadArguments {
+    /// Memory to fill, MiB
+    #[arg(long, default_value_t = 256)]
+    pub mebibytes: usize,
+    /// How long to touch it, milliseconds
+    #[arg(long, default_value_t = 8000)]
+    pub touch_ms: u64,
+}
+
+fn run_long_help() -> String {
+    format!(
+        "{EXIT_STATUS}\n\n{RUN_EXAMPLES}\n\n\
+         Signals sent to spm reach COMMAND, which shares its process group, session and terminal.\n\
+         Children of COMMAND are managed, too; those that outlive it go on without the report. What\n\
+         cannot be managed (statically linked, setuid, for another architecture) is refused.\n\n\
+         Configuration (--config), every key with its default:\n\n{EXAMPLE}"
+    )
+}

@@ -1,0 +1,380 @@
+//! Broker: what `spm` does for the agents of its tree (`spmem::protocol`).
+//!
+//! [`Broker::accept`] and [`Broker::serve`] are called by the supervisor when epoll(7) says that a socket is ready;
+//! neither ever waits. It hands out the control page, enables userfaultfds and holds them until their process is gone:
+//! were the program to close its own, missing pages would otherwise turn into zeros.
+//!
+//! A connection ends with the process image. [`Broker::sweep`] tells an exec from an exit: a process that lives on
+//! without the agent in its memory became something that cannot be managed and is counted.
+//! Holes: one that becomes unmanageable and ends within a few milliseconds may be missed in that count. A process in
+//! another pid namespace than `spm`'s is refused, since its number means nothing here.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use rustix::process::{Pid, PidfdFlags};
+use spmem::control::Control;
+use spmem::protocol::{Kind, MAGIC, Message};
+use spmem_sys::uffd::Uffd;
+
+use super::control_page::{self, ControlPage};
+use super::kernel::{self, Userfaultfd};
+use super::proc;
+
+/// Most connections at a time: every slot twice, since a process between two images may have two.
+const MAX_CONNECTIONS: usize = spmem::control::SLOTS * 2;
+/// Most userfaultfds of its own that a process may have held.
+const MAX_HELD: usize = 64;
+/// Most forked children of one process that are on their way to a connection of their own. The agent takes one fork
+/// after the other, so the oldest have long arrived.
+const MAX_CHILDREN: usize = 64;
+/// How often slots are looked through for processes without a connection.
+const SCAN_PERIOD: Duration = Duration::from_millis(200);
+/// How long the image that an exec started may take until its agent says hello.
+const EXEC_GRACE: Duration = Duration::from_secs(2);
+/// Epoll tokens from here on are connections.
+pub const FIRST_TOKEN: u64 = 1 << 32;
+
+/// The listening socket and everything that came through it.
+pub struct Broker {
+    listener: OwnedFd,
+    address: String,
+    userfaultfd: Userfaultfd,
+    connections: HashMap<u64, Connection>,
+    next_token: u64,
+    /// The agent's file, by which a process that will still connect is known.
+    agent: PathBuf,
+    /// Connections of each process: two for a moment when it executes another program.
+    connected: HashMap<u32, usize>,
+    /// Processes without a connection that may get one, or have ended.
+    waiting: Vec<Waiting>,
+    next_scan: Instant,
+    /// Whether the command itself came under management.
+    has_greeted: bool,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    /// Who said hello.
+    process: Option<Process>,
+    /// Second holder of what the program could close.
+    held: Vec<Uffd>,
+    /// Those of forked children that have not connected themselves yet, oldest first.
+    children: VecDeque<Uffd>,
+}
+
+struct Process {
+    pid: u32,
+    pidfd: OwnedFd,
+    image: Option<PathBuf>,
+}
+
+/// Between the images of an exec, or exiting: time will tell.
+struct Waiting {
+    process: Process,
+    deadline: Instant,
+    /// It has been seen with another image: this is an exec.
+    has_changed: bool,
+}
+
+impl Process {
+    fn open(pid: u32) -> Result<Self, Errno> {
+        let number = Pid::from_raw(pid.cast_signed()).ok_or(Errno::SRCH)?;
+        let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty())?;
+        Ok(Self { pid, pidfd, image: proc::read_image(pid) })
+    }
+}
+
+impl Broker {
+    /// Starts to listen on an abstract address, for processes that have the file `agent` preloaded.
+    ///
+    /// # Errors
+    /// No socket, or no randomness for its name.
+    pub fn listen(userfaultfd: Userfaultfd, agent: &Path) -> anyhow::Result<Self> {
+        let address = format!("spmem-{}-{:016x}", std::process::id(), control_page::random()?);
+        let listener = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .context("no socket for the agents")?;
+        let name =
+            SocketAddrUnix::new_abstract_name(address.as_bytes()).context("no name for the agents' socket")?;
+        rustix::net::bind(&listener, &name).context("the agents' socket cannot be bound")?;
+        rustix::net::listen(&listener, 1024).context("the agents' socket cannot listen")?;
+        Ok(Self {
+            listener,
+            address,
+            userfaultfd,
+            connections: HashMap::new(),
+            next_token: FIRST_TOKEN,
+            agent: agent.to_owned(),
+            connected: HashMap::new(),
+            waiting: Vec::new(),
+            next_scan: Instant::now(),
+            has_greeted: false,
+        })
+    }
+
+    /// The address, as [`spmem::protocol::SOCKET_ENV`] carries it.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Whether any agent has said hello.
+    pub fn has_greeted(&self) -> bool {
+        self.has_greeted
+    }
+
+    /// Takes the connections that wait, and watches them with `epoll`.
+    pub fn accept(&mut self, epoll: BorrowedFd<'_>) {
+        while let Ok(socket) =
+            rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+        {
+            let token = self.next_token;
+            // Dropping the socket tells the agent to go on unmanaged; it counts itself where it still can.
+            if self.connections.len() < MAX_CONNECTIONS
+                && epoll::add(epoll, &socket, EventData::new_u64(token), EventFlags::IN).is_ok()
+            {
+                self.next_token += 1;
+                self.connections.insert(
+                    token,
+                    Connection { socket, process: None, held: Vec::new(), children: VecDeque::new() },
+                );
+            }
+        }
+    }
+
+    /// Answers what connection `token` asks, or takes note that it hung up.
+    pub fn serve(&mut self, token: u64, control: &ControlPage) {
+        loop {
+            let Some(connection) = self.connections.get(&token) else { return };
+            match receive(connection.socket.as_fd()) {
+                Ok(Some((request, descriptor))) => {
+                    if self.answer(token, request, descriptor, control).is_err() {
+                        return self.hang_up(token, control);
+                    }
+                }
+                Ok(None) => return self.hang_up(token, control),
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR) => {}
+                Err(_) => return self.hang_up(token, control),
+            }
+        }
+    }
+
+    /// Gives the slots of processes that have ended back, and gives up on those that became unmanageable. Called every
+    /// few milliseconds; looks through all slots now and then, since a forked child has one before it connects.
+    pub fn sweep(&mut self, control: &Control) {
+        let now = Instant::now();
+        if now >= self.next_scan {
+            self.next_scan = now + SCAN_PERIOD;
+            self.find_unconnected(control, now);
+        }
+        for mut waiting in std::mem::take(&mut self.waiting) {
+            let pid = waiting.process.pid;
+            if self.is_connected(pid) {
+                continue;
+            }
+            let has_exited = proc::has_exited(&waiting.process.pidfd);
+            waiting.look();
+            if !has_exited && (now < waiting.deadline || proc::has_mapped(pid, &self.agent)) {
+                self.waiting.push(waiting);
+                continue;
+            }
+            control.release_slot(pid);
+            if !has_exited || waiting.has_changed {
+                control.counters.unmanaged_processes.fetch_add(1, Relaxed);
+            }
+        }
+    }
+
+    fn find_unconnected(&mut self, control: &Control, now: Instant) {
+        let pids = control.live_slots().map(|slot| slot.pid.load(Relaxed));
+        let is_known =
+            |pid: &u32| self.is_connected(*pid) || self.waiting.iter().any(|known| known.process.pid == *pid);
+        let unconnected: Vec<u32> = pids.filter(|pid| *pid != 0 && !is_known(pid)).collect();
+        for pid in unconnected {
+            match Process::open(pid) {
+                Ok(process) => {
+                    self.waiting.push(Waiting { process, deadline: now + EXEC_GRACE, has_changed: false })
+                }
+                Err(Errno::SRCH) => control.release_slot(pid),
+                // Short of descriptors: the next scan may have one.
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        token: u64,
+        request: Message,
+        descriptor: Option<OwnedFd>,
+        control: &ControlPage,
+    ) -> Result<(), Errno> {
+        let mut reply = Message { errno: 0, pad: 0, value: 0, ..request };
+        let mut descriptors: Vec<BorrowedFd<'_>> = Vec::new();
+        if request.kind == Kind::Hello as u32 {
+            match self.greet(token, request.pid) {
+                Ok(()) => {
+                    descriptors.push(control.as_fd());
+                    descriptors.extend(self.userfaultfd.device.as_ref().map(AsFd::as_fd));
+                }
+                Err(errno) => {
+                    control.counters.unmanaged_processes.fetch_add(1, Relaxed);
+                    reply.errno = errno.raw_os_error();
+                }
+            }
+        } else if request.kind == Kind::Userfault as u32 {
+            reply.errno = self.hold(token, descriptor, request.value);
+        } else {
+            reply.errno = Errno::OPNOTSUPP.raw_os_error();
+        }
+        let Some(connection) = self.connections.get(&token) else { return Ok(()) };
+        send(connection.socket.as_fd(), &reply, &descriptors)
+    }
+
+    /// Lets a process in: it must be of this tree and be the one it says.
+    fn greet(&mut self, token: u64, pid: u32) -> Result<(), Errno> {
+        let connection = self.connections.get(&token).ok_or(Errno::NOTCONN)?;
+        let peer = rustix::net::sockopt::socket_peercred(&connection.socket)?;
+        if u32::try_from(peer.pid.as_raw_nonzero().get()) != Ok(pid) {
+            return Err(Errno::SRCH);
+        }
+        if peer.uid != rustix::process::geteuid() && !self.is_of_this_tree(pid) {
+            return Err(Errno::PERM);
+        }
+        if connection.process.is_some() {
+            return Err(Errno::ISCONN);
+        }
+        let process = Process::open(pid)?;
+        if let Some(connection) = self.connections.get_mut(&token) {
+            connection.process = Some(process);
+        }
+        *self.connected.entry(pid).or_default() += 1;
+        // What an earlier image of this process was waited for has come, however soon it leaves again.
+        self.waiting.retain(|earlier| earlier.process.pid != pid);
+        self.has_greeted = true;
+        Ok(())
+    }
+
+    /// Whether `pid` or an ancestor of it is known: a process of another user must not get in by knowing the address.
+    fn is_of_this_tree(&self, pid: u32) -> bool {
+        let own = std::process::id();
+        let mut ancestors = std::iter::successors(Some(pid), |pid| proc::read_parent(*pid)).take(proc::MAX_DEPTH);
+        ancestors.any(|pid| {
+            pid == own || self.is_connected(pid) || self.waiting.iter().any(|known| known.process.pid == pid)
+        })
+    }
+
+    fn is_connected(&self, pid: u32) -> bool {
+        self.connected.contains_key(&pid)
+    }
+
+    /// Becomes second holder of a userfaultfd, and enables it unless it is enabled already (no `features`). The first
+    /// is the process's own; one that comes enabled later is a forked child's. 0, or an errno.
+    fn hold(&mut self, token: u64, descriptor: Option<OwnedFd>, features: u64) -> i32 {
+        let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
+        if connection.process.is_none() {
+            return libc::EPROTO;
+        }
+        let Some(descriptor) = descriptor else { return libc::EBADF };
+        if features == 0 && !connection.held.is_empty() {
+            if connection.children.len() == MAX_CHILDREN {
+                connection.children.pop_front();
+            }
+            connection.children.push_back(kernel::adopt(descriptor));
+            return 0;
+        }
+        if connection.held.len() == MAX_HELD {
+            return libc::EMFILE;
+        }
+        let userfault = kernel::adopt(descriptor);
+        if features != 0
+            && let Err(errno) = userfault.enable(features)
+        {
+            return errno.0;
+        }
+        connection.held.push(userfault);
+        0
+    }
+
+    fn hang_up(&mut self, token: u64, control: &Control) {
+        let Some(Connection { process: Some(process), .. }) = self.connections.remove(&token) else { return };
+        // The last look at what it had: its slot may be gone with the next line.
+        control.observe();
+        let pid = process.pid;
+        match self.connected.get_mut(&pid) {
+            Some(count) if *count > 1 => {
+                *count -= 1;
+                return;
+            }
+            _ => self.connected.remove(&pid),
+        };
+        // An exiting process gives its image up before its descriptors, but its threads end one by one.
+        if proc::has_exited(&process.pidfd) || proc::read_image(pid).is_none() {
+            control.release_slot(pid);
+        } else {
+            let mut waiting = Waiting { process, deadline: Instant::now() + EXEC_GRACE, has_changed: false };
+            waiting.look();
+            self.waiting.push(waiting);
+        }
+    }
+}
+
+impl Waiting {
+    fn look(&mut self) {
+        let image = proc::read_image(self.process.pid);
+        self.has_changed |= image.is_some() && image != self.process.image;
+    }
+}
+
+impl AsFd for Broker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// The next message and at most one descriptor; `None` on hang-up or for something that is no message.
+fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Option<OwnedFd>)>, Errno> {
+    let mut bytes = [0; size_of::<Message>()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags)?;
+    let mut descriptor = None;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            // More than one is nobody's protocol; the others are closed.
+            descriptor = descriptors.last();
+        }
+    }
+    let message = Message::from_bytes(&bytes);
+    let is_whole = received.bytes == bytes.len() && message.magic == MAGIC;
+    Ok(is_whole.then_some((message, descriptor)))
+}
+
+fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let bytes = message.to_bytes();
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags).map(drop)
+}

@@ -1,0 +1,203 @@
+//! `spm run`: a program inside a RAM budget.
+//!
+//! One line, read downwards: [`run`] settles the options, opens the outputs, finds and checks the program, prepares
+//! what its agents need ([`Management`]), and [`execute`] starts and supervises it. A refusal is decided before
+//! anything is started.
+//!
+//! Exit status: the command's, 128+N when signal N ended it; [`FAILURE`], [`NOT_EXECUTABLE`], [`NOT_FOUND`] as env(1).
+
+mod agent_file;
+mod broker;
+mod control_page;
+mod kernel;
+mod proc;
+mod program;
+mod report;
+mod signals;
+pub mod stdio;
+mod supervise;
+pub mod witness;
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Resource, Rlimit};
+use spmem::control::Control;
+use spmem::protocol::SOCKET_ENV;
+
+use crate::arguments::RunArguments;
+use crate::config::Config;
+use crate::machine::Ram;
+use crate::remark::remark;
+use broker::Broker;
+pub use control_page::ControlPage;
+use report::Outputs;
+pub use report::Summary;
+use signals::Inherited;
+use supervise::Supervisor;
+
+/// `spm` itself failed or refused.
+pub const FAILURE: i32 = 125;
+/// The command was found and cannot be executed.
+const NOT_EXECUTABLE: i32 = 126;
+/// The command was not found.
+const NOT_FOUND: i32 = 127;
+
+/// Runs what `options` ask for and gives the exit status.
+///
+/// # Errors
+/// `spm` itself fails, or refuses to run the command; the message has the reason and a remedy.
+pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
+    let config = Config::read(options.config.as_deref())?;
+    let ram_bytes = Ram::read()?.total_bytes;
+    let limit_bytes = options.sysram.unwrap_or(config.run.sysram).bytes(ram_bytes);
+    let outputs = Outputs::open(options)?;
+
+    let (name, path) = (&options.command[0], std::env::var_os("PATH"));
+    let program = match program::find(name, path.as_deref()) {
+        Ok(program) => program,
+        Err(missing) => return Ok(say_not_started(name, &missing.into())),
+    };
+    let management = match Management::prepare(&program, path.as_deref()) {
+        Ok(management) => Some(management),
+        Err(reason) if options.best_effort || config.run.best_effort => {
+            remark(format_args!("running unmanaged, without a budget: {reason:#}"));
+            None
+        }
+        Err(reason) => bail!("refused: {reason:#}; or run it unmanaged with --best-effort"),
+    };
+
+    let control = ControlPage::create(limit_bytes, config.store_capacity.bytes(ram_bytes))?;
+    let job = Job { program: &program, command: &options.command, control: &control };
+    let (exit_code, elapsed) = match execute(&job, management, &mut |_| {})? {
+        Outcome::Ended { exit_code, elapsed } => (exit_code, elapsed),
+        Outcome::NotStarted(error) => return Ok(say_not_started(name, &error)),
+    };
+    let summary = Summary::collect(&control, &options.command, exit_code, elapsed, ram_bytes);
+    if let Err(error) = outputs.write(&summary) {
+        remark(format_args!("{error:#}"));
+    }
+    Ok(exit_code)
+}
+
+/// What the agents of a tree need.
+pub struct Management {
+    broker: Broker,
+    agent: PathBuf,
+}
+
+impl Management {
+    /// Checks that `program` can be managed here, and prepares for it.
+    ///
+    /// # Errors
+    /// It cannot; the message has the reason and a remedy.
+    pub fn prepare(program: &Path, path: Option<&OsStr>) -> anyhow::Result<Self> {
+        if let Some(obstacle) = program::check(program, path) {
+            bail!("{obstacle}");
+        }
+        let userfaultfd = kernel::open().map_err(|lack| anyhow::anyhow!("{lack}"))?;
+        let agent = agent_file::install()?;
+        Ok(Self { broker: Broker::listen(userfaultfd, &agent)?, agent })
+    }
+}
+
+/// What to run, and where its numbers go.
+pub struct Job<'a> {
+    /// The file to execute.
+    pub program: &'a Path,
+    /// The name it is called by and its arguments.
+    pub command: &'a [OsString],
+    /// Made for this run.
+    pub control: &'a ControlPage,
+}
+
+/// How a command ended.
+pub enum Outcome {
+    /// It ran.
+    Ended {
+        /// Its exit status, 128+N when signal N ended it.
+        exit_code: i32,
+        /// How long it ran.
+        elapsed: Duration,
+    },
+    /// The kernel refused to execute it.
+    NotStarted(io::Error),
+}
+
+/// Starts the command, waits until it has ended, and calls `on_tick` meanwhile. Signals are taken over for good: the
+/// caller is expected to end soon.
+///
+/// # Errors
+/// `spm` itself fails: descriptors or memory are short.
+pub fn execute(
+    job: &Job<'_>,
+    management: Option<Management>,
+    on_tick: &mut dyn FnMut(&Control),
+) -> anyhow::Result<Outcome> {
+    let inherited = Inherited::take_over().context("no descriptor for signals")?;
+    let start = Instant::now();
+    let child = match spawn(job, management.as_ref(), &inherited) {
+        Ok(child) => child,
+        Err(error) => return Ok(Outcome::NotStarted(error)),
+    };
+    raise_descriptor_limit();
+    let command = Pid::from_raw(child.id().cast_signed()).context("a command without a process id")?;
+    let is_managed = management.is_some();
+    let mut broker = management.map(|management| management.broker);
+    let supervisor =
+        Supervisor { command, inherited: &inherited, control: job.control, broker: broker.as_mut(), on_tick };
+    let exit_code = supervisor.run()?;
+    let elapsed = start.elapsed();
+    if !broker.is_some_and(|broker| broker.has_greeted()) {
+        job.control.counters.unmanaged_processes.fetch_add(1, Relaxed);
+        if is_managed {
+            remark(format_args!(
+                "the agent never reported from {}: it ran without a budget",
+                job.program.display()
+            ));
+        }
+    }
+    Ok(Outcome::Ended { exit_code, elapsed })
+}
+
+#[allow(unsafe_code, reason = "`pre_exec` runs between fork and exec")]
+fn spawn(job: &Job<'_>, management: Option<&Management>, inherited: &Inherited) -> io::Result<Child> {
+    let mut command = Command::new(job.program);
+    command.arg0(&job.command[0]).args(&job.command[1..]);
+    if let Some(management) = management {
+        command.env(SOCKET_ENV, management.broker.address());
+        command.env("LD_PRELOAD", preload(&management.agent, std::env::var_os("LD_PRELOAD")));
+    }
+    // SAFETY: it makes system calls only, on copied values.
+    unsafe { command.pre_exec(inherited.hand_on()) };
+    command.spawn()
+}
+
+/// The agent in front of what is preloaded already.
+fn preload(agent: &Path, others: Option<OsString>) -> OsString {
+    let mut list = agent.as_os_str().to_owned();
+    if let Some(others) = others.filter(|others| !others.is_empty()) {
+        list.push(":");
+        list.push(others);
+    }
+    list
+}
+
+/// Every process of the tree takes a few descriptors of ours. Not before the command has started: it keeps its limit.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // Where it is refused, fewer processes can be managed.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
+    let errno = spmem_sys::Errno(error.raw_os_error().unwrap_or(libc::EIO));
+    remark(format_args!("{}: {errno}", name.display()));
+    if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE }
+}

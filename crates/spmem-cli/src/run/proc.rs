@@ -1,0 +1,59 @@
+//! Proc: small questions about other processes (proc(5), pidfd_open(2)).
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+/// Ancestors that are asked for one process.
+pub const MAX_DEPTH: usize = 1024;
+
+/// Whether the process of `pidfd` has ended.
+pub fn has_exited(pidfd: &OwnedFd) -> bool {
+    let mut entry = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut entry, Some(&at_once)), Ok(1))
+}
+
+/// Reads which executable `pid` runs; none once it is exiting.
+pub fn read_image(pid: u32) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+
+/// Reads whether `pid` has the file `path` mapped. O(mappings).
+pub fn has_mapped(pid: u32, path: &Path) -> bool {
+    let text = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    text.split(|byte| *byte == b'\n').any(|line| line.ends_with(path.as_os_str().as_bytes()))
+}
+
+/// Reads the state of `pid`: `R`, `S`, `T` (stopped)...
+pub fn read_state(pid: u32) -> Option<char> {
+    fields(pid)?.chars().next()
+}
+
+/// Reads who started `pid`, or adopted it.
+pub fn read_parent(pid: u32) -> Option<u32> {
+    fields(pid)?.split(' ').nth(1)?.parse().ok()
+}
+
+/// What follows the name in `/proc/PID/stat`; the name may hold anything, parentheses too.
+fn fields(pid: u32) -> Option<String> {
+    let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    text.rsplit_once(") ").map(|(_, rest)| rest.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_runs_and_has_a_parent() {
+        assert_eq!(read_state(std::process::id()).map(|state| matches!(state, 'R' | 'S')), Some(true));
+        assert_eq!(read_parent(std::process::id()), Some(std::os::unix::process::parent_id()));
+        assert!(has_mapped(std::process::id(), &std::env::current_exe().unwrap()));
+        assert!(!has_mapped(std::process::id(), Path::new("/no/such/file")));
+        assert_eq!(read_image(std::process::id()), std::env::current_exe().ok());
+    }
+}

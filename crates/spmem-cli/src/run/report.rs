@@ -1,0 +1,310 @@
+//! Report: what a run took and did, for people (`--report`) and for programs (`--json`).
+//!
+//! [`Summary`] holds every number once; the table shows no other. [`Outputs`] opens the files before the command
+//! starts, so that a path that cannot be written stops the run and not its result.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::Serialize;
+use spmem::control::{Control, Histogram, UNLIMITED};
+
+use crate::arguments::RunArguments;
+use crate::size::human;
+
+/// Where the report goes.
+pub struct Outputs {
+    table: Option<Target>,
+    json: Option<Target>,
+}
+
+enum Target {
+    Stdout,
+    Stderr,
+    File { path: PathBuf, file: File },
+}
+
+impl Outputs {
+    /// Opens what `options` ask for.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn open(options: &RunArguments) -> anyhow::Result<Self> {
+        let table = match options.report.as_deref() {
+            None => None,
+            Some(path) if path.is_empty() => Some(Target::Stderr),
+            Some(path) => Some(Target::open(Path::new(path))?),
+        };
+        let json = match options.json.as_deref() {
+            None => None,
+            Some(path) if path.as_os_str() == "-" => Some(Target::Stdout),
+            Some(path) => Some(Target::open(path)?),
+        };
+        Ok(Self { table, json })
+    }
+
+    /// Writes what was asked for.
+    ///
+    /// # Errors
+    /// A file cannot be written after all.
+    pub fn write(self, summary: &Summary) -> anyhow::Result<()> {
+        if let Some(target) = self.json {
+            let mut text = serde_json::to_string_pretty(summary).context("the report is no JSON")?;
+            text.push('\n');
+            target.write(&text)?;
+        }
+        match self.table {
+            Some(target) => target.write(&summary.table()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Target {
+    /// Not truncated yet: a run that is refused leaves the last report alone.
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .with_context(|| format!("the report {} cannot be written", path.display()))?;
+        Ok(Self::File { path: path.to_owned(), file })
+    }
+
+    fn write(self, text: &str) -> anyhow::Result<()> {
+        match self {
+            Self::Stdout => {
+                io::stdout().write_all(text.as_bytes()).context("the report cannot be written to stdout")
+            }
+            Self::Stderr => {
+                io::stderr().write_all(text.as_bytes()).context("the report cannot be written to stderr")
+            }
+            Self::File { path, mut file } => {
+                // Terminals and pipes have no length to cut.
+                let _ = file.set_len(0);
+                file.write_all(text.as_bytes())
+                    .with_context(|| format!("the report {} cannot be written", path.display()))
+            }
+        }
+    }
+}
+
+/// The report, in the shape of its JSON. Integers are bytes or counts.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    schema: u32,
+    command: Vec<String>,
+    exit_code: i32,
+    elapsed_seconds: f64,
+    /// Null for no limit.
+    sysram_limit_bytes: Option<u64>,
+    sysram_peak_bytes: u64,
+    overrun_peak_bytes: u64,
+    processes: u64,
+    unmanaged_processes: u64,
+    demoted_pages: u64,
+    promoted_pages: u64,
+    rescued_pages: u64,
+    same_filled_pages: u64,
+    refused_pages: RefusedPages,
+    fault_us: FaultTimes,
+    nodes: [NodeUse; 2],
+}
+
+#[derive(Debug, Serialize)]
+struct RefusedPages {
+    pinned: u64,
+    shared_by_fork: u64,
+    incompressible: u64,
+    protected: u64,
+    node_full: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct FaultTimes {
+    p50: f64,
+    p99: f64,
+    max: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct NodeUse {
+    node: u32,
+    r#type: &'static str,
+    class: u32,
+    capacity_bytes: u64,
+    /// What the pages would take uncompressed.
+    stored_bytes_peak: u64,
+    /// What they took then.
+    used_bytes_peak: u64,
+    /// Null when nothing was stored.
+    ratio: Option<f64>,
+}
+
+impl Summary {
+    /// Reads the counters of a run that has ended.
+    pub fn collect(
+        control: &Control,
+        command: &[OsString],
+        exit_code: i32,
+        elapsed: Duration,
+        ram_bytes: u64,
+    ) -> Self {
+        let read = |value: &AtomicU64| value.load(Relaxed);
+        let counters = &control.counters;
+        let limit = read(&control.limit_bytes);
+        Self {
+            schema: 1,
+            command: command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
+            exit_code,
+            elapsed_seconds: round(elapsed.as_secs_f64(), 1e3),
+            sysram_limit_bytes: (limit != UNLIMITED).then_some(limit),
+            sysram_peak_bytes: read(&control.sysram_peak_bytes),
+            overrun_peak_bytes: read(&control.overrun_peak_bytes),
+            processes: read(&counters.processes),
+            unmanaged_processes: read(&counters.unmanaged_processes),
+            demoted_pages: read(&counters.demoted_pages),
+            promoted_pages: read(&counters.promoted_pages),
+            rescued_pages: read(&counters.rescued_pages),
+            same_filled_pages: read(&counters.same_filled_pages),
+            refused_pages: RefusedPages {
+                pinned: read(&counters.refused_pinned),
+                shared_by_fork: read(&counters.refused_shared),
+                incompressible: read(&counters.refused_incompressible),
+                protected: read(&counters.refused_protected),
+                node_full: read(&counters.refused_full),
+            },
+            fault_us: FaultTimes::read(&control.faults),
+            nodes: node_use(control, ram_bytes),
+        }
+    }
+
+    /// The short table.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        self.write_table(&mut text).expect("a string takes all that is written to it");
+        text
+    }
+
+    fn write_table(&self, to: &mut String) -> std::fmt::Result {
+        writeln!(
+            to,
+            "spm: {}: exit status {} after {:.2} s",
+            self.command.join(" "),
+            self.exit_code,
+            self.elapsed_seconds
+        )?;
+        let limit = self.sysram_limit_bytes.map_or_else(|| "max".to_owned(), human);
+        writeln!(to, "  RAM        peak {} of {limit}{}", human(self.sysram_peak_bytes), self.overrun())?;
+        writeln!(to, "  processes  {} managed, {} unmanaged", self.processes, self.unmanaged_processes)?;
+        writeln!(
+            to,
+            "  pages      {} demoted ({} same-filled), {} promoted, {} rescued from the holding area",
+            self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages
+        )?;
+        let refused = &self.refused_pages;
+        writeln!(
+            to,
+            "  refused    {} pinned, {} shared by fork, {} incompressible, {} protected, {} node full",
+            refused.pinned, refused.shared_by_fork, refused.incompressible, refused.protected, refused.node_full
+        )?;
+        let faults = &self.fault_us;
+        writeln!(to, "  faults     p50 {:.1} us, p99 {:.1} us, max {:.1} us", faults.p50, faults.p99, faults.max)?;
+        writeln!(to)?;
+        writeln!(to, "  node  type    class  capacity    stored      used  ratio")?;
+        for node in &self.nodes {
+            writeln!(
+                to,
+                "  {:>4}  {:<6}  {:>5}  {:>8}  {:>8}  {:>8}  {:>5}",
+                node.node,
+                node.r#type,
+                node.class,
+                human(node.capacity_bytes),
+                human(node.stored_bytes_peak),
+                human(node.used_bytes_peak),
+                node.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// By how much the budget was passed, and what kept pages from leaving; empty when it was kept.
+    fn overrun(&self) -> String {
+        if self.overrun_peak_bytes == 0 {
+            return String::new();
+        }
+        let refused = &self.refused_pages;
+        let reasons = [
+            (refused.incompressible, "do not compress"),
+            (refused.node_full, "found node 1 full"),
+            (refused.shared_by_fork, "were shared by fork"),
+            (refused.pinned, "were pinned"),
+            (refused.protected, "were protected"),
+        ];
+        // Attempts are counted, so one page may count often: a reason is named only where it can explain the excess.
+        let worst = reasons.iter().max_by_key(|(pages, _)| *pages);
+        let explains = |pages: u64| pages.saturating_mul(PAGE_BYTES) >= self.overrun_peak_bytes / 2;
+        let stored = self.nodes[1].used_bytes_peak;
+        let because = match (worst, self.sysram_limit_bytes) {
+            (_, Some(limit)) if stored > limit / 8 * 7 => format!("what is stored takes {} alone", human(stored)),
+            (Some((pages, reason)), _) if explains(*pages) => format!("{pages} times pages {reason}"),
+            _ => "the program grew faster than pages could leave".to_owned(),
+        };
+        format!(", over by {} ({because})", human(self.overrun_peak_bytes))
+    }
+}
+
+impl FaultTimes {
+    fn read(faults: &Histogram) -> Self {
+        // A fault of centuries would lose digits; nothing else does.
+        let us = |ns: u64| round(Duration::from_nanos(ns).as_secs_f64() * 1e6, 10.0);
+        Self { p50: us(faults.quantile_ns(500)), p99: us(faults.quantile_ns(990)), max: us(faults.max_ns()) }
+    }
+}
+
+/// Bytes in a page (x86-64).
+const PAGE_BYTES: u64 = 4096;
+
+/// Node 0 holds everything that is resident, the frames of node 1 included: they are RAM, too.
+fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
+    let peak = control.sysram_peak_bytes.load(Relaxed);
+    let stored = control.stored_bytes_peak.load(Relaxed);
+    let used = control.store_used_bytes_peak.load(Relaxed);
+    [
+        NodeUse {
+            node: 0,
+            r#type: "sysram",
+            class: 1,
+            capacity_bytes: ram_bytes,
+            stored_bytes_peak: peak,
+            used_bytes_peak: peak,
+            ratio: ratio(peak, peak),
+        },
+        NodeUse {
+            node: 1,
+            r#type: "spm",
+            class: 4,
+            capacity_bytes: control.store_capacity_bytes.load(Relaxed),
+            stored_bytes_peak: stored,
+            used_bytes_peak: used,
+            ratio: ratio(stored, used),
+        },
+    ]
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a ratio of amounts of memory needs three digits")]
+fn ratio(stored: u64, used: u64) -> Option<f64> {
+    (used > 0).then(|| round(stored as f64 / used as f64, 100.0))
+}
+
+fn round(value: f64, steps: f64) -> f64 {
+    (value * steps).round() / steps
+}

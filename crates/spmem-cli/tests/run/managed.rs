@@ -1,0 +1,53 @@
+//! Which processes come under management. Skipped where userfaultfd cannot be used.
+
+use crate::harness::{can_manage, finish, spm_run};
+use crate::programs::static_waiter;
+
+/// Managed and unmanaged processes of `sh -c SCRIPT`; `None` and a remark where nothing can be managed.
+fn counts(script: &str) -> Option<(u64, u64)> {
+    if !can_manage() {
+        println!("skipped: userfaultfd cannot be used here");
+        return None;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("report.json");
+    let mut spm = spm_run(&["--json", file.to_str().unwrap()]);
+    spm.args(["sh", "-c", script]);
+    finish(spm);
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let count = |key: &str| report[key].as_u64().unwrap();
+    Some((count("processes"), count("unmanaged_processes")))
+}
+
+#[test]
+fn a_command_is_managed_and_its_exec_counts_once() {
+    let Some(counts_alone) = counts("exit 0") else { return };
+    assert_eq!(counts_alone, (1, 0));
+    assert_eq!(counts("exec sh -c 'exec true'"), Some((1, 0)));
+}
+
+#[test]
+fn children_by_fork_and_exec_are_managed() {
+    let Some(all) = counts("sh -c 'exit 0'; (exit 0); :") else { return };
+    assert_eq!(all, (3, 0));
+}
+
+#[test]
+fn a_child_that_cannot_be_managed_runs_and_is_counted() {
+    let directory = tempfile::tempdir().unwrap();
+    let waiter = static_waiter(directory.path());
+    // Long enough to be told from a program whose agent is late.
+    let script = format!("{} & sleep 3; kill $!; wait", waiter.display());
+    let Some((_, unmanaged)) = counts(&script) else { return };
+    assert_eq!(unmanaged, 1);
+}
+
+#[test]
+fn a_child_under_another_user_is_managed() {
+    if !rustix::process::getuid().is_root() {
+        println!("skipped: needs root to become somebody else");
+        return;
+    }
+    let Some(all) = counts("setpriv --reuid 65534 --clear-groups sh -c 'exit 0'; :") else { return };
+    assert_eq!(all, (2, 0));
+}

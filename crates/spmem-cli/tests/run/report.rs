@@ -1,0 +1,118 @@
+use crate::harness::{finish, spm_run, text};
+use serde_json::Value;
+
+fn report(options: &[&str], command: &[&str]) -> Value {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("report.json");
+    let mut options = options.to_vec();
+    options.extend(["--json", file.to_str().unwrap()]);
+    let mut spm = spm_run(&options);
+    spm.args(command);
+    finish(spm);
+    serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap()
+}
+
+fn keys(value: &Value) -> Vec<&str> {
+    let mut keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
+}
+
+#[test]
+fn the_json_has_exactly_the_documented_fields() {
+    let report = report(&["--sysram", "512M"], &["sh", "-c", "exit 3"]);
+    let mut expected = [
+        "schema",
+        "command",
+        "exit_code",
+        "elapsed_seconds",
+        "sysram_limit_bytes",
+        "sysram_peak_bytes",
+        "overrun_peak_bytes",
+        "processes",
+        "unmanaged_processes",
+        "demoted_pages",
+        "promoted_pages",
+        "rescued_pages",
+        "same_filled_pages",
+        "refused_pages",
+        "fault_us",
+        "nodes",
+    ];
+    expected.sort_unstable();
+    assert_eq!(keys(&report), expected);
+    assert_eq!(
+        keys(&report["refused_pages"]),
+        ["incompressible", "node_full", "pinned", "protected", "shared_by_fork"]
+    );
+    assert_eq!(keys(&report["fault_us"]), ["max", "p50", "p99"]);
+    assert_eq!(report["nodes"].as_array().unwrap().len(), 2);
+    for node in report["nodes"].as_array().unwrap() {
+        let expected =
+            ["capacity_bytes", "class", "node", "ratio", "stored_bytes_peak", "type", "used_bytes_peak"];
+        assert_eq!(keys(node), expected);
+    }
+    assert_eq!(report["schema"], 1);
+    assert_eq!(report["command"], serde_json::json!(["sh", "-c", "exit 3"]));
+    assert_eq!(report["exit_code"], 3);
+    assert_eq!(report["sysram_limit_bytes"], 512 << 20);
+    assert_eq!((&report["nodes"][0]["type"], &report["nodes"][1]["type"]), (&"sysram".into(), &"spm".into()));
+    assert_eq!((&report["nodes"][0]["class"], &report["nodes"][1]["class"]), (&1.into(), &4.into()));
+}
+
+#[test]
+fn no_limit_is_null_and_a_share_is_of_the_machines_ram() {
+    assert_eq!(report(&[], &["true"])["sysram_limit_bytes"], Value::Null);
+    assert_eq!(report(&["--sysram", "max"], &["true"])["sysram_limit_bytes"], Value::Null);
+    let quarter = report(&["--sysram", "25%"], &["true"]);
+    let (limit, ram) = (&quarter["sysram_limit_bytes"], &quarter["nodes"][0]["capacity_bytes"]);
+    assert_eq!(limit.as_u64().unwrap(), ram.as_u64().unwrap() / 100 * 25);
+}
+
+#[test]
+fn a_signals_end_is_reported_as_the_exit_status_is() {
+    assert_eq!(report(&[], &["sh", "-c", "kill -KILL $$"])["exit_code"], 137);
+}
+
+#[test]
+fn the_command_line_wins_over_the_file_and_the_file_over_the_default() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("spm.toml");
+    let text = "[run]\nsysram = \"64M\"\n[[node]]\nid = 1\nkind = \"compressed\"\ncapacity = \"1G\"\n";
+    std::fs::write(&file, text).unwrap();
+    let config = ["--config", file.to_str().unwrap()];
+    let from_file = report(&config, &["true"]);
+    assert_eq!(from_file["sysram_limit_bytes"], 64 << 20);
+    assert_eq!(from_file["nodes"][1]["capacity_bytes"], 1 << 30);
+    let both = report(&[config[0], config[1], "--sysram", "128M"], &["true"]);
+    assert_eq!(both["sysram_limit_bytes"], 128 << 20);
+}
+
+#[test]
+fn json_to_stdout_comes_after_what_the_command_wrote() {
+    let mut spm = spm_run(&["--json", "-"]);
+    spm.args(["echo", "first"]);
+    let output = text(&finish(spm).stdout);
+    let rest = output.strip_prefix("first\n").unwrap();
+    assert_eq!(serde_json::from_str::<Value>(rest).unwrap()["schema"], 1);
+}
+
+#[test]
+fn the_table_goes_to_stderr_or_into_the_file() {
+    let mut spm = spm_run(&["--report"]);
+    spm.args(["sh", "-c", "exit 2"]);
+    let output = finish(spm);
+    let remark = text(&output.stderr);
+    assert!(output.stdout.is_empty());
+    for part in ["exit status 2", "RAM", "processes", "node", "sysram", "spm"] {
+        assert!(remark.contains(part), "{part}: {remark}");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("table");
+    std::fs::write(&file, "x".repeat(10_000)).unwrap();
+    let mut spm = spm_run(&[&format!("--report={}", file.display())]);
+    spm.arg("true");
+    finish(spm);
+    let table = std::fs::read_to_string(&file).unwrap();
+    assert!(table.starts_with("spm: true: exit status 0") && !table.contains('x'.to_string().repeat(9).as_str()));
+}

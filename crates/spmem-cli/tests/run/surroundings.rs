@@ -1,0 +1,109 @@
+//! What the command finds around it is what `spm` found.
+
+use crate::harness::{Running, finish, spm_run, spm_sh, text};
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+#[test]
+fn stdin_passes_through_byte_for_byte() {
+    let bytes: Vec<u8> = (0..1_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut spm = spm_run(&[]);
+    spm.arg("cat").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = spm.spawn().unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let input = bytes.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&input).unwrap());
+    let mut output = Vec::new();
+    stdout.read_to_end(&mut output).unwrap();
+    writer.join().unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(output == bytes, "{} bytes of {}", output.len(), bytes.len());
+}
+
+#[test]
+fn spm_says_nothing_of_its_own_on_stdout() {
+    let output = finish(spm_sh("echo out; echo err >&2"));
+    assert_eq!(text(&output.stdout), "out\n");
+}
+
+#[test]
+fn the_name_the_arguments_and_the_directory_are_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut spm = spm_sh("pwd; printf '%s|' \"$0\" \"$@\"");
+    spm.args(["name", "", "a b", "*"]).current_dir(directory.path());
+    let expected = format!("{}\nname||a b|*|", directory.path().canonicalize().unwrap().display());
+    assert_eq!(text(&finish(spm).stdout), expected);
+}
+
+#[test]
+fn the_command_shares_process_group_and_session() {
+    let script = "cut -d' ' -f5,6 /proc/$$/stat; cut -d' ' -f5,6 /proc/$PPID/stat";
+    let mut running = Running::start(spm_sh(script));
+    let (own, parents) = (running.line(), running.line());
+    assert_eq!(own, parents);
+    assert!(own.starts_with(&format!("{} ", running.child.id())), "{own}");
+    running.finish();
+}
+
+/// What `spm` was started with: `set_up` runs in a shell that then becomes spm.
+fn under(set_up: &str, script: &str) -> String {
+    let spm = spm_sh(script);
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(format!("{set_up}\nexec \"$@\"")).arg("sh").arg(spm.get_program()).args(spm.get_args());
+    text(&finish(shell).stdout)
+}
+
+/// Lines of /proc/self/status of a process that `spm` started directly.
+fn status_lines(set_up: &str, pattern: &str) -> String {
+    under(set_up, &format!("exec grep -E '{pattern}' /proc/self/status"))
+}
+
+#[test]
+fn ignored_signals_stay_ignored_and_others_default() {
+    for ignored in ["", "HUP", "PIPE", "CHLD", "INT QUIT", "TERM USR1"] {
+        let set_up = if ignored.is_empty() { String::new() } else { format!("trap '' {ignored}") };
+        let mut bare = Command::new("sh");
+        bare.arg("-c").arg(format!("{set_up}\nexec sh -c 'exec grep -E SigIgn /proc/self/status'"));
+        assert_eq!(status_lines(&set_up, "SigIgn"), text(&finish(bare).stdout), "{ignored}");
+    }
+}
+
+#[test]
+fn no_signal_is_blocked_that_was_not() {
+    assert_eq!(status_lines("", "SigBlk").split_whitespace().last(), Some("0000000000000000"));
+}
+
+#[test]
+fn limits_are_the_commands_own() {
+    assert_eq!(under("ulimit -Sn 64", "ulimit -Sn").trim(), "64");
+}
+
+#[test]
+fn no_descriptor_of_spms_own_reaches_the_command() {
+    let mut bare = Command::new("sh");
+    bare.args(["-c", "exec ls /proc/self/fd"]);
+    assert_eq!(under("", "exec ls /proc/self/fd"), text(&finish(bare).stdout));
+}
+
+#[test]
+fn closed_standard_descriptors_stay_closed() {
+    assert_eq!(under("exec 0<&-", "[ -e /proc/$$/fd/0 ] && echo open || echo closed").trim(), "closed");
+    assert_eq!(under("exec 2>&-", "[ -e /proc/$$/fd/2 ] && echo open || echo closed").trim(), "closed");
+}
+
+#[test]
+fn what_was_preloaded_before_still_is() {
+    let mut spm = spm_run(&[]);
+    spm.args(["sh", "-c", "exit 6"]).env("LD_PRELOAD", "libc.so.6");
+    assert_eq!(finish(spm).status.code(), Some(6));
+}
+
+#[test]
+fn a_session_leader_runs_as_any_other() {
+    let spm = spm_sh("exit 5");
+    let mut command = Command::new("setsid");
+    command.arg("--wait").arg(spm.get_program()).args(spm.get_args());
+    command.process_group(0);
+    assert_eq!(finish(command).status.code(), Some(5));
+}

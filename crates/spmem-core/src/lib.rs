@@ -1,0 +1,25 @@
+//! The memory manager of spmem, pure: it decides who may take which frame of which node, and when pages must leave.
+//!
+//! Takes facts and returns values; no clock, no I/O, no locks, no unsafe code. Callers (the runtime, the simulator)
+//! perform what it decides and provide exclusion: every change goes through `&mut self`.
+//!
+//! The straight line of an allocation, one module a step:
+//! [`wall::Request`] -> [`wall::allowed`] -> [`watermark`] -> [`frames`], joined in [`mm::MemoryManager::alloc`].
+//! The straight line of pressure: [`reclaim::plan`] says how many pages must leave, [`lru::on_sweep`] which ones.
+//!
+//! Rules are cited by number: `R6` is the wall, `R12` grants, and so on.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod frames;
+pub mod grant;
+pub mod lru;
+pub mod mm;
+pub mod node;
+pub mod nodemask;
+pub mod reclaim;
+pub mod units;
+pub mod wall;
+pub mod watermark;

@@ -1,0 +1,348 @@
+//! The memory manager: joins the steps of an allocation in one straight line.
+//!
+//! [`MemoryManager::alloc`]: request -> policy (which node first) -> [`wall`] -> [`watermark`](crate::watermark) ->
+//! [`frames`](crate::frames). It owns the node table with all frames and grants; a [`Block`] is
+//! what it gives out. Called by the runtime's store, the simulator and the tools. Takes no lock: `&mut self`.
+//!
+//! Holes: weighted interleave gives every node the weight 1; nothing zeroes freed frames yet (R21), the back end must.
+
+use core::fmt;
+
+use crate::frames::{FrameRange, FramesError};
+use crate::grant::{Grant, GrantError, Rights};
+use crate::node::{Node, NodeError, NodeSpec, NodeTable, Owner};
+use crate::units::{Bytes, FrameCount, FrameNumber, NodeId, Order};
+use crate::wall::{self, Refusal, Request, Reserve, Strictness};
+use crate::watermark::Pressure;
+
+/// In [`Block::charged`]: no grant was charged.
+const UNCHARGED: u16 = u16::MAX;
+
+/// An allocated block. Not copyable: whoever holds it owns the frames, and giving it back ends that.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a dropped block stays allocated"]
+pub struct Block {
+    frame: FrameNumber,
+    node: NodeId,
+    /// Slot of the grant charged.
+    charged: u16,
+    /// Low bits of the manager's id: a block given to another manager is noticed.
+    table: u16,
+    order: Order,
+}
+
+const _: () = assert!(size_of::<Option<Block>>() <= 16);
+
+impl Block {
+    /// The node it lies on.
+    pub const fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Its first frame.
+    pub const fn first_frame(&self) -> FrameNumber {
+        self.frame
+    }
+
+    /// Its order.
+    pub const fn order(&self) -> Order {
+        self.order
+    }
+
+    /// Its size.
+    pub const fn bytes(&self) -> Bytes {
+        self.order.bytes()
+    }
+}
+
+/// Why nothing was allocated. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AllocError {
+    /// The wall leaves no node (R8).
+    Refused(Refusal),
+    /// The grant does not cover it (R12).
+    Grant {
+        /// The node that was tried last.
+        node: NodeId,
+        /// Why not.
+        cause: GrantError,
+    },
+    /// Only the reserve is left on the nodes allowed.
+    ReserveOnly {
+        /// The node that was tried last.
+        node: NodeId,
+        /// Free frames there.
+        free: FrameCount,
+        /// Frames kept in reserve.
+        min: FrameCount,
+    },
+    /// No block of the order is free on the nodes allowed (R10).
+    Exhausted {
+        /// The node that was tried last.
+        node: NodeId,
+        /// What its frames answered.
+        cause: FramesError,
+    },
+}
+
+impl fmt::Display for AllocError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(refusal) => refusal.fmt(f),
+            Self::Grant { node, cause } => write!(f, "node {node}: {cause}"),
+            Self::ReserveOnly { node, free, min } => write!(
+                f,
+                "node {node}: {free} frames free, {min} are kept in reserve; reclaim must free some first"
+            ),
+            Self::Exhausted { node, cause } => write!(f, "node {node}: {cause}"),
+        }
+    }
+}
+
+impl core::error::Error for AllocError {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Refused(_) | Self::ReserveOnly { .. } => None,
+            Self::Grant { cause, .. } => Some(cause),
+            Self::Exhausted { cause, .. } => Some(cause),
+        }
+    }
+}
+
+/// Why a block was not taken back.
+#[derive(Debug, PartialEq, Eq)]
+pub enum FreeError {
+    /// It was allocated by another manager; here it is again.
+    Foreign(Block),
+}
+
+impl fmt::Display for FreeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::Foreign(block) = self;
+        write!(f, "the block at frame {} of node {} is another manager's", block.frame, block.node)
+    }
+}
+
+impl core::error::Error for FreeError {}
+
+/// How full a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeStats {
+    /// Frames in all its ranges.
+    pub capacity: FrameCount,
+    /// Frames in use.
+    pub used: FrameCount,
+    /// Free frames.
+    pub free: FrameCount,
+    /// Free blocks by order, each counted at the highest order it reaches.
+    pub free_blocks: [u64; Order::COUNT],
+    /// Ranges.
+    pub ranges: usize,
+    /// How short it is.
+    pub pressure: Pressure,
+    /// Bytes of metadata.
+    pub metadata: Bytes,
+}
+
+/// All nodes, their frames and grants.
+///
+/// ```
+/// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+/// use spmem_core::{grant::Rights, mm::MemoryManager, wall::{Domain, Request}};
+/// use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
+/// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
+/// #     guard: Guard::Hard, owner: "cram".into() };
+/// let mut mm = MemoryManager::new();
+/// let owner = mm.register_node(NodeId::ONE, spec.clone()).unwrap();
+/// mm.add_range(&owner, &spec, FrameCount(1024)).unwrap();
+/// let grant = mm.table_mut().grant(&[&owner], Rights::ALLOC, Bytes(8192)).unwrap();
+///
+/// let (root, grants) = (Domain::root(), [&grant]);
+/// let request = Request::on(&root, NodeId::ONE, &grants);
+/// let block = mm.alloc(&request, Order::ZERO).unwrap();
+/// assert_eq!(mm.stats(NodeId::ONE).unwrap().used, FrameCount(1));
+/// assert!(mm.alloc(&request, Order::MAX).is_err()); // over the quota
+/// mm.free(block).unwrap();
+/// ```
+#[derive(Debug, Default)]
+pub struct MemoryManager {
+    table: NodeTable,
+    /// Node that interleaving used last.
+    last_interleaved: Option<NodeId>,
+}
+
+impl MemoryManager {
+    /// A manager without nodes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The nodes and grants, to look at.
+    pub const fn table(&self) -> &NodeTable {
+        &self.table
+    }
+
+    /// The nodes and grants, to change.
+    pub const fn table_mut(&mut self) -> &mut NodeTable {
+        &mut self.table
+    }
+
+    /// Registers a node without frames; see [`NodeTable::register`].
+    ///
+    /// # Errors
+    /// Those of [`NodeTable::register`].
+    pub fn register_node(&mut self, node: NodeId, spec: NodeSpec) -> Result<Owner, NodeError> {
+        self.table.register(node, spec)
+    }
+
+    /// Adds frames to a node; see [`NodeTable::add_range`].
+    ///
+    /// # Errors
+    /// Those of [`NodeTable::add_range`].
+    pub fn add_range(
+        &mut self,
+        owner: &Owner,
+        spec: &NodeSpec,
+        count: FrameCount,
+    ) -> Result<FrameRange, NodeError> {
+        self.table.add_range(owner, spec, count)
+    }
+
+    /// Allocates a block on one of the nodes that the wall allows, charging the grant that opened an SPM node.
+    ///
+    /// Nodes are tried lowest first, for interleaving in turn. Nothing outside the allowed set is ever tried (R6,
+    /// R10).
+    ///
+    /// # Errors
+    /// [`AllocError`], of the node tried last; nothing has changed then.
+    pub fn alloc(&mut self, request: &Request<'_>, order: Order) -> Result<Block, AllocError> {
+        let allowed = wall::allowed(&self.table, request).map_err(AllocError::Refused)?;
+        if !is_interleaved(request.strictness) {
+            return self.alloc_first(request, order, allowed.iter());
+        }
+        let last = self.last_interleaved.or(allowed.iter().last()).unwrap_or(NodeId::ZERO);
+        let block = self.alloc_first(request, order, allowed.ring_after(last))?;
+        self.last_interleaved = Some(block.node);
+        Ok(block)
+    }
+
+    /// Takes a block back; the grant it was charged to regains it, also when revoked since.
+    ///
+    /// # Errors
+    /// [`FreeError::Foreign`] when another manager allocated it.
+    ///
+    /// # Panics
+    /// When the block's frames are not what it says: an invariant of this crate is broken.
+    pub fn free(&mut self, block: Block) -> Result<(), FreeError> {
+        if block.table != self.tag() {
+            return Err(FreeError::Foreign(block));
+        }
+        let node = self.table.node_mut(block.node).expect("a node with frames in use stays (R1)");
+        let freed = node.frames.free_block(block.frame, block.order);
+        assert!(freed.is_ok(), "a block is not copyable, so it is freed once: {freed:?}");
+        if block.charged != UNCHARGED {
+            self.table.grants.uncharge(block.charged, block.bytes());
+        }
+        Ok(())
+    }
+
+    /// How full a node is; `None` when it is not registered. Looks at every row of its frames.
+    pub fn stats(&self, node: NodeId) -> Option<NodeStats> {
+        let node = self.table.node(node)?;
+        let frames = &node.frames;
+        Some(NodeStats {
+            capacity: frames.capacity(),
+            used: frames.used(),
+            free: frames.free(),
+            free_blocks: frames.count_free_blocks(),
+            ranges: frames.ranges().len(),
+            pressure: node.watermarks.observe(frames.free()),
+            metadata: Bytes(frames.metadata_bytes() as u64),
+        })
+    }
+
+    /// How short a node is of frames; `None` when it is not registered.
+    pub fn pressure(&self, node: NodeId) -> Option<Pressure> {
+        let node = self.table.node(node)?;
+        Some(node.watermarks.observe(node.frames.free()))
+    }
+
+    fn alloc_first(
+        &mut self,
+        request: &Request<'_>,
+        order: Order,
+        nodes: impl Iterator<Item = NodeId>,
+    ) -> Result<Block, AllocError> {
+        let mut last = None;
+        for node in nodes {
+            match self.alloc_on(request, order, node) {
+                Ok(block) => return Ok(block),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.expect("an allowed set is not empty"))
+    }
+
+    /// Watermark, charge, frames: on one node.
+    fn alloc_on(&mut self, request: &Request<'_>, order: Order, node: NodeId) -> Result<Block, AllocError> {
+        let tag = self.tag();
+        let needs_grant = self.table.spm().contains(node);
+        let entry = self.table.node(node).expect("an allowed node is registered");
+        keeps_reserve(entry, request.reserve, order).map_err(|(free, min)| AllocError::ReserveOnly {
+            node,
+            free,
+            min,
+        })?;
+        let charged = if needs_grant { self.charge_for(request, order, node)? } else { UNCHARGED };
+        let entry = self.table.node_mut(node).expect("an allowed node is registered");
+        match entry.frames.alloc(order) {
+            Ok(frame) => Ok(Block { frame, node, charged, table: tag, order }),
+            Err(cause) => {
+                if charged != UNCHARGED {
+                    self.table.grants.uncharge(charged, order.bytes());
+                }
+                Err(AllocError::Exhausted { node, cause })
+            }
+        }
+    }
+
+    /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9).
+    fn charge_for(&mut self, request: &Request<'_>, order: Order, node: NodeId) -> Result<u16, AllocError> {
+        let mut refused = None;
+        for grant in request.grants {
+            match self.charge_one(grant, order, node) {
+                Ok(Some(slot)) => return Ok(slot),
+                Ok(None) => {}
+                Err(cause) => refused = Some(cause),
+            }
+        }
+        match refused {
+            Some(cause) => Err(AllocError::Grant { node, cause }),
+            None => Ok(UNCHARGED),
+        }
+    }
+
+    fn charge_one(&mut self, grant: &Grant, order: Order, node: NodeId) -> Result<Option<u16>, GrantError> {
+        let grants = &mut self.table.grants;
+        if grants.allows(grant, node, Rights::ALLOC)? {
+            grants.charge(grant, order.bytes()).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn tag(&self) -> u16 {
+        u16::try_from(self.table.id() & 0xffff).expect("masked to 16 bits")
+    }
+}
+
+const fn is_interleaved(strictness: Strictness) -> bool {
+    matches!(strictness, Strictness::Interleave | Strictness::WeightedInterleave)
+}
+
+/// Whether the node's reserve stays whole; its free frames and reserve when not.
+fn keeps_reserve(node: &Node, reserve: Reserve, order: Order) -> Result<(), (FrameCount, FrameCount)> {
+    let (free, min) = (node.frames.free(), node.watermarks.min());
+    let is_kept = reserve == Reserve::Use || min.0 == 0 || free.0 >= min.0 + order.frames().0;
+    if is_kept { Ok(()) } else { Err((free, min)) }
+}

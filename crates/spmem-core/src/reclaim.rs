@@ -1,0 +1,196 @@
+//! Reclaim: how many pages must leave RAM now, who may grow, and when to look again.
+//!
+//! [`plan`] is the whole decision of a pressure loop; each process of a tree runs its own, on the same tree-wide
+//! numbers. Two marks lie below the limit: eviction begins at *low* and aims at *high*, the larger reserve. The
+//! processes share the excess in proportion to what they use. Just below the limit first touches wait (the gate).
+//! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
+//!
+//! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
+//! A process with nothing left to evict is never held at the gate, even where others could make room for it.
+
+use crate::units::{Bytes, PAGE_SIZE};
+
+/// The longest sleep, ns.
+pub const SLEEP_MAX_NS: u64 = 100_000_000;
+/// The shortest sleep of a process that evicts nothing, ns; matters for limits below 8 MiB only.
+pub const SLEEP_MIN_NS: u64 = 50_000;
+/// Sleep of a process that could evict nothing although it should, ns.
+pub const SLEEP_STUCK_NS: u64 = 1_000_000;
+/// The fastest growth that the sleep allows for, bytes a second: faster than one core zeroes pages.
+pub const GROWTH_MAX_BYTES_PER_S: u64 = 4 << 30;
+/// The margin below the limit is never smaller, but for limits below 8 MiB: a quarter of them.
+pub const MARGIN_MIN: Bytes = Bytes::mib(2);
+/// The margin below the limit is never larger.
+pub const MARGIN_MAX: Bytes = Bytes::mib(16);
+/// The holding area is aimed no smaller than this, pages, unless many processes share a small limit.
+pub const HOLDING_MIN_PAGES: u64 = 64;
+/// The holding area is never aimed larger than this, pages (256 MiB).
+pub const HOLDING_MAX_PAGES: u64 = 65536;
+
+/// What a process knows when it looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// RAM that the tree may take; `None` for no limit.
+    pub limit: Option<Bytes>,
+    /// RAM that the tree takes: resident pages, holding areas, stores, metadata.
+    pub tree_used: Bytes,
+    /// Of it: this process's.
+    pub own_used: Bytes,
+    /// Pages of this process that are mapped and, as far as known, could leave.
+    pub own_resident_pages: u64,
+    /// Pages of this process in its holding area.
+    pub holding_pages: u64,
+    /// Time since the last look, ns.
+    pub since_last_ns: u64,
+    /// By how much the tree grew since then.
+    pub growth: Bytes,
+    /// Processes in the tree that plan; 0 counts as 1.
+    pub processes: u32,
+}
+
+/// Whether first touches go on, mildest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Gate {
+    /// At native speed.
+    Open,
+    /// They go through the fault handler, which may slow them down.
+    Throttled,
+    /// They wait until the next look.
+    Closed,
+}
+
+/// What a process does until it looks again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Pages to move to the store: out of the holding area, oldest first, which is filled again from mapped pages.
+    pub evict_pages: u64,
+    /// How many pages the holding area is filled to while evicting; 0 when nothing is to be filled. Never a reason
+    /// to empty it.
+    pub holding_target_pages: u64,
+    /// Whether first touches go on.
+    pub gate: Gate,
+    /// When to look again at the latest, ns; 0 right after this plan is done.
+    pub sleep_ns: u64,
+}
+
+/// The marks of a limit: bytes of RAM in use at which something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// Eviction aims here.
+    pub high: Bytes,
+    /// Eviction begins above this.
+    pub low: Bytes,
+    /// First touches wait from here on.
+    pub close: Bytes,
+}
+
+impl Marks {
+    /// The marks of `limit`.
+    ///
+    /// ```
+    /// use spmem_core::{reclaim::Marks, units::Bytes};
+    /// let marks = Marks::of(Bytes::mib(512));
+    /// assert_eq!((marks.high, marks.low, marks.close), (Bytes::mib(480), Bytes::mib(496), Bytes::mib(508)));
+    /// ```
+    pub const fn of(limit: Bytes) -> Self {
+        let mut margin = limit.0 / 32;
+        if margin < MARGIN_MIN.0 {
+            margin = if limit.0 / 4 < MARGIN_MIN.0 { limit.0 / 4 } else { MARGIN_MIN.0 };
+        } else if margin > MARGIN_MAX.0 {
+            margin = MARGIN_MAX.0;
+        }
+        Self {
+            high: Bytes(limit.0 - 2 * margin),
+            low: Bytes(limit.0 - margin),
+            close: Bytes(limit.0 - margin / 4),
+        }
+    }
+}
+
+/// Decides what this process does now.
+///
+/// ```
+/// use spmem_core::{reclaim::{Facts, Gate, plan}, units::Bytes};
+/// let facts = Facts {
+///     limit: Some(Bytes::mib(512)),
+///     tree_used: Bytes::mib(500),
+///     own_used: Bytes::mib(250),
+///     own_resident_pages: 50_000,
+///     ..Facts::default()
+/// };
+/// let plan = plan(&facts);
+/// assert_eq!(plan.evict_pages, 2560); // half of the 20 MiB above the high mark
+/// assert_eq!(plan.gate, Gate::Throttled);
+/// ```
+pub fn plan(facts: &Facts) -> Plan {
+    let Some(limit) = facts.limit else {
+        return Plan { evict_pages: 0, holding_target_pages: 0, gate: Gate::Open, sleep_ns: SLEEP_MAX_NS };
+    };
+    let marks = Marks::of(limit);
+    let used = facts.tree_used.0;
+    let evictable = facts.own_resident_pages.saturating_add(facts.holding_pages);
+    let is_due = used.saturating_add(expected_growth(facts, &marks)) > marks.low.0;
+    let excess = if is_due { used.saturating_sub(marks.high.0) } else { 0 };
+    let evict_pages = own_share(facts, excess).min(evictable);
+    Plan {
+        evict_pages,
+        holding_target_pages: if evict_pages > 0 { holding_target(facts, limit) } else { 0 },
+        gate: gate(used, &marks, evictable),
+        sleep_ns: if evict_pages > 0 {
+            0
+        } else if used > marks.low.0 {
+            SLEEP_STUCK_NS
+        } else {
+            headroom_ns(marks.close.0 - used).max(SLEEP_MIN_NS)
+        },
+    }
+}
+
+/// What the tree will grow by before eviction that begins at the low mark could help: the measured rate over the
+/// time that the room behind the mark lasts. Lets eviction begin ahead of need, never aim lower.
+fn expected_growth(facts: &Facts, marks: &Marks) -> u64 {
+    if facts.since_last_ns == 0 {
+        return 0;
+    }
+    let horizon_ns = u128::from(headroom_ns(marks.close.0 - marks.low.0));
+    let growth = u128::from(facts.growth.0) * horizon_ns / u128::from(facts.since_last_ns);
+    // A burst in a short look must not look like a flood: at most what the assumed maximum would bring.
+    u64::try_from(growth).unwrap_or(u64::MAX).min(marks.close.0 - marks.low.0)
+}
+
+/// This process's part of `excess` bytes, in pages, rounded up.
+fn own_share(facts: &Facts, excess: u64) -> u64 {
+    if facts.tree_used.0 == 0 {
+        return 0;
+    }
+    let own = u128::from(facts.own_used.0.min(facts.tree_used.0));
+    let bytes = (u128::from(excess) * own).div_ceil(u128::from(facts.tree_used.0));
+    u64::try_from(bytes).unwrap_or(u64::MAX).div_ceil(PAGE_SIZE)
+}
+
+/// An eighth of this process's part of the limit, in pages, within bounds. The lower bound gives way where so many
+/// processes would together hold more than an eighth of the limit.
+fn holding_target(facts: &Facts, limit: Bytes) -> u64 {
+    let even_part = limit.frames_floor().0 / 8 / u64::from(facts.processes.max(1));
+    let least = even_part.clamp(1, HOLDING_MIN_PAGES);
+    (own_share(facts, limit.0) / 8).clamp(least, HOLDING_MAX_PAGES)
+}
+
+fn gate(used: u64, marks: &Marks, evictable: u64) -> Gate {
+    if used >= marks.close.0 && evictable > 0 {
+        Gate::Closed
+    } else if used >= marks.low.0 {
+        Gate::Throttled
+    } else {
+        Gate::Open
+    }
+}
+
+/// How long `headroom` bytes last at the fastest growth, at most the longest sleep, ns.
+fn headroom_ns(headroom: u64) -> u64 {
+    let ns = u128::from(headroom) * 1_000_000_000 / u128::from(GROWTH_MAX_BYTES_PER_S);
+    u64::try_from(ns).unwrap_or(u64::MAX).min(SLEEP_MAX_NS)
+}
+
+#[cfg(test)]
+mod tests;

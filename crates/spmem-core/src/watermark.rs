@@ -1,0 +1,122 @@
+//! Watermarks: when is a node short of frames?
+//!
+//! [`Watermarks::observe`] turns a free count into a [`Pressure`]; allocation refuses to go below `min` unless the
+//! request may use the reserve, and the pressure loop starts at `low` and stops at `high`, as in the kernel's kswapd.
+//! Takes no lock. Hole: high orders are not boosted.
+
+use core::fmt;
+
+use crate::units::FrameCount;
+
+/// Free frames below which something happens; always `min <= low <= high`. All zero (the default) asks for nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Watermarks {
+    min: FrameCount,
+    low: FrameCount,
+    high: FrameCount,
+}
+
+/// How short a node is, mildest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pressure {
+    /// `high` or more free: reclaim stops.
+    None,
+    /// Between `low` and `high`: reclaim that runs goes on, none is started.
+    Easing,
+    /// Below `low`: reclaim starts.
+    Short,
+    /// Below `min`: what is left is the reserve.
+    Critical,
+}
+
+/// Why watermarks are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WatermarkError {
+    /// They must rise: `min <= low <= high`.
+    NotRising {
+        /// As given.
+        min: FrameCount,
+        /// As given.
+        low: FrameCount,
+        /// As given.
+        high: FrameCount,
+    },
+}
+
+impl fmt::Display for WatermarkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self::NotRising { min, low, high } = self;
+        write!(f, "watermarks must rise, min <= low <= high, but are {min}, {low}, {high} frames")
+    }
+}
+
+impl core::error::Error for WatermarkError {}
+
+impl Watermarks {
+    /// Watermarks in frames.
+    ///
+    /// # Errors
+    /// [`WatermarkError::NotRising`] unless `min <= low <= high`.
+    ///
+    /// ```
+    /// use spmem_core::{units::FrameCount, watermark::{Pressure, Watermarks}};
+    /// let marks = Watermarks::new(FrameCount(10), FrameCount(20), FrameCount(30)).unwrap();
+    /// assert_eq!(marks.observe(FrameCount(30)), Pressure::None);
+    /// assert_eq!(marks.observe(FrameCount(19)), Pressure::Short);
+    /// assert!(Watermarks::new(FrameCount(2), FrameCount(1), FrameCount(3)).is_err());
+    /// ```
+    pub const fn new(min: FrameCount, low: FrameCount, high: FrameCount) -> Result<Self, WatermarkError> {
+        if min.0 <= low.0 && low.0 <= high.0 {
+            Ok(Self { min, low, high })
+        } else {
+            Err(WatermarkError::NotRising { min, low, high })
+        }
+    }
+
+    /// How short a node with `free` free frames is.
+    pub const fn observe(&self, free: FrameCount) -> Pressure {
+        if free.0 >= self.high.0 {
+            Pressure::None
+        } else if free.0 >= self.low.0 {
+            Pressure::Easing
+        } else if free.0 >= self.min.0 {
+            Pressure::Short
+        } else {
+            Pressure::Critical
+        }
+    }
+
+    /// The reserve: frames that only a request with [`Reserve::Use`](crate::wall::Reserve::Use) may take.
+    pub const fn min(&self) -> FrameCount {
+        self.min
+    }
+
+    /// Where reclaim starts.
+    pub const fn low(&self) -> FrameCount {
+        self.low
+    }
+
+    /// Where reclaim stops.
+    pub const fn high(&self) -> FrameCount {
+        self.high
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pressure_never_eases_as_frames_run_out(mut marks in prop::array::uniform3(0u64..100), free in 0u64..200) {
+            marks.sort_unstable();
+            let [min, low, high] = marks.map(FrameCount);
+            let marks = Watermarks::new(min, low, high).unwrap();
+            prop_assert!(marks.observe(FrameCount(free)) >= marks.observe(FrameCount(free + 1)));
+            prop_assert_eq!(marks.observe(FrameCount(free)) == Pressure::Critical, free < min.0);
+            prop_assert_eq!(marks.observe(FrameCount(free)) == Pressure::None, free >= high.0);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The frame allocator against an oracle that knows the owner of each frame.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking; its numbers are small"
+)]
+
+use proptest::prelude::*;
+use spmem_core::frames::{FrameRange, Frames, FramesError};
+use spmem_core::units::{FrameCount, FrameNumber, Order};
+
+/// What a frame is, one entry a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Owner {
+    Hole,
+    Free,
+    /// Serial number of the block.
+    Block(u32),
+}
+
+struct Oracle {
+    frames: Frames,
+    owners: Vec<Owner>,
+    /// Serial, first frame, order.
+    blocks: Vec<(u32, FrameNumber, Order)>,
+    next: u32,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Alloc(u8),
+    /// Which block, by position.
+    Free(prop::sample::Index),
+    /// Any frame and order: right only by chance.
+    FreeWrong(u32, u8),
+    AddRange(u64),
+    RemoveRange(prop::sample::Index),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        8 => prop_oneof![4 => 0u8..=2, 1 => 0u8..=10].prop_map(Op::Alloc),
+        6 => any::<prop::sample::Index>().prop_map(Op::Free),
+        2 => (0u32..6000, 0u8..=10).prop_map(|(frame, order)| Op::FreeWrong(frame, order)),
+        1 => (1u64..2100).prop_map(Op::AddRange),
+        1 => any::<prop::sample::Index>().prop_map(Op::RemoveRange),
+    ]
+}
+
+fn order(order: u8) -> Order {
+    Order::new(order).unwrap()
+}
+
+impl Oracle {
+    fn new(ranges: &[u64]) -> Self {
+        let mut oracle = Self { frames: Frames::new(), owners: Vec::new(), blocks: Vec::new(), next: 0 };
+        ranges.iter().for_each(|&count| oracle.add_range(count));
+        oracle
+    }
+
+    fn span(block: (FrameNumber, Order)) -> std::ops::Range<usize> {
+        block.0.0 as usize..block.0.0 as usize + (1 << block.1.get())
+    }
+
+    fn is_free(&self, first: usize, order: Order) -> bool {
+        let end = first + (1 << order.get());
+        end <= self.owners.len() && self.owners[first..end].iter().all(|&owner| owner == Owner::Free)
+    }
+
+    fn has_free(&self, order: Order) -> bool {
+        (0..self.owners.len()).step_by(1 << order.get()).any(|first| self.is_free(first, order))
+    }
+
+    fn add_range(&mut self, count: u64) {
+        let range = self.frames.add_range(FrameCount(count)).unwrap();
+        assert_eq!(range.first.0 % 1024, 0);
+        assert!(range.first.0 as usize >= self.owners.len());
+        self.owners.resize(range.first.0 as usize, Owner::Hole);
+        self.owners.extend((0..count).map(|_| Owner::Free));
+    }
+
+    fn alloc(&mut self, order: Order) {
+        match self.frames.alloc(order) {
+            Ok(first) => {
+                assert!(first.0.is_multiple_of(1 << order.get()), "aligned");
+                assert!(self.is_free(first.0 as usize, order), "{first} of {order} had an owner");
+                self.owners[Self::span((first, order))].fill(Owner::Block(self.next));
+                self.blocks.push((self.next, first, order));
+                self.next += 1;
+            }
+            Err(error) => {
+                assert!(!self.has_free(order), "{error}, but a block of order {order} is free");
+                assert!(matches!(error, FramesError::Exhausted { .. }));
+            }
+        }
+    }
+
+    fn free(&mut self, at: usize) {
+        let (_, first, order) = self.blocks.swap_remove(at);
+        assert_eq!(self.frames.allocated_order(first), Ok(order));
+        self.frames.free_block(first, order).unwrap();
+        self.owners[Self::span((first, order))].fill(Owner::Free);
+        assert!(self.frames.free_block(first, order).is_err(), "double free");
+    }
+
+    fn free_wrong(&mut self, frame: FrameNumber, order: Order) {
+        if let Some(at) = self.blocks.iter().position(|&(_, first, o)| (first, o) == (frame, order)) {
+            return self.free(at);
+        }
+        let error = self.frames.free_block(frame, order).unwrap_err();
+        let expected = match self.owners.get(frame.0 as usize) {
+            None | Some(Owner::Hole) => FramesError::Foreign { frame },
+            Some(Owner::Free) => FramesError::NotAllocated { frame },
+            Some(Owner::Block(serial)) => match self.blocks.iter().find(|block| block.0 == *serial) {
+                Some(&(_, first, allocated)) if first == frame => {
+                    FramesError::WrongOrder { frame, order, allocated }
+                }
+                _ => FramesError::NotFirst { frame },
+            },
+        };
+        assert_eq!(error, expected);
+    }
+
+    fn remove_range(&mut self, range: FrameRange) {
+        let span = range.first.0 as usize..range.first.0 as usize + range.count.0 as usize;
+        let used = self.owners[span.clone()].iter().filter(|&&owner| owner != Owner::Free).count() as u64;
+        match self.frames.remove_range(range.first) {
+            Ok(removed) => {
+                assert_eq!((removed, used), (range, 0));
+                self.owners[span].fill(Owner::Hole);
+                let keep = self.owners.iter().rposition(|&owner| owner != Owner::Hole).map_or(0, |last| last + 1);
+                self.owners.truncate(keep);
+            }
+            Err(error) => {
+                assert!(used > 0);
+                assert_eq!(error, FramesError::RangeInUse { first: range.first, used: FrameCount(used) });
+            }
+        }
+    }
+
+    /// The statistics against a count of the frames.
+    fn check(&self) {
+        let count = |pick: fn(&Owner) -> bool| self.owners.iter().filter(|owner| pick(owner)).count() as u64;
+        assert_eq!(self.frames.free().0, count(|&owner| owner == Owner::Free));
+        assert_eq!(self.frames.capacity().0, count(|&owner| owner != Owner::Hole));
+        assert_eq!(self.frames.used().0, count(|owner| matches!(owner, Owner::Block(_))));
+        let mut blocks = [0; Order::COUNT];
+        let mut at = 0;
+        while at < self.owners.len() {
+            let fits = |o: &Order| at.is_multiple_of(1 << o.get()) && self.is_free(at, *o);
+            match Order::all().rev().find(fits) {
+                Some(order) => {
+                    blocks[order.index()] += 1;
+                    at += 1 << order.get();
+                }
+                None => at += 1,
+            }
+        }
+        assert_eq!(self.frames.count_free_blocks(), blocks);
+        assert_eq!(self.frames.largest_free(), Order::all().rev().find(|o| blocks[o.index()] > 0));
+    }
+
+    fn step(&mut self, op: Op) {
+        match op {
+            Op::Alloc(k) => self.alloc(order(k)),
+            Op::Free(at) if !self.blocks.is_empty() => self.free(at.index(self.blocks.len())),
+            Op::FreeWrong(frame, k) => self.free_wrong(FrameNumber(frame), order(k)),
+            Op::AddRange(count) if self.owners.len() < 8192 => self.add_range(count),
+            Op::RemoveRange(at) if !self.frames.ranges().is_empty() => {
+                self.remove_range(self.frames.ranges()[at.index(self.frames.ranges().len())]);
+            }
+            _ => {}
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_frame_has_at_most_one_owner_and_free_means_allocatable(
+        ranges in prop::collection::vec(1u64..2100, 0..4),
+        ops in prop::collection::vec(op(), 0..400),
+    ) {
+        let mut oracle = Oracle::new(&ranges);
+        for (n, op) in ops.into_iter().enumerate() {
+            oracle.step(op);
+            if n % 16 == 0 {
+                oracle.check();
+            }
+        }
+        oracle.check();
+    }
+
+    #[test]
+    fn a_nearly_full_node_gives_its_last_block(
+        count in 1u64..3000, holes in prop::collection::vec(any::<prop::sample::Index>(), 1..40),
+        orders in prop::collection::vec(0u8..=10, 1..40),
+    ) {
+        let mut oracle = Oracle::new(&[count]);
+        while oracle.has_free(Order::ZERO) {
+            let largest = oracle.frames.largest_free().unwrap();
+            oracle.alloc(largest.min(order(orders[oracle.blocks.len() % orders.len()])));
+        }
+        for hole in holes {
+            if !oracle.blocks.is_empty() {
+                oracle.free(hole.index(oracle.blocks.len()));
+            }
+            oracle.check();
+        }
+        for k in orders {
+            oracle.alloc(order(k));
+        }
+        oracle.check();
+    }
+
+    #[test]
+    fn what_is_freed_in_any_order_becomes_whole_again(
+        count in 1u64..5000, orders in prop::collection::vec(0u8..=10, 1..200), picks: Vec<prop::sample::Index>,
+    ) {
+        let mut oracle = Oracle::new(&[count]);
+        let whole = oracle.frames.count_free_blocks();
+        orders.into_iter().for_each(|k| oracle.alloc(order(k)));
+        let mut picks = picks.iter().cycle();
+        while !oracle.blocks.is_empty() {
+            oracle.free(picks.next().map_or(0, |pick| pick.index(oracle.blocks.len())));
+        }
+        prop_assert_eq!(oracle.frames.count_free_blocks(), whole);
+    }
+}
+
+#[test]
+fn limits_are_refused_and_change_nothing() {
+    let mut frames = Frames::new();
+    assert_eq!(frames.add_range(FrameCount(0)), Err(FramesError::EmptyRange));
+    assert!(matches!(frames.add_range(FrameCount(u64::MAX)), Err(FramesError::TooMany { .. })));
+    assert!(matches!(frames.add_range(FrameCount((1 << 32) + 1)), Err(FramesError::TooMany { .. })));
+    assert_eq!(frames.capacity(), FrameCount(0));
+    assert!(matches!(frames.alloc(Order::ZERO), Err(FramesError::Exhausted { largest: None, .. })));
+    for _ in 0..256 {
+        frames.add_range(FrameCount(1)).unwrap();
+    }
+    assert!(matches!(frames.add_range(FrameCount(1)), Err(FramesError::TooMany { ranges: 256, .. })));
+    assert_eq!(frames.capacity(), FrameCount(256));
+}
+
+#[test]
+fn metadata_stays_below_half_a_byte_a_frame() {
+    let mut frames = Frames::new();
+    frames.add_range(FrameCount(1 << 18)).unwrap();
+    assert!(frames.metadata_bytes() < 1 << 17, "{}", frames.metadata_bytes());
+}

@@ -1,0 +1,307 @@
+//! R12: grants against a model that adds everything up anew.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use proptest::prelude::*;
+use spmem_core::grant::{Charge, Grant, GrantError, Rights, Wider};
+use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
+use spmem_core::nodemask::NodeMask;
+use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
+use spmem_core::wall::{Domain, Request};
+
+const NODES: u16 = 3;
+const FRAMES: u64 = 1024;
+
+/// A grant as the model knows it. Entries are never removed; children name their parent by position.
+#[derive(Debug)]
+struct Known {
+    /// `None` once given back.
+    value: Option<Grant>,
+    parent: Option<usize>,
+    nodes: NodeMask,
+    rights: Rights,
+    quota: u64,
+    is_revoked: bool,
+}
+
+#[derive(Debug)]
+enum Use {
+    Block(Block),
+    Charge(Charge),
+}
+
+#[derive(Debug)]
+struct Held {
+    grant: usize,
+    bytes: u64,
+    what: Use,
+}
+
+struct Model {
+    mm: MemoryManager,
+    owners: Vec<Owner>,
+    grants: Vec<Known>,
+    held: Vec<Held>,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Grant(Vec<u16>, u8, u64),
+    Narrow(prop::sample::Index, Vec<u16>, u8, u64),
+    Alloc(prop::sample::Index, u16, u8),
+    Charge(prop::sample::Index, u64),
+    GiveBack(prop::sample::Index),
+    Revoke(prop::sample::Index, u16),
+    Release(prop::sample::Index),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let at = any::<prop::sample::Index>;
+    let nodes = || prop::collection::vec(0..NODES, 0..3);
+    let quota = || 0u64..200_000;
+    let rights = || prop_oneof![Just(63u8), 0u8..64];
+    prop_oneof![
+        1 => (nodes(), rights(), quota()).prop_map(|(n, r, q)| Op::Grant(n, r, q)),
+        2 => (at(), nodes(), rights(), quota()).prop_map(|(g, n, r, q)| Op::Narrow(g, n, r, q)),
+        4 => (at(), 0..NODES, 0u8..4).prop_map(|(g, n, o)| Op::Alloc(g, n, o)),
+        2 => (at(), 0u64..20_000).prop_map(|(g, b)| Op::Charge(g, b)),
+        3 => at().prop_map(Op::GiveBack),
+        1 => (at(), 0..NODES).prop_map(|(g, n)| Op::Revoke(g, n)),
+        1 => at().prop_map(Op::Release),
+    ]
+}
+
+fn mask(nodes: &[u16]) -> NodeMask {
+    nodes.iter().map(|&node| NodeId::new(node).unwrap()).collect()
+}
+
+fn rights(bits: u8) -> Rights {
+    Rights::from_bits_truncate(bits)
+}
+
+impl Model {
+    fn new() -> Self {
+        let mut mm = MemoryManager::new();
+        let spec = NodeSpec {
+            node_type: NodeType::Spm,
+            class: Class::Featured,
+            services: Services::empty(),
+            guard: Guard::Hard,
+            owner: "test".into(),
+        };
+        let mut owners = Vec::new();
+        for node in 0..NODES {
+            let owner = mm.register_node(NodeId::new(node).unwrap(), spec.clone()).unwrap();
+            mm.add_range(&owner, &spec, FrameCount(FRAMES)).unwrap();
+            owners.push(owner);
+        }
+        Self { mm, owners, grants: Vec::new(), held: Vec::new() }
+    }
+
+    fn is_within(&self, mut grant: usize, ancestor: usize) -> bool {
+        loop {
+            if grant == ancestor {
+                return true;
+            }
+            match self.grants[grant].parent {
+                Some(parent) => grant = parent,
+                None => return false,
+            }
+        }
+    }
+
+    /// Everything in use under the grant, added up.
+    fn used(&self, grant: usize) -> u64 {
+        self.held.iter().filter(|held| self.is_within(held.grant, grant)).map(|held| held.bytes).sum()
+    }
+
+    /// What is left for the grant: the least over it and all it came from.
+    fn left(&self, grant: usize) -> u64 {
+        let chain = (0..self.grants.len()).filter(|&ancestor| self.is_within(grant, ancestor));
+        chain.map(|ancestor| self.grants[ancestor].quota - self.used(ancestor)).min().unwrap()
+    }
+
+    fn pick(&self, at: prop::sample::Index) -> Option<usize> {
+        let values: Vec<usize> = (0..self.grants.len()).filter(|&g| self.grants[g].value.is_some()).collect();
+        (!values.is_empty()).then(|| values[at.index(values.len())])
+    }
+
+    fn grant(&mut self, nodes: &[u16], bits: u8, quota: u64) {
+        let shown: Vec<&Owner> = nodes.iter().map(|&node| &self.owners[usize::from(node)]).collect();
+        match self.mm.table_mut().grant(&shown, rights(bits), Bytes(quota)) {
+            Ok(value) => self.grants.push(Known {
+                value: Some(value),
+                parent: None,
+                nodes: mask(nodes),
+                rights: rights(bits),
+                quota,
+                is_revoked: false,
+            }),
+            Err(error) => assert!(error == GrantError::NoNode && nodes.is_empty()),
+        }
+    }
+
+    fn narrow(&mut self, from: usize, nodes: &[u16], bits: u8, quota: u64) {
+        let known = &self.grants[from];
+        let value = known.value.as_ref().unwrap();
+        let is_narrower =
+            mask(nodes).is_subset(&known.nodes) && known.rights.contains(rights(bits)) && quota <= known.quota;
+        match self.mm.table_mut().narrow(value, mask(nodes), rights(bits), Bytes(quota)) {
+            Ok(value) => {
+                assert!(is_narrower && !known.is_revoked && !nodes.is_empty());
+                self.grants.push(Known {
+                    value: Some(value),
+                    parent: Some(from),
+                    nodes: mask(nodes),
+                    rights: rights(bits),
+                    quota,
+                    is_revoked: false,
+                });
+            }
+            Err(GrantError::Revoked) => assert!(known.is_revoked),
+            Err(GrantError::NoNode) => assert!(nodes.is_empty()),
+            Err(GrantError::Widened(Wider::Node(node))) => {
+                assert!(mask(nodes).contains(node) && !known.nodes.contains(node));
+            }
+            Err(GrantError::Widened(_)) => assert!(!is_narrower),
+            Err(error) => assert_eq!(error, GrantError::TooDeep),
+        }
+    }
+
+    fn alloc(&mut self, grant: usize, node: u16, order: u8) {
+        let known = &self.grants[grant];
+        let (domain, shown, order) = (Domain::root(), [known.value.as_ref().unwrap()], Order::new(order).unwrap());
+        let node = NodeId::new(node).unwrap();
+        let opens = !known.is_revoked && known.nodes.contains(node) && known.rights.contains(Rights::ALLOC);
+        let may = opens && order.bytes().0 <= self.left(grant);
+        match self.mm.alloc(&Request::on(&domain, node, &shown), order) {
+            Ok(block) => {
+                assert!(may);
+                self.held.push(Held { grant, bytes: block.bytes().0, what: Use::Block(block) });
+            }
+            Err(error) => assert!(!may, "{error}"),
+        }
+    }
+
+    fn charge(&mut self, grant: usize, bytes: u64) {
+        let known = &self.grants[grant];
+        match self.mm.table_mut().charge(known.value.as_ref().unwrap(), Bytes(bytes)) {
+            Ok(charge) => {
+                assert!(!known.is_revoked && bytes <= self.left(grant));
+                self.held.push(Held { grant, bytes, what: Use::Charge(charge) });
+            }
+            Err(GrantError::OverQuota { left, .. }) => {
+                assert_eq!(left.0, self.left(grant));
+                assert!(bytes > left.0);
+            }
+            Err(error) => assert!(error == GrantError::Revoked && known.is_revoked),
+        }
+    }
+
+    fn give_back(&mut self, at: prop::sample::Index) {
+        if self.held.is_empty() {
+            return;
+        }
+        match self.held.swap_remove(at.index(self.held.len())).what {
+            Use::Block(block) => self.mm.free(block).unwrap(),
+            Use::Charge(charge) => self.mm.table_mut().uncharge(charge).unwrap(),
+        }
+    }
+
+    fn revoke(&mut self, grant: usize, node: u16) {
+        let known = &self.grants[grant];
+        let id = known.value.as_ref().unwrap().id();
+        match self.mm.table_mut().revoke(&self.owners[usize::from(node)], id) {
+            Ok(held) => {
+                assert!(!known.is_revoked && known.nodes.contains(NodeId::new(node).unwrap()));
+                let listed: u64 = held.iter().map(|held| held.bytes.0).sum();
+                assert_eq!(listed, self.used(grant), "R13: all that is held is listed");
+                for at in 0..self.grants.len() {
+                    self.grants[at].is_revoked |= self.is_within(at, grant);
+                }
+            }
+            Err(GrantError::Revoked) => assert!(known.is_revoked),
+            Err(error) => assert!(matches!(error, GrantError::NotOwner { .. })),
+        }
+    }
+
+    fn release(&mut self, grant: usize) {
+        let value = self.grants[grant].value.take().unwrap();
+        let released = self.mm.table_mut().release(value);
+        assert_eq!(released.is_err(), self.grants[grant].is_revoked);
+    }
+
+    fn check(&self) {
+        for (at, known) in self.grants.iter().enumerate() {
+            let Some(value) = &known.value else { continue };
+            match self.mm.table().grant_info(value) {
+                Ok(info) => {
+                    assert!(!known.is_revoked);
+                    assert_eq!(info.used.0, self.used(at));
+                    assert_eq!((info.nodes, info.rights, info.quota.0), (known.nodes, known.rights, known.quota));
+                    assert!(info.used <= info.quota);
+                }
+                Err(error) => assert!(error == GrantError::Revoked && known.is_revoked),
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn grants_are_never_widened_overdrawn_or_used_once_revoked(ops in prop::collection::vec(op(), 0..150)) {
+        let mut model = Model::new();
+        for op in ops {
+            match op {
+                Op::Grant(nodes, bits, quota) => model.grant(&nodes, bits, quota),
+                Op::GiveBack(at) => model.give_back(at),
+                Op::Narrow(at, nodes, bits, quota) => {
+                    model.pick(at).into_iter().for_each(|g| model.narrow(g, &nodes, bits, quota));
+                }
+                Op::Alloc(at, node, order) => {
+                    model.pick(at).into_iter().for_each(|g| model.alloc(g, node, order));
+                }
+                Op::Charge(at, bytes) => model.pick(at).into_iter().for_each(|g| model.charge(g, bytes)),
+                Op::Revoke(at, node) => model.pick(at).into_iter().for_each(|g| model.revoke(g, node)),
+                Op::Release(at) => model.pick(at).into_iter().for_each(|g| model.release(g)),
+            }
+            model.check();
+        }
+    }
+}
+
+#[test]
+fn a_grant_on_a_node_does_not_open_its_successor() {
+    let mut model = Model::new();
+    model.grant(&[1], 63, 100_000);
+    let first = model.mm.table().frames(NodeId::ONE).unwrap().ranges()[0].first;
+    let owner = model.owners.remove(1);
+    let spec = model.mm.table().spec(NodeId::ONE).unwrap().clone();
+    model.mm.table_mut().remove_range(&owner, first).unwrap();
+    model.mm.table_mut().unregister(&owner).unwrap();
+    let anew = model.mm.register_node(NodeId::ONE, spec.clone()).unwrap();
+    model.mm.add_range(&anew, &spec, FrameCount(8)).unwrap();
+    let (domain, shown) = (Domain::root(), [model.grants[0].value.as_ref().unwrap()]);
+    assert!(model.mm.alloc(&Request::on(&domain, NodeId::ONE, &shown), Order::ZERO).is_err());
+}
+
+#[test]
+fn a_grant_of_another_table_is_refused() {
+    let (mut mine, mut theirs) = (Model::new(), Model::new());
+    mine.grant(&[1], 63, 100_000);
+    theirs.grant(&[1], 63, 100_000);
+    let value = mine.grants[0].value.as_ref().unwrap();
+    assert_eq!(theirs.mm.table_mut().charge(value, Bytes(1)), Err(GrantError::Foreign));
+    let (domain, shown) = (Domain::root(), [value]);
+    assert!(theirs.mm.alloc(&Request::on(&domain, NodeId::ONE, &shown), Order::ZERO).is_err());
+}
+
+#[test]
+fn released_records_are_used_again() {
+    let mut model = Model::new();
+    for _ in 0..10_000 {
+        model.grant(&[0], 63, 1);
+        model.release(0);
+        model.grants.clear();
+    }
+}

@@ -1,0 +1,233 @@
+//! R1-R3: the node table against a map.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
+use spmem_core::nodemask::NodeMask;
+use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::wall::{Domain, Request, Strictness, allowed};
+
+fn spec() -> impl Strategy<Value = NodeSpec> {
+    let types = prop_oneof![Just(NodeType::Sysram), Just(NodeType::Spm)];
+    let classes = prop_oneof![Just(Class::Plain), Just(Class::Featured)];
+    let guards = prop_oneof![4 => Just(Guard::Easy), 1 => Just(Guard::Hard)];
+    let services = prop_oneof![Just(Services::empty()), (0u16..512).prop_map(Services::from_bits_truncate)];
+    (types, classes, guards, services).prop_map(|(node_type, class, guard, services)| NodeSpec {
+        node_type,
+        class,
+        services,
+        guard,
+        owner: "test".into(),
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Register(u16, NodeSpec),
+    AddRange(u16, NodeSpec, u64),
+    AddLike(u16, u64),
+    Alloc(u16, u8),
+    Free(prop::sample::Index),
+    RemoveRange(u16),
+    Unregister(u16),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (0u16..4, spec()).prop_map(|(n, s)| Op::Register(n, s)),
+        1 => (0u16..4, spec(), 0u64..3000).prop_map(|(n, s, c)| Op::AddRange(n, s, c)),
+        2 => (0u16..4, 1u64..3000).prop_map(|(n, c)| Op::AddLike(n, c)),
+        2 => (0u16..4, 0u8..=10).prop_map(|(n, o)| Op::Alloc(n, o)),
+        2 => any::<prop::sample::Index>().prop_map(Op::Free),
+        2 => (0u16..4).prop_map(Op::RemoveRange),
+        2 => (0u16..4).prop_map(Op::Unregister),
+    ]
+}
+
+#[derive(Debug)]
+struct Known {
+    owner: Owner,
+    spec: NodeSpec,
+    ranges: Vec<FrameNumber>,
+    used: u64,
+}
+
+#[derive(Default)]
+struct Model {
+    mm: MemoryManager,
+    nodes: BTreeMap<u16, Known>,
+    /// Tokens of nodes that are gone.
+    stale: Vec<Owner>,
+    blocks: Vec<Block>,
+}
+
+fn needs_are_met(s: Services) -> bool {
+    (!s.contains(Services::DEMOTION) || s.contains(Services::RECLAIM) && s.contains(Services::MIGRATION))
+        && (!s.contains(Services::PROMOTION) || s.contains(Services::MIGRATION))
+        && (!s.contains(Services::WRITE_FENCE) || s.contains(Services::MIGRATION))
+        && (!s.contains(Services::COMPACTION) || s.contains(Services::MIGRATION))
+}
+
+impl Model {
+    fn register(&mut self, node: u16, spec: NodeSpec) {
+        let result = self.mm.register_node(NodeId::new(node).unwrap(), spec.clone());
+        match (self.nodes.get(&node), result) {
+            (_, Err(NodeError::ServiceNeeds { .. })) => assert!(!needs_are_met(spec.services)),
+            (Some(known), Err(NodeError::TypeLatched { latched, .. })) => {
+                assert_eq!(latched, known.spec.node_type);
+                assert_ne!(latched, spec.node_type);
+            }
+            (Some(known), Err(NodeError::AlreadyRegistered { .. })) => {
+                assert_eq!(known.spec.node_type, spec.node_type);
+            }
+            (None, Ok(owner)) => {
+                assert!(needs_are_met(spec.services));
+                self.nodes.insert(node, Known { owner, spec, ranges: Vec::new(), used: 0 });
+            }
+            (known, result) => panic!("{known:?} {result:?}"),
+        }
+    }
+
+    fn add_range(&mut self, node: u16, spec: Option<NodeSpec>, count: u64) {
+        let Some(known) = self.nodes.get_mut(&node) else { return };
+        let spec = spec.unwrap_or_else(|| NodeSpec { owner: "other".into(), ..known.spec.clone() });
+        let is_alike = NodeSpec { owner: "test".into(), ..spec.clone() } == known.spec;
+        match self.mm.add_range(&known.owner, &spec, FrameCount(count)) {
+            Ok(range) => {
+                assert!(is_alike);
+                known.ranges.push(range.first);
+            }
+            Err(NodeError::Conflict { property, .. }) => {
+                assert!(!is_alike);
+                assert_eq!(property == Property::Type, spec.node_type != known.spec.node_type);
+            }
+            Err(error) => assert!(matches!(error, NodeError::Frames(_)) && count == 0, "{error}"),
+        }
+    }
+
+    fn alloc(&mut self, node: u16, order: u8) {
+        let domain = Domain::root();
+        let id = NodeId::new(node).unwrap();
+        if let Ok(block) = self.mm.alloc(&Request::on(&domain, id, &[]), Order::new(order).unwrap()) {
+            let known = self.nodes.get_mut(&node).unwrap();
+            assert!(known.spec.node_type == NodeType::Sysram || known.spec.guard == Guard::Easy, "R9");
+            known.used += block.order().frames().0;
+            self.blocks.push(block);
+        }
+    }
+
+    fn free(&mut self, at: prop::sample::Index) {
+        if self.blocks.is_empty() {
+            return;
+        }
+        let block = self.blocks.swap_remove(at.index(self.blocks.len()));
+        self.nodes.get_mut(&block.node().get()).unwrap().used -= block.order().frames().0;
+        self.mm.free(block).unwrap();
+    }
+
+    fn remove_range(&mut self, node: u16) {
+        let Some(known) = self.nodes.get_mut(&node) else { return };
+        let Some(&first) = known.ranges.last() else { return };
+        match self.mm.table_mut().remove_range(&known.owner, first) {
+            Ok(range) => assert_eq!(known.ranges.pop(), Some(range.first)),
+            Err(_) => assert!(known.used > 0),
+        }
+    }
+
+    fn unregister(&mut self, node: u16) {
+        let Some(known) = self.nodes.get(&node) else { return };
+        match self.mm.table_mut().unregister(&known.owner) {
+            Ok(()) => {
+                assert!(known.used == 0 && known.ranges.is_empty());
+                self.stale.push(self.nodes.remove(&node).unwrap().owner);
+            }
+            Err(NodeError::InUse { used, ranges, .. }) => {
+                assert_eq!((used.0, ranges), (known.used, known.ranges.len()));
+                assert!(used.0 > 0 || ranges > 0);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn check(&mut self) {
+        let of = |t| {
+            let nodes = self.nodes.iter().filter(|(_, known)| known.spec.node_type == t);
+            nodes.map(|(&node, _)| NodeId::new(node).unwrap()).collect::<NodeMask>()
+        };
+        let (sysram, spm) = (of(NodeType::Sysram), of(NodeType::Spm));
+        assert_eq!((*self.mm.table().sysram(), *self.mm.table().spm()), (sysram, spm), "R1, R2");
+        for (&node, known) in &self.nodes {
+            let node = NodeId::new(node).unwrap();
+            assert_eq!(self.mm.table().spec(node), Some(&known.spec), "R3");
+            assert_eq!(self.mm.stats(node).unwrap().used.0, known.used);
+        }
+        for owner in &self.stale {
+            assert!(self.mm.table_mut().unregister(owner).is_err(), "a stale token is worth nothing");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn types_are_latched_services_fixed_and_only_empty_nodes_unregistered(
+        ops in prop::collection::vec(op(), 0..120),
+    ) {
+        let mut model = Model::default();
+        for op in ops {
+            match op {
+                Op::Register(node, spec) => model.register(node, spec),
+                Op::AddRange(node, spec, count) => model.add_range(node, Some(spec), count),
+                Op::AddLike(node, count) => model.add_range(node, None, count),
+                Op::Alloc(node, order) => model.alloc(node, order),
+                Op::Free(at) => model.free(at),
+                Op::RemoveRange(node) => model.remove_range(node),
+                Op::Unregister(node) => model.unregister(node),
+            }
+            model.check();
+        }
+    }
+
+    #[test]
+    fn without_spm_nodes_nothing_is_filtered(
+        nodes in prop::collection::btree_set(0u16..8, 1..8), asked in prop::collection::btree_set(0u16..8, 1..8),
+        strictness in prop_oneof![Just(Strictness::Bind), Just(Strictness::Preferred), Just(Strictness::Interleave)],
+    ) {
+        let mut mm = MemoryManager::new();
+        for &node in &nodes {
+            let spec = NodeSpec {
+                node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
+                guard: Guard::Hard, owner: "test".into(),
+            };
+            mm.register_node(NodeId::new(node).unwrap(), spec).unwrap();
+        }
+        let mask = |set: Vec<u16>| set.into_iter().map(|n| NodeId::new(n).unwrap()).collect::<NodeMask>();
+        let both = mask(nodes.intersection(&asked).copied().collect());
+        let domain = Domain::root();
+        let request = Request {
+            asked: Some(mask(asked.into_iter().collect())), strictness, ..Request::of(&domain)
+        };
+        prop_assert_eq!(allowed(mm.table(), &request).unwrap_or_default(), both);
+        let plain = allowed(mm.table(), &Request::of(&domain)).unwrap();
+        prop_assert_eq!(plain, mask(nodes.into_iter().collect()));
+    }
+}
+
+#[test]
+fn a_token_of_another_table_owns_nothing() {
+    let spec = NodeSpec {
+        node_type: NodeType::Spm,
+        class: Class::Plain,
+        services: Services::empty(),
+        guard: Guard::Hard,
+        owner: "test".into(),
+    };
+    let (mut mine, mut theirs) = (MemoryManager::new(), MemoryManager::new());
+    let owner = mine.register_node(NodeId::ONE, spec.clone()).unwrap();
+    theirs.register_node(NodeId::ONE, spec.clone()).unwrap();
+    let refused = NodeError::NotOwner { node: NodeId::ONE };
+    assert_eq!(theirs.add_range(&owner, &spec, FrameCount(1)), Err(refused));
+    assert_eq!(theirs.table_mut().unregister(&owner), Err(refused));
+}

@@ -1,0 +1,305 @@
+//! R4 (root), R6-R11: the wall and the manager behind it against sets.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+use spmem_core::grant::{Grant, Rights};
+use spmem_core::mm::{AllocError, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
+use spmem_core::nodemask::NodeMask;
+use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
+use spmem_core::wall::{Domain, Reason, Request, Reserve, Strictness, allowed};
+use spmem_core::watermark::Watermarks;
+
+type Set = BTreeSet<u16>;
+
+const NODES: u16 = 8;
+
+fn id(node: u16) -> NodeId {
+    NodeId::new(node).unwrap()
+}
+
+fn mask(set: &Set) -> NodeMask {
+    set.iter().map(|&node| id(node)).collect()
+}
+
+fn set() -> impl Strategy<Value = Set> {
+    prop::collection::btree_set(0..NODES, 0..usize::from(NODES))
+}
+
+fn strictness() -> impl Strategy<Value = Strictness> {
+    prop_oneof![
+        3 => Just(Strictness::Bind),
+        1 => Just(Strictness::Preferred),
+        1 => Just(Strictness::PreferredMany),
+        1 => Just(Strictness::Interleave),
+        1 => Just(Strictness::WeightedInterleave),
+    ]
+}
+
+/// A machine and a request on it, as plain sets.
+#[derive(Clone, Debug)]
+struct World {
+    sysram: Set,
+    hard: Set,
+    easy: Set,
+    mems: Set,
+    mems_sysram: Set,
+    has_domain: bool,
+    asked: Option<Set>,
+    strictness: Strictness,
+    /// Nodes asked for and rights; SPM nodes only are granted.
+    grants: Vec<(Set, Rights)>,
+}
+
+fn world() -> impl Strategy<Value = World> {
+    let kinds = prop::collection::vec(0u8..4, usize::from(NODES));
+    let grants = prop::collection::vec((set(), (0u8..64).prop_map(Rights::from_bits_truncate)), 0..3);
+    let domain = (set(), set(), prop::bool::weighted(0.9));
+    (kinds, domain, prop::option::weighted(0.8, set()), strictness(), grants).prop_map(
+        |(kinds, (mems, mems_sysram, has_domain), asked, strictness, grants)| {
+            let of = |kind| (0u16..).zip(&kinds).filter(|(_, k)| **k == kind).map(|(n, _)| n).collect();
+            World {
+                sysram: of(1),
+                hard: of(2),
+                easy: of(3),
+                mems,
+                mems_sysram,
+                has_domain,
+                asked,
+                strictness,
+                grants,
+            }
+        },
+    )
+}
+
+impl World {
+    fn spm(&self) -> Set {
+        &self.hard | &self.easy
+    }
+
+    fn effective(&self) -> Set {
+        let present = &self.sysram | &self.spm();
+        let limited = &self.mems & &present;
+        if limited.is_empty() { present } else { limited }
+    }
+
+    /// R6, R7, R9 as DESIGN writes them.
+    fn allowed(&self) -> Set {
+        let Some(asked) = &self.asked else {
+            let narrow = |set: Set| {
+                if self.mems_sysram.is_empty() { set } else { &set & &self.mems_sysram }
+            };
+            return if self.has_domain { narrow(&self.effective() & &self.sysram) } else { self.sysram.clone() };
+        };
+        if !self.has_domain {
+            return asked & &self.sysram;
+        }
+        let mut open = self.sysram.clone();
+        for (nodes, rights) in &self.grants {
+            if rights.contains(Rights::ALLOC) {
+                open.extend(nodes & &self.spm());
+            }
+        }
+        if self.strictness == Strictness::Bind {
+            open.extend(&self.easy);
+        }
+        &(asked & &self.effective()) & &open
+    }
+
+    fn build(&self, frames: u64) -> (MemoryManager, Vec<Owner>, Vec<Grant>) {
+        let mut mm = MemoryManager::new();
+        let mut owners = Vec::new();
+        for node in &self.sysram | &self.spm() {
+            let spec = NodeSpec {
+                node_type: if self.sysram.contains(&node) { NodeType::Sysram } else { NodeType::Spm },
+                class: Class::Plain,
+                services: Services::empty(),
+                guard: if self.easy.contains(&node) { Guard::Easy } else { Guard::Hard },
+                owner: "test".into(),
+            };
+            let owner = mm.register_node(id(node), spec.clone()).unwrap();
+            if frames > 0 {
+                mm.add_range(&owner, &spec, FrameCount(frames)).unwrap();
+            }
+            owners.push(owner);
+        }
+        let spm = mask(&self.spm());
+        let mut grants = Vec::new();
+        for (nodes, rights) in &self.grants {
+            let named = mask(nodes).intersection(&spm);
+            let shown: Vec<&Owner> = owners.iter().filter(|owner| named.contains(owner.node())).collect();
+            if !shown.is_empty() {
+                grants.push(mm.table_mut().grant(&shown, *rights, Bytes::mib(1 << 20)).unwrap());
+            }
+        }
+        (mm, owners, grants)
+    }
+
+    fn domain(&self) -> Domain {
+        Domain::new(mask(&self.mems), mask(&self.mems_sysram))
+    }
+
+    fn request<'a>(&self, domain: &'a Domain, grants: &'a [&'a Grant]) -> Request<'a> {
+        Request {
+            asked: self.asked.as_ref().map(mask),
+            strictness: self.strictness,
+            domain: self.has_domain.then_some(domain),
+            grants,
+            reserve: Reserve::Keep,
+        }
+    }
+
+    /// Does what a refusal advises.
+    fn follow(&mut self, node: Option<u16>, reason: Reason) {
+        match (reason, node) {
+            (Reason::NothingAsked, _) => self.asked = None,
+            (Reason::NoDefault, _) => {
+                self.mems.clear();
+                self.mems_sysram.clear();
+                self.sysram.insert(NODES); // where there was none at all
+            }
+            (Reason::Absent, Some(node)) => drop(self.sysram.insert(node)),
+            (Reason::NoDomain, _) => self.has_domain = true,
+            (Reason::OutsideDomain, Some(node)) => drop(self.mems.insert(node)),
+            (Reason::NeedsGrant { guard: Guard::Easy, .. }, _) => self.strictness = Strictness::Bind,
+            (Reason::NeedsGrant { .. } | Reason::LacksRight { .. }, Some(node)) => {
+                self.grants.push((Set::from([node]), Rights::ALLOC));
+            }
+            (reason, node) => panic!("{reason:?} {node:?}"),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn allowed_is_what_the_rules_say_in_sets(world in world()) {
+        let (mm, _owners, grants) = world.build(0);
+        let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
+        let expected = mask(&world.allowed());
+        match allowed(mm.table(), &world.request(&domain, &grants)) {
+            Ok(mask) => prop_assert_eq!(mask, expected),
+            Err(refusal) => {
+                prop_assert!(expected.is_empty(), "{} but {} is allowed", refusal, expected);
+                prop_assert_eq!(refusal.node, world.asked.as_ref().and_then(Set::first).map(|&n| id(n)));
+            }
+        }
+        prop_assert!(mask(&world.effective()) == domain.effective(mm.table()));
+    }
+
+    #[test]
+    fn following_the_advice_of_refusals_opens_the_node(mut world in world()) {
+        for _ in 0..6 {
+            let (mm, _owners, grants) = world.build(0);
+            let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
+            match allowed(mm.table(), &world.request(&domain, &grants)) {
+                Ok(_) => return Ok(()),
+                Err(refusal) => {
+                    prop_assert!(refusal.to_string().len() > 20);
+                    world.follow(refusal.node.map(NodeId::get), refusal.reason);
+                }
+            }
+        }
+        prop_assert!(false, "still refused: {:?}", world);
+    }
+
+    #[test]
+    fn allocation_never_leaves_the_allowed_set_and_exhaustion_is_an_error(
+        world in world(), orders in prop::collection::vec(0u8..=6, 1..60),
+    ) {
+        let (mut mm, _owners, grants) = world.build(64);
+        let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
+        let (request, allowed) = (world.request(&domain, &grants), mask(&world.allowed()));
+        let mut blocks = Vec::new();
+        for order in orders {
+            let order = Order::new(order).unwrap();
+            match mm.alloc(&request, order) {
+                Ok(block) => {
+                    prop_assert!(allowed.contains(block.node()), "R6");
+                    blocks.push(block);
+                }
+                Err(AllocError::Refused(_)) => prop_assert!(allowed.is_empty(), "R8"),
+                Err(AllocError::Exhausted { node, .. }) => {
+                    prop_assert!(allowed.contains(node));
+                    let fits = |n: NodeId| mm.table().frames(n).unwrap().largest_free() >= Some(order);
+                    prop_assert!(!allowed.iter().any(fits), "R10: no error while one allowed node has room");
+                }
+                Err(error) => prop_assert!(false, "{}", error),
+            }
+        }
+        blocks.into_iter().for_each(|block| mm.free(block).unwrap());
+        for node in mm.table().present() {
+            prop_assert_eq!(mm.stats(node).unwrap().used, FrameCount(0));
+        }
+    }
+}
+
+fn two_nodes() -> World {
+    World {
+        sysram: Set::from([0]),
+        hard: Set::from([1]),
+        easy: Set::new(),
+        mems: Set::new(),
+        mems_sysram: Set::new(),
+        has_domain: true,
+        asked: Some(Set::from([1])),
+        strictness: Strictness::Bind,
+        grants: vec![(Set::from([1]), Rights::ALLOC)],
+    }
+}
+
+#[test]
+fn a_full_spm_node_never_spills_into_sysram() {
+    let world = two_nodes();
+    let (mut mm, _owners, grants) = world.build(64);
+    let (domain, grants) = (world.domain(), [&grants[0]]);
+    let request = world.request(&domain, &grants);
+    let blocks: Vec<_> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
+    assert_eq!(blocks.len(), 64);
+    assert!(matches!(mm.alloc(&request, Order::ZERO), Err(AllocError::Exhausted { node, .. }) if node == id(1)));
+    assert_eq!(mm.stats(id(0)).unwrap().used, FrameCount(0));
+}
+
+#[test]
+fn the_reserve_is_for_requests_that_may_use_it() {
+    let world = World { asked: None, ..two_nodes() };
+    let (mut mm, owners, _grants) = world.build(64);
+    let marks = Watermarks::new(FrameCount(10), FrameCount(20), FrameCount(30)).unwrap();
+    mm.table_mut().set_watermarks(&owners[0], marks).unwrap();
+    let domain = world.domain();
+    let request = world.request(&domain, &[]);
+    let blocks: Vec<_> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
+    assert_eq!(blocks.len(), 54);
+    assert!(matches!(mm.alloc(&request, Order::ZERO), Err(AllocError::ReserveOnly { free: FrameCount(10), .. })));
+    assert!(mm.alloc(&Request { reserve: Reserve::Use, ..request }, Order::ZERO).is_ok());
+}
+
+#[test]
+fn interleaving_takes_the_allowed_nodes_in_turn() {
+    let world = World {
+        sysram: Set::from([0, 2, 5]),
+        asked: Some(Set::from([0, 1, 2, 5])),
+        strictness: Strictness::Interleave,
+        grants: Vec::new(),
+        ..two_nodes()
+    };
+    let (mut mm, ..) = world.build(64);
+    let domain = world.domain();
+    let request = world.request(&domain, &[]);
+    let nodes: Vec<_> = (0..5).map(|_| mm.alloc(&request, Order::ZERO).unwrap().node().get()).collect();
+    assert_eq!(nodes, [0, 2, 5, 0, 2]);
+}
+
+#[test]
+fn a_block_of_another_manager_comes_back_untouched() {
+    let world = World { asked: None, ..two_nodes() };
+    let ((mut mine, ..), (mut theirs, ..)) = (world.build(64), world.build(64));
+    let block = mine.alloc(&world.request(&world.domain(), &[]), Order::ZERO).unwrap();
+    let spmem_core::mm::FreeError::Foreign(block) = theirs.free(block).unwrap_err();
+    mine.free(block).unwrap();
+    assert_eq!(theirs.stats(id(0)).unwrap().used, FrameCount(0));
+}

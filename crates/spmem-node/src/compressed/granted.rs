@@ -1,0 +1,245 @@
+//! The store's frames, through the wall: from the memory manager, under the component's grant.
+//!
+//! [`GrantedFrames`] is the only source of frames outside tests, so that the compressed store of a
+//! program has no path around the wall: each block is a request in the root domain, for the one
+//! node, with the grant of its owner (R6, R12).
+//!
+//! Owns the memory manager: whoever holds the store's lock holds the manager's.
+
+use spmem_core::grant::{Grant, GrantError, Rights};
+use spmem_core::mm::{self, AllocError, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Services};
+use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::wall::{Domain, Request};
+
+use super::frames::{FrameBlock, FrameSource};
+
+/// Frames of one node that the owner's grant opens.
+#[derive(Debug)]
+pub struct GrantedFrames {
+    mm: MemoryManager,
+    node: NodeId,
+    capacity: FrameCount,
+    grant: Grant,
+    domain: Domain,
+    owners: Owners,
+    last_refusal: Option<AllocError>,
+}
+
+/// Who owns the two nodes of the embedded default machine.
+#[derive(Debug)]
+pub struct Owners {
+    /// Owner of node 0, ordinary memory.
+    pub sysram: Owner,
+    /// Owner of node 1, compressed RAM.
+    pub cram: Owner,
+}
+
+/// Why the embedded default machine could not be set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SetupError {
+    /// A node was refused.
+    Node(NodeError),
+    /// The grant was refused.
+    Grant(GrantError),
+}
+
+impl core::fmt::Display for SetupError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Node(cause) => write!(f, "setting up the embedded nodes: {cause}"),
+            Self::Grant(cause) => write!(f, "setting up the embedded grant: {cause}"),
+        }
+    }
+}
+
+impl core::error::Error for SetupError {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Node(cause) => Some(cause),
+            Self::Grant(cause) => Some(cause),
+        }
+    }
+}
+
+impl GrantedFrames {
+    /// The embedded default machine: node 0 is sysram (class 1), node 1 is SPM (class 4, owner
+    /// "cram", guard hard) with `capacity` frames, all of them under one grant.
+    ///
+    /// Node 0 gets no frames here: the kernel gives out this machine's RAM.
+    ///
+    /// # Errors
+    /// [`SetupError`] with what the memory manager refused, a capacity of zero for one.
+    ///
+    /// ```
+    /// use spmem_core::units::{FrameCount, NodeId, Order};
+    /// use spmem_node::compressed::{FrameSource, GrantedFrames};
+    /// let mut frames = GrantedFrames::embedded(FrameCount(64))?;
+    /// let block = frames.alloc(Order::ZERO).expect("64 frames are free");
+    /// assert_eq!(block.node(), NodeId::ONE);
+    /// frames.free(block);
+    /// # Ok::<(), spmem_node::compressed::SetupError>(())
+    /// ```
+    pub fn embedded(capacity: FrameCount) -> Result<Self, SetupError> {
+        let mut mm = MemoryManager::new();
+        let sysram = mm.register_node(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
+        let cram = mm.register_node(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
+        mm.add_range(&cram, &cram_spec(), capacity).map_err(SetupError::Node)?;
+        let grant = mm
+            .table_mut()
+            .grant(&[&cram], Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM, capacity.bytes())
+            .map_err(SetupError::Grant)?;
+        Ok(Self {
+            mm,
+            node: NodeId::ONE,
+            capacity,
+            grant,
+            domain: Domain::root(),
+            owners: Owners { sysram, cram },
+            last_refusal: None,
+        })
+    }
+
+    /// The memory manager, to look at.
+    pub const fn mm(&self) -> &MemoryManager {
+        &self.mm
+    }
+
+    /// The memory manager, to change; with [`Self::owners`] more nodes and grants can be made.
+    pub const fn mm_mut(&mut self) -> &mut MemoryManager {
+        &mut self.mm
+    }
+
+    /// The owners' tokens of both nodes.
+    pub const fn owners(&self) -> &Owners {
+        &self.owners
+    }
+
+    /// The manager and the tokens together, for changes that need both.
+    pub const fn parts_mut(&mut self) -> (&mut MemoryManager, &Owners) {
+        (&mut self.mm, &self.owners)
+    }
+
+    /// The grant under which frames are taken.
+    pub const fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Why the last block that was not given was not (R11).
+    pub const fn last_refusal(&self) -> Option<AllocError> {
+        self.last_refusal
+    }
+}
+
+impl FrameSource for GrantedFrames {
+    type Block = mm::Block;
+
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn capacity(&self) -> FrameCount {
+        self.capacity
+    }
+
+    fn alloc(&mut self, order: Order) -> Option<mm::Block> {
+        let grants = [&self.grant];
+        match self.mm.alloc(&Request::on(&self.domain, self.node, &grants), order) {
+            Ok(block) => Some(block),
+            Err(refusal) => {
+                self.last_refusal = Some(refusal);
+                None
+            }
+        }
+    }
+
+    fn free(&mut self, block: mm::Block) {
+        let freed = self.mm.free(block);
+        assert!(freed.is_ok(), "every block of this store is this manager's: {freed:?}");
+    }
+}
+
+impl FrameBlock for mm::Block {
+    fn first_frame(&self) -> FrameNumber {
+        mm::Block::first_frame(self)
+    }
+
+    fn order(&self) -> Order {
+        mm::Block::order(self)
+    }
+}
+
+fn sysram_spec() -> NodeSpec {
+    NodeSpec {
+        node_type: NodeType::Sysram,
+        class: Class::Plain,
+        services: Services::RECLAIM
+            | Services::COMPACTION
+            | Services::MIGRATION
+            | Services::DEMOTION
+            | Services::LONGTERM_PIN
+            | Services::USER_NUMA
+            | Services::OOM_ELIGIBLE,
+        guard: Guard::Easy,
+        owner: "kernel".into(),
+    }
+}
+
+fn cram_spec() -> NodeSpec {
+    NodeSpec {
+        node_type: NodeType::Spm,
+        class: Class::Featured,
+        services: Services::RECLAIM
+            | Services::COMPACTION
+            | Services::MIGRATION
+            | Services::DEMOTION
+            | Services::PROMOTION
+            | Services::WRITE_FENCE,
+        guard: Guard::Hard,
+        owner: "cram".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compressed::Store;
+    use crate::conformance::conformance;
+    use crate::testing::Ram;
+
+    fn new_store(frames: usize) -> Store<GrantedFrames, Ram> {
+        let granted = GrantedFrames::embedded(FrameCount(frames as u64)).unwrap();
+        Store::new(granted, Ram::new(frames), 0x5eed)
+    }
+
+    conformance!(through_the_wall, super::new_store);
+
+    #[test]
+    fn frames_come_from_node_1_and_are_charged_to_the_grant() {
+        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let block = frames.alloc(Order::new(3).unwrap()).unwrap();
+        assert_eq!(block.node(), NodeId::ONE);
+        let info = frames.mm().table().grant_info(frames.grant()).unwrap();
+        assert_eq!(info.used, FrameCount(8).bytes());
+        frames.free(block);
+        assert_eq!(frames.mm().table().grant_info(frames.grant()).unwrap().used.0, 0);
+    }
+
+    #[test]
+    fn without_the_grant_no_frame_is_had() {
+        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let root = Domain::root();
+        let request = Request::on(&root, NodeId::ONE, &[]);
+        assert!(matches!(frames.mm_mut().alloc(&request, Order::ZERO), Err(AllocError::Refused(_))));
+    }
+
+    #[test]
+    fn a_revoked_grant_gives_no_more_frames_and_says_so() {
+        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let id = frames.grant().id();
+        let (mm, owners) = frames.parts_mut();
+        mm.table_mut().revoke(&owners.cram, id).unwrap();
+        assert!(frames.alloc(Order::ZERO).is_none());
+        assert!(matches!(frames.last_refusal(), Some(AllocError::Refused(_) | AllocError::Grant { .. })));
+    }
+}

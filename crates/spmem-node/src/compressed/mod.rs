@@ -1,0 +1,57 @@
+//! Compressed RAM made in software: the back end of class 4 nodes (cram).
+//!
+//! A page goes through [`Codec`] (same-filled, lz4, checksum), is read back ([`Verified`]), and is
+//! kept by [`Store`] in a slot of its size class, in frames from a [`FrameSource`] whose bytes are
+//! [`FrameBytes`]. [`Stats`] names every byte, used or wasted.
+//!
+//! The line of a store, one file a step: `codec` -> `store` -> `class` -> `block` -> `frames`.
+//!
+//! ```
+//! use spmem_node::compressed::{Scratch, Store};
+//! # use spmem_node::compressed::{FrameBytes, GrantedFrames};
+//! # use spmem_core::units::FrameCount;
+//! # struct Ram(Vec<u8>);
+//! # impl FrameBytes for Ram {
+//! #     fn bytes(&self, offset: usize, len: usize) -> &[u8] { &self.0[offset..offset + len] }
+//! #     fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+//! #         &mut self.0[offset..offset + len]
+//! #     }
+//! #     fn discard(&mut self, offset: usize, len: usize) { self.0[offset..offset + len].fill(0) }
+//! # }
+//! # let ram = Ram(vec![0; 64 * 4096]);
+//! let frames = GrantedFrames::embedded(FrameCount(64))?;
+//! let mut store = Store::new(frames, ram, 0x5eed);
+//! let mut page = [0; 4096];
+//! for (i, byte) in page.iter_mut().enumerate() {
+//!     *byte = (i % 50) as u8;
+//! }
+//!
+//! let (mut scratch, mut readback) = (Scratch::new(), [0; 4096]);
+//! let verified = store.codec().encode(&page, &mut scratch).verify(&page, &mut readback)?;
+//! let handle = store.insert(&verified)?;
+//!
+//! let mut back = [0; 4096];
+//! store.load(handle, &mut back)?;
+//! assert_eq!(back, page);
+//! store.remove(handle)?;
+//! assert_eq!(store.stats().object_pages, 0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod block;
+mod class;
+mod codec;
+mod frames;
+mod granted;
+mod handle;
+mod stats;
+mod store;
+#[cfg(test)]
+mod store_tests;
+
+pub use codec::{Codec, Encoded, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
+pub use frames::{FrameBlock, FrameBytes, FrameSource};
+pub use granted::{GrantedFrames, Owners, SetupError};
+pub use handle::Fill;
+pub use stats::Stats;
+pub use store::Store;

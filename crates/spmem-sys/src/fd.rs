@@ -1,0 +1,174 @@
+//! Descriptors: owned, read, closed.
+
+use crate::{Errno, Result};
+use core::sync::atomic::{AtomicI32, Ordering};
+use syscalls::{Sysno, syscall};
+
+/// /proc as a directory in the agent threads' descriptor table; -1: not open.
+static PROC: AtomicI32 = AtomicI32::new(-1);
+
+/// Says where /proc is open, for [`Fd::open_in_proc`]; -1 for nowhere. The descriptor belongs to one descriptor table:
+/// threads with another must open by path.
+pub fn set_proc(raw: i32) {
+    PROC.store(raw, Ordering::Relaxed);
+}
+
+/// The descriptor that [`set_proc`] named.
+pub fn proc() -> i32 {
+    PROC.load(Ordering::Relaxed)
+}
+
+/// A descriptor that is closed when dropped. It means something only to threads that share its descriptor table.
+#[derive(Debug)]
+pub struct Fd(i32);
+
+impl Fd {
+    /// Takes ownership of `raw`; closing it elsewhere afterwards is the caller's fault.
+    pub fn from_raw(raw: i32) -> Self {
+        Self(raw)
+    }
+
+    /// The descriptor's number.
+    pub fn raw(&self) -> i32 {
+        self.0
+    }
+
+    /// Gives up ownership without closing.
+    pub fn into_raw(self) -> i32 {
+        let raw = self.0;
+        core::mem::forget(self);
+        raw
+    }
+
+    /// openat(2) relative to the working directory, close-on-exec. `path` ends in NUL.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open(path: &core::ffi::CStr, flags: i32) -> Result<Self> {
+        // SAFETY: `path` is a NUL-terminated string that outlives the call.
+        let raw = unsafe { syscall!(Sysno::openat, libc::AT_FDCWD, path.as_ptr(), flags | libc::O_CLOEXEC, 0) }?;
+        Ok(Self(raw_fd(raw)))
+    }
+
+    /// Opens a path in /proc, by the descriptor of [`set_proc`] where there is one: the program may have changed its
+    /// root directory since.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open_in_proc(path: &core::ffi::CStr) -> Result<Self> {
+        let proc = PROC.load(Ordering::Relaxed);
+        if proc < 0 {
+            return Self::open(path, libc::O_RDONLY);
+        }
+        let relative = path.to_bytes_with_nul().strip_prefix(b"/proc/").ok_or(Errno::EINVAL)?;
+        // SAFETY: the rest of a NUL-terminated string, which outlives the call.
+        let raw =
+            unsafe { syscall!(Sysno::openat, proc, relative.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC, 0) }?;
+        Ok(Self(raw_fd(raw)))
+    }
+
+    /// pread(2): bytes read at `offset`.
+    ///
+    /// # Errors
+    /// As pread(2), `EINTR` included.
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<usize> {
+        // SAFETY: `into` is writable for its whole length.
+        Ok(unsafe { syscall!(Sysno::pread64, self.0, into.as_mut_ptr(), into.len(), offset) }?)
+    }
+
+    /// write(2).
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn write(&self, bytes: &[u8]) -> Result<usize> {
+        // SAFETY: `bytes` is readable for its whole length.
+        Ok(unsafe { syscall!(Sysno::write, self.0, bytes.as_ptr(), bytes.len()) }?)
+    }
+
+    /// A second descriptor for the same open file, close-on-exec, numbered `at_least` or higher.
+    ///
+    /// # Errors
+    /// As fcntl(2).
+    pub fn duplicate(&self, at_least: i32) -> Result<Self> {
+        // SAFETY: takes no pointer.
+        let raw = unsafe { syscall!(Sysno::fcntl, self.0, libc::F_DUPFD_CLOEXEC, at_least) }?;
+        Ok(Self(raw_fd(raw)))
+    }
+}
+
+impl Drop for Fd {
+    fn drop(&mut self) {
+        // SAFETY: takes no pointer; the descriptor is ours, so nobody else loses one.
+        let _ = unsafe { syscall!(Sysno::close, self.0) };
+    }
+}
+
+/// A system call's non-negative result as a descriptor number.
+pub(crate) fn raw_fd(result: usize) -> i32 {
+    i32::try_from(result).expect("the kernel numbers descriptors below 2^31")
+}
+
+/// Closes every descriptor of this thread's table except those in `keep` (ascending, without repeats).
+///
+/// # Errors
+/// As close_range(2); `EINVAL` when `keep` is not ascending.
+pub fn close_all_but(keep: &[i32]) -> Result<()> {
+    let mut next: u32 = 0;
+    for &fd in keep {
+        let fd = u32::try_from(fd).map_err(|_| Errno::EINVAL)?;
+        if fd < next {
+            return Err(Errno::EINVAL);
+        }
+        if fd > next {
+            // SAFETY: takes no pointer; the caller owns this descriptor table.
+            unsafe { syscall!(Sysno::close_range, next, fd - 1, 0) }?;
+        }
+        next = fd + 1;
+    }
+    // SAFETY: as above.
+    unsafe { syscall!(Sysno::close_range, next, u32::MAX, 0) }?;
+    Ok(())
+}
+
+/// One entry of a poll(2) set.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Poll {
+    /// The descriptor; negative ones are skipped.
+    pub fd: i32,
+    /// Events asked for.
+    pub events: i16,
+    /// Events that came.
+    pub revents: i16,
+}
+
+impl Poll {
+    /// Waits for input on `fd`.
+    pub fn readable(fd: i32) -> Self {
+        Self { fd, events: libc::POLLIN, revents: 0 }
+    }
+
+    /// Something arrived, or the other side is gone.
+    pub fn is_ready(self) -> bool {
+        self.revents != 0
+    }
+}
+
+/// ppoll(2): how many entries are ready; waits at most `timeout_ns`.
+///
+/// # Errors
+/// As poll(2).
+pub fn poll(entries: &mut [Poll], timeout_ns: u64) -> Result<usize> {
+    let timeout = libc::timespec {
+        tv_sec: i64::try_from(timeout_ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(timeout_ns % 1_000_000_000).expect("below 2^30"),
+    };
+    let (at, len, timeout) = (entries.as_mut_ptr(), entries.len(), core::ptr::from_ref(&timeout));
+    // SAFETY: the kernel writes `revents` of exactly `entries.len()` entries; a null mask changes none.
+    let result = unsafe { syscall!(Sysno::ppoll, at, len, timeout, 0, 8) };
+    if result == Err(syscalls::Errno::EINVAL) {
+        // More entries than RLIMIT_NOFILE, which the program may set to 0: callers look again by themselves.
+        crate::process::sleep_ns(timeout_ns.min(50_000));
+    }
+    Ok(result?)
+}

@@ -1,0 +1,140 @@
+//! Which pages are there: /proc/PID/pagemap and its `PAGEMAP_SCAN` (6.7+; Documentation/admin-guide/mm/pagemap.rst).
+
+use crate::fd::Fd;
+use crate::{Errno, PAGE, Result};
+use syscalls::{Sysno, syscall};
+
+/// Most runs one scan returns.
+pub const RUNS: usize = 128;
+
+/// A run of pages that are present and hold data of their own (not the shared zero page).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Run {
+    /// First address.
+    pub start: u64,
+    /// First address behind.
+    pub end: u64,
+    categories: u64,
+}
+
+const IS_PRESENT: u64 = 1 << 3;
+const IS_ZERO: u64 = 1 << 5;
+const IS_HUGE: u64 = 1 << 6;
+const IS_FILE: u64 = 1 << 2;
+
+impl Run {
+    /// Mapped as (part of) a transparent huge page.
+    pub fn is_huge(&self) -> bool {
+        self.categories & IS_HUGE != 0
+    }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArgs {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+const _: () = assert!(size_of::<ScanArgs>() == 96);
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u32 = 0xc060_6610;
+
+/// An open pagemap of one address space.
+pub struct Pagemap(Fd);
+
+impl Pagemap {
+    /// Opens the pagemap of the calling thread's process. It stays bound to this address space.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open() -> Result<Self> {
+        Fd::open_in_proc(c"/proc/thread-self/pagemap").map(Self)
+    }
+
+    /// Gives up ownership without closing.
+    pub fn into_raw(self) -> i32 {
+        self.0.into_raw()
+    }
+
+    /// Takes ownership of an open pagemap.
+    pub fn from_raw(raw: i32) -> Self {
+        Self(Fd::from_raw(raw))
+    }
+
+    /// Writes the runs of present anonymous pages in a range to `runs`; how many there are.
+    ///
+    /// # Errors
+    /// As ioctl(2).
+    pub fn scan(&self, start: usize, end: usize, runs: &mut [Run; RUNS]) -> Result<usize> {
+        let mut args = ScanArgs {
+            size: 96,
+            start: start as u64,
+            end: end as u64,
+            vec: runs.as_mut_ptr().expose_provenance() as u64,
+            vec_len: RUNS as u64,
+            category_inverted: IS_ZERO | IS_FILE,
+            category_mask: IS_PRESENT | IS_ZERO | IS_FILE,
+            return_mask: IS_HUGE,
+            ..Default::default()
+        };
+        // SAFETY: the kernel writes at most `vec_len` runs and the args.
+        let count = unsafe { syscall!(Sysno::ioctl, self.0.raw(), PAGEMAP_SCAN, core::ptr::from_mut(&mut args)) }?;
+        Ok(count)
+    }
+
+    /// Whether the page of `address` is present.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn is_present(&self, address: usize) -> Result<bool> {
+        Ok(self.read(address)? >> 63 != 0)
+    }
+
+    /// Whether the page of `address` is present and mapped by no other process.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn is_exclusive(&self, address: usize) -> Result<bool> {
+        let word = self.read(address)?;
+        Ok(word >> 63 != 0 && word >> 56 & 1 != 0)
+    }
+
+    fn read(&self, address: usize) -> Result<u64> {
+        let mut word = [0_u8; 8];
+        let got = self.0.read_at(&mut word, (address / PAGE * 8) as u64)?;
+        if got == 8 { Ok(u64::from_ne_bytes(word)) } else { Err(Errno::EINVAL) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mapping::Mapping;
+
+    #[test]
+    fn a_scan_finds_exactly_the_pages_written() {
+        let pagemap = Pagemap::open().expect("pagemap");
+        let mut mapping = Mapping::new(16 * PAGE, c"spmem test").expect("mmap");
+        let mut runs = [Run::default(); RUNS];
+        mapping.bytes_mut(2 * PAGE, 3 * PAGE).fill(1);
+        mapping.bytes_mut(9 * PAGE, 1).fill(1);
+        let _ = core::hint::black_box(mapping.bytes(12 * PAGE, 1)[0]);
+        let start = mapping.start();
+        let count = pagemap.scan(start, start + 16 * PAGE, &mut runs).expect("PAGEMAP_SCAN");
+        let found: [_; 2] = [0, 1].map(|i: usize| (runs[i].start as usize - start, runs[i].end as usize - start));
+        assert_eq!((count, found), (2, [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]));
+        assert_eq!(pagemap.is_exclusive(start + 2 * PAGE), Ok(true));
+        assert_eq!(pagemap.is_present(start), Ok(false));
+    }
+}

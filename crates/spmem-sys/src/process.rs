@@ -1,0 +1,200 @@
+//! Facts about the calling process: ids, memory in use, time; and its signal mask.
+
+use crate::fd::Fd;
+use crate::{Errno, PAGE, Result};
+use syscalls::{Sysno, syscall};
+
+/// getpid(2), never cached.
+pub fn pid() -> u32 {
+    // SAFETY: takes no pointer and cannot fail.
+    let pid = unsafe { syscall!(Sysno::getpid) }.unwrap_or(0);
+    u32::try_from(pid).unwrap_or(0)
+}
+
+/// gettid(2).
+pub fn tid() -> u32 {
+    // SAFETY: takes no pointer and cannot fail.
+    let tid = unsafe { syscall!(Sysno::gettid) }.unwrap_or(0);
+    u32::try_from(tid).unwrap_or(0)
+}
+
+/// CLOCK_MONOTONIC, ns.
+pub fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec.
+    let _ = unsafe { syscall!(Sysno::clock_gettime, libc::CLOCK_MONOTONIC, core::ptr::from_mut(&mut time)) };
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+}
+
+/// nanosleep(2) for `ns`; may return early.
+pub fn sleep_ns(ns: u64) {
+    let time = libc::timespec {
+        tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(ns % 1_000_000_000).expect("below 2^30"),
+    };
+    // SAFETY: reads one timespec.
+    let _ = unsafe { syscall!(Sysno::nanosleep, core::ptr::from_ref(&time), 0) };
+}
+
+/// Processors that are online and allowed to this thread, at least 1.
+pub fn cpu_count() -> usize {
+    let mut set = [0_u64; 16];
+    // SAFETY: the kernel writes at most the 128 bytes given.
+    let got = unsafe { syscall!(Sysno::sched_getaffinity, 0, size_of_val(&set), set.as_mut_ptr()) };
+    got.map_or(1, |_| set.iter().map(|word| word.count_ones() as usize).sum::<usize>().max(1))
+}
+
+/// Whether a process of this id exists.
+pub fn exists(pid: u32) -> bool {
+    // SAFETY: signal 0 is never delivered.
+    let result = unsafe { syscall!(Sysno::kill, pid, 0) };
+    result != Err(syscalls::Errno::ESRCH)
+}
+
+/// Bytes of address space that RLIMIT_AS leaves, `None` when it is not limited.
+pub fn address_space_left() -> Option<u64> {
+    let mut limit = [u64::MAX; 2];
+    // SAFETY: the kernel writes one rlimit64.
+    let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_AS, 0, limit.as_mut_ptr()) };
+    if result.is_err() || limit[0] == u64::MAX {
+        return None;
+    }
+    let mut text = [0_u8; 128];
+    let statm = Fd::open_in_proc(c"/proc/thread-self/statm").ok()?;
+    let len = statm.read_at(&mut text, 0).ok()?;
+    let pages = text[..len].split(|b| b.is_ascii_whitespace()).find_map(parse_decimal)?;
+    Some(limit[0].saturating_sub(pages * PAGE as u64))
+}
+
+/// RLIMIT_NOFILE as it was: soft and hard.
+#[derive(Clone, Copy, Debug)]
+pub struct DescriptorLimit([u64; 2]);
+
+impl DescriptorLimit {
+    /// Makes room for `at_least` descriptors for a moment, where the program's limit is lower: the limit counts numbers,
+    /// also in descriptor tables that are none of the program's. What to [restore](Self::restore), if it changed.
+    pub fn raise(at_least: u64) -> Option<Self> {
+        let mut old = [0_u64; 2];
+        // SAFETY: the kernel writes one rlimit64.
+        unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_NOFILE, 0, old.as_mut_ptr()) }.ok()?;
+        if old[0] >= at_least {
+            return None;
+        }
+        let new = Self([at_least, old[1].max(at_least)]);
+        // Raising the hard limit takes CAP_SYS_RESOURCE; without it the most that may be had.
+        if !new.restore() {
+            Self([old[1], old[1]]).restore();
+        }
+        Some(Self(old))
+    }
+
+    /// Sets the limit to this; whether that was possible.
+    pub fn restore(self) -> bool {
+        // SAFETY: the kernel reads one rlimit64.
+        unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_NOFILE, self.0.as_ptr(), 0) }.is_ok()
+    }
+
+    /// As two words.
+    pub fn to_words(self) -> [u64; 2] {
+        self.0
+    }
+
+    /// From two words.
+    pub fn from_words(words: [u64; 2]) -> Self {
+        Self(words)
+    }
+}
+
+/// Writes to the process's standard error, whichever descriptor table the calling thread has. Best effort.
+pub fn write_stderr(text: &[u8]) {
+    if let Ok(fd) = Fd::open(c"/proc/self/fd/2", libc::O_WRONLY | libc::O_APPEND) {
+        let _ = fd.write(text);
+    }
+}
+
+/// Ends the calling process as abort(3) does, without libc: SIGABRT with its default action.
+pub fn abort() -> ! {
+    let default = [0_usize; 4];
+    // SAFETY: a zeroed kernel sigaction means SIG_DFL.
+    let _ = unsafe { syscall!(Sysno::rt_sigaction, libc::SIGABRT, default.as_ptr(), 0, 8) };
+    set_signal_mask(0);
+    // SAFETY: takes no pointer.
+    let _ = unsafe { syscall!(Sysno::tgkill, pid(), tid(), libc::SIGABRT) };
+    loop {
+        // SAFETY: takes no pointer; ends the process should the signal not have.
+        let _ = unsafe { syscall!(Sysno::exit_group, 134) };
+    }
+}
+
+/// Sets the calling thread's signal mask (bit n-1 = signal n); what it was.
+pub fn set_signal_mask(mask: u64) -> u64 {
+    let mut old = 0_u64;
+    let (new, old_at) = (core::ptr::from_ref(&mask), core::ptr::from_mut(&mut old));
+    // SAFETY: both point to 8-byte kernel signal sets.
+    let _ = unsafe { syscall!(Sysno::rt_sigprocmask, libc::SIG_SETMASK, new, old_at, 8) };
+    old
+}
+
+/// Memory in use as the kernel counts it, read from two files that stay open.
+pub struct MemoryUse {
+    statm: Fd,
+    rollup: Option<Fd>,
+}
+
+impl MemoryUse {
+    /// Opens /proc/thread-self/statm and smaps_rollup.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open() -> Result<Self> {
+        Ok(Self {
+            statm: Fd::open_in_proc(c"/proc/thread-self/statm")?,
+            rollup: Fd::open_in_proc(c"/proc/thread-self/smaps_rollup").ok(),
+        })
+    }
+
+    /// Resident anonymous memory, bytes (proc_pid_statm(5): resident - shared). Pages shared by fork count in full.
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn read_anonymous_bytes(&self) -> Result<u64> {
+        let mut text = [0_u8; 128];
+        let len = self.statm.read_at(&mut text, 0)?;
+        let mut numbers = text[..len].split(|b| b.is_ascii_whitespace()).map(parse_decimal);
+        let resident = numbers.nth(1).flatten().ok_or(Errno::EINVAL)?;
+        let shared = numbers.next().flatten().ok_or(Errno::EINVAL)?;
+        Ok(resident.saturating_sub(shared) * PAGE as u64)
+    }
+
+    /// The same with each page divided by the processes that share it (`Pss_Anon`), bytes. Walks all page tables.
+    ///
+    /// # Errors
+    /// As read(2); `ENOENT` where the kernel has no such line.
+    pub fn read_proportional_bytes(&self) -> Result<u64> {
+        let mut text = [0_u8; 2048];
+        let len = self.rollup.as_ref().ok_or(Errno::ENOENT)?.read_at(&mut text, 0)?;
+        let line = text[..len].split(|&b| b == b'\n').find_map(|line| line.strip_prefix(b"Pss_Anon:"));
+        let kib = line.and_then(|line| line.split(|&b| b == b' ').find_map(parse_decimal)).ok_or(Errno::ENOENT)?;
+        Ok(kib * 1024)
+    }
+}
+
+fn parse_decimal(digits: &[u8]) -> Option<u64> {
+    core::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+
+    #[test]
+    fn memory_use_follows_what_is_touched() {
+        let memory = MemoryUse::open().expect("/proc");
+        let block = core::hint::black_box(std::vec![1_u8; 64 << 20]);
+        // Other tests run beside this one and take and give a few megabytes: only a bound from below is certain.
+        assert!(memory.read_anonymous_bytes().expect("statm") >= 60 << 20);
+        assert!(memory.read_proportional_bytes().expect("rollup") >= 60 << 20);
+        drop(block);
+    }
+}

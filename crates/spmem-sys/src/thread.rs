@@ -1,0 +1,154 @@
+//! Threads without libc: clone(2) on a stack of our own.
+//!
+//! Such a thread has no thread-local storage of its own (it sees its creator's), no libc state, and, when started
+//! with [`Table::Private`], a descriptor table of its own: what the program closes or leaks is not its concern. Its root
+//! and working directory are its own as well, so that it finds /proc after the program has called chroot(2). The
+//! code it runs may use `core` and this crate, nothing else.
+
+use crate::{Result, process};
+use core::arch::asm;
+use syscalls::{Sysno, syscall};
+
+/// The descriptor table of a new thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// The creator's, shared.
+    Shared,
+    /// A copy of the creator's, made now.
+    Private,
+}
+
+/// Starts `entry(argument)` in a new thread of this process with all signals blocked; its thread id.
+///
+/// # Errors
+/// As clone(2).
+///
+/// # Safety
+/// `stack_top` is the 16-byte aligned upper end of memory that nobody else uses as long as the thread runs; `entry`
+/// and what it calls use no thread-local storage and no libc function that does.
+pub unsafe fn spawn(
+    table: Table,
+    stack_top: *mut u8,
+    entry: extern "C" fn(usize) -> !,
+    argument: usize,
+) -> Result<u32> {
+    let mut flags = libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+    if table == Table::Shared {
+        flags |= libc::CLONE_FILES;
+    }
+    let mask = process::set_signal_mask(u64::MAX);
+    let result: isize;
+    // SAFETY: the child returns from the system call on its own stack, with the callee-saved registers of the parent
+    // (entry and argument among them), and never returns from `entry`.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r13",
+            "call r12",
+            "ud2",
+            "2:",
+            inlateout("rax") 56_isize => result,
+            in("rdi") flags as isize,
+            in("rsi") stack_top,
+            in("rdx") 0_usize,
+            in("r10") 0_usize,
+            in("r8") 0_usize,
+            in("r12") entry,
+            in("r13") argument,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    process::set_signal_mask(mask);
+    if result < 0 {
+        return Err(crate::Errno(i32::try_from(-result).unwrap_or(libc::EINVAL)));
+    }
+    Ok(u32::try_from(result).unwrap_or(0))
+}
+
+/// Ends the calling thread, and only it.
+pub fn exit() -> ! {
+    loop {
+        // SAFETY: takes no pointer.
+        let _ = unsafe { syscall!(Sysno::exit, 0) };
+    }
+}
+
+/// Makes the root directory the calling thread's working directory, so that it keeps no other file system in use.
+pub fn leave_directory() {
+    // SAFETY: the path is NUL-terminated.
+    let _ = unsafe { syscall!(Sysno::chdir, c"/".as_ptr()) };
+}
+
+/// Binds the calling thread to one processor (sched_setaffinity(2)).
+///
+/// # Errors
+/// `EINVAL` when the processor is not there or not allowed.
+pub fn pin_to(cpu: usize) -> Result<()> {
+    let mut set = [0_u64; 16];
+    *set.get_mut(cpu / 64).ok_or(crate::Errno::EINVAL)? = 1 << (cpu % 64);
+    // SAFETY: the kernel reads the 128 bytes given.
+    unsafe { syscall!(Sysno::sched_setaffinity, 0, size_of_val(&set), set.as_ptr()) }?;
+    Ok(())
+}
+
+/// Names the calling thread (15 bytes at most count), as `ps -T` shows it.
+pub fn set_name(name: &core::ffi::CStr) {
+    // SAFETY: the name is NUL-terminated.
+    let _ = unsafe { syscall!(Sysno::prctl, libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// Asks for a nice value for the calling thread; refused silently without the right to lower it.
+pub fn set_nice(nice: i32) {
+    // SAFETY: takes no pointer.
+    let _ = unsafe { syscall!(Sysno::setpriority, libc::PRIO_PROCESS, 0, nice) };
+}
+
+/// The thread's control block: what the `fs` segment points to (the TLS variant II of x86-64 ELF).
+pub fn control_block() -> usize {
+    let at: usize;
+    // SAFETY: the first word of the control block is its own address (x86-64 psABI).
+    unsafe { asm!("mov {}, fs:0", out(reg) at, options(nostack, preserves_flags, readonly)) };
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::fd::Fd;
+    use crate::futex::Event;
+    use crate::mapping::Mapping;
+    use core::sync::atomic::{AtomicI32, Ordering};
+
+    static DONE: Event = Event::new();
+    static RESULT: AtomicI32 = AtomicI32::new(0);
+
+    extern "C" fn close_all(_: usize) -> ! {
+        let closed = crate::fd::close_all_but(&[]).is_ok();
+        RESULT.store(if closed { 1 } else { -1 }, Ordering::Release);
+        DONE.signal();
+        exit()
+    }
+
+    #[test]
+    fn a_private_table_is_closed_without_the_program_losing_a_descriptor() {
+        let file = Fd::open(c"/dev/null", libc::O_RDWR).expect("/dev/null");
+        let stack = Mapping::new(64 << 10, c"spmem stack").expect("mmap");
+        let top = stack.base().wrapping_add(stack.len());
+        // SAFETY: the stack is fresh and kept; `close_all` makes raw system calls only.
+        unsafe { spawn(Table::Private, top, close_all, 0) }.expect("clone");
+        while RESULT.load(Ordering::Acquire) == 0 {
+            let ticket = DONE.ticket();
+            if RESULT.load(Ordering::Acquire) == 0 {
+                DONE.wait(ticket, Some(10_000_000));
+            }
+        }
+        assert_eq!(RESULT.load(Ordering::Acquire), 1);
+        assert_eq!(file.write(b"x"), Ok(1));
+        stack.leak();
+    }
+}

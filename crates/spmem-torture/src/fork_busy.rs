@@ -1,0 +1,145 @@
+//! Fork while other threads write, unmap, move and advise: the child sees one moment of it.
+
+use crate::area::{Area, Ballast, check_zero};
+use crate::harness::{Case, Ctx, Outcome, Res, all, ensure, join};
+use crate::model::PAGE;
+use crate::process;
+use crate::sys;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+pub const CASES: &[Case] = &[
+    Case::new("fork-while-writing", "a fork amid another thread's ordered stores sees a moment that was", writing),
+    Case::new("fork-while-unmapping", "a fork amid munmap and mmap of cold ranges", |ctx| busy(ctx, unmapping)),
+    Case::new("fork-while-remapping", "a fork amid mremap of cold ranges", |ctx| busy(ctx, remapping)),
+    Case::new("fork-while-advising", "a fork amid MADV_DONTNEED of cold ranges", |ctx| busy(ctx, advising)),
+    Case::new("fork-while-protecting", "a fork amid mprotect of cold ranges", |ctx| busy(ctx, protecting)),
+    Case::new("fork-while-threading", "a fork amid threads that come and go", |ctx| busy(ctx, threading)),
+];
+
+/// The writer stores n to page 0, 1, 2 ... in turn, then n + 1. A child that sees n + 1 in a page must see it in all
+/// pages before, and n or n + 1 after.
+fn writing(ctx: &Ctx) -> Outcome {
+    let pages = 512.min(ctx.pages());
+    let base = sys::anon(pages)?;
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    let stop = AtomicBool::new(false);
+    let cell = |page: usize| {
+        // SAFETY: inside a mapping that stays; only used as an atomic.
+        unsafe { AtomicU64::from_ptr((base + page * PAGE + 8 * (page % 512)) as *mut u64) }
+    };
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for value in 1.. {
+                for page in 0..pages {
+                    cell(page).store(value, Ordering::Release);
+                }
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+            Ok(())
+        });
+        let outcome = (|| -> Outcome {
+            for _ in ctx.rounds(2) {
+                ballast.sweep()?;
+                for _ in 0..10 {
+                    let child = process::fork(|| {
+                        let values: Vec<u64> = (0..pages).map(|page| cell(page).load(Ordering::Acquire)).collect();
+                        let torn = values.windows(2).position(|pair| pair[1] > pair[0] || pair[1] + 1 < values[0]);
+                        ensure!(
+                            torn.is_none(),
+                            "page {torn:?}: {:?} follow the first value {}",
+                            torn.map(|at| &values[at..at + 2]),
+                            values[0]
+                        );
+                        area.check_order("child of a writing process", (0..area.len()).step_by(61))
+                    })?;
+                    process::succeed("child of a writing process", child)?;
+                }
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::Relaxed);
+        all([outcome, join(writer)])
+    })
+}
+
+/// One thread works on its own ranges, another forks; the child checks memory that nobody disturbs.
+fn busy(ctx: &Ctx, work: fn(&Ctx, u64) -> Outcome) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let mut round = 0;
+            while !stop.load(Ordering::Relaxed) {
+                work(ctx, round)?;
+                round += 1;
+            }
+            ensure!(round > 0, "the busy thread never ran");
+            Ok(())
+        });
+        let outcome = (|| -> Outcome {
+            for _ in ctx.rounds(2) {
+                ballast.sweep()?;
+                for id in 1..=6u8 {
+                    let child = process::fork(|| {
+                        area.writer = id;
+                        area.scribble(&mut ctx.rng(u64::from(id)), 9);
+                        area.check_all("child of a busy process")
+                    })?;
+                    area.scribble(&mut ctx.rng(u64::from(id)), 9);
+                    process::succeed("child of a busy process", child)?;
+                }
+                area.check_all("busy parent")?;
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::Relaxed);
+        all([outcome, join(worker)])
+    })
+}
+
+fn piece(ctx: &Ctx, round: u64) -> Res<Area> {
+    Area::filled(ctx.seed ^ (round << 20), ctx.pages() / 8)
+}
+
+fn unmapping(ctx: &Ctx, round: u64) -> Outcome {
+    let area = piece(ctx, round)?;
+    let half = area.len() / 2;
+    sys::unmap(area.base, half)?;
+    area.check_order("upper half, lower unmapped", half..area.len())?;
+    sys::unmap(area.addr(half), area.len() - half)
+}
+
+fn remapping(ctx: &Ctx, round: u64) -> Outcome {
+    let mut area = piece(ctx, round)?;
+    let to = sys::map(0, area.len(), libc::PROT_NONE, sys::ANON)?;
+    area.base = sys::remap(area.base, area.len(), area.len(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)?;
+    area.check_all("moved range")?;
+    sys::unmap(area.base, area.len())
+}
+
+fn advising(ctx: &Ctx, round: u64) -> Outcome {
+    let area = piece(ctx, round)?;
+    let half = area.len() / 2;
+    sys::advise(area.base, half, libc::MADV_DONTNEED)?;
+    check_zero("dropped half", area.base, half)?;
+    area.check_order("kept half", half..area.len())?;
+    sys::unmap(area.base, area.len())
+}
+
+fn protecting(ctx: &Ctx, round: u64) -> Outcome {
+    let area = piece(ctx, round)?;
+    sys::protect(area.base, area.len(), libc::PROT_NONE)?;
+    sys::protect(area.base, area.len(), libc::PROT_READ)?;
+    area.check_all("read-only range")?;
+    sys::unmap(area.base, area.len())
+}
+
+fn threading(ctx: &Ctx, round: u64) -> Outcome {
+    let area = Area::filled(ctx.seed ^ round, 64)?;
+    crate::harness::threads(4, |_| area.check_all("seen by a short thread"))?;
+    sys::unmap(area.base, area.len())
+}

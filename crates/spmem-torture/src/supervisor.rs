@@ -1,0 +1,141 @@
+//! The death of others: of the program that started this one, and of processes beside it (R22).
+
+use crate::area::{Area, Ballast};
+use crate::harness::{Case, Ctx, Outcome, ensure};
+use crate::process::{self, End};
+use crate::sys;
+use std::time::{Duration, Instant};
+
+pub const CASES: &[Case] = &[
+    Case::new(
+        "orphan",
+        "the program goes on when the one that started it is killed (needs --out, see the suite)",
+        orphan,
+    ),
+    Case::new("siblings-killed", "siblings killed in the middle of their faults harm nobody", siblings),
+    Case::new("sibling-leaves-late", "memory of a killed process does not appear in a new one", recycled),
+];
+
+/// Works until its parent changes (or, bare, for the time given), then for the time given again, forks and makes
+/// threads meanwhile, and writes its verdict to `--out`.
+fn orphan(ctx: &Ctx) -> Outcome {
+    // SAFETY: no memory is involved.
+    let parent = unsafe { libc::getppid() };
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    let wait_until = Instant::now() + if ctx.out.is_some() { Duration::from_secs(60) } else { ctx.time };
+    let mut until = None;
+    let mut is_orphan = false;
+    if let Some(out) = &ctx.out {
+        std::fs::write(format!("{out}.ready"), std::process::id().to_string())?;
+    }
+    let outcome = (|| -> Outcome {
+        for round in 0u64.. {
+            ballast.sweep()?;
+            area.check_all(if is_orphan {
+                "program whose supervisor was killed"
+            } else {
+                "program with its supervisor"
+            })?;
+            area.scribble(&mut ctx.rng(round), 3);
+            if is_orphan {
+                let child = process::fork(|| area.check_all("child made after the supervisor was killed"))?;
+                process::succeed("child made after the supervisor was killed", child)?;
+                crate::harness::threads(2, |_| {
+                    area.check_order("thread after the supervisor was killed", (0..area.len()).step_by(3))
+                })?;
+            }
+            // SAFETY: no memory is involved.
+            if !is_orphan && unsafe { libc::getppid() } != parent {
+                is_orphan = true;
+            }
+            match until {
+                None if is_orphan || Instant::now() > wait_until => until = Some(Instant::now() + ctx.time),
+                Some(end) if Instant::now() > end => break,
+                _ => {}
+            }
+        }
+        Ok(())
+    })();
+    if let Some(out) = &ctx.out {
+        let text = match &outcome {
+            Ok(()) if is_orphan => "ok".to_string(),
+            Ok(()) => "the parent never changed".to_string(),
+            Err(failure) => failure.to_string(),
+        };
+        let draft = format!("{out}.draft");
+        std::fs::write(&draft, text)?;
+        std::fs::rename(&draft, out)?;
+    }
+    outcome
+}
+
+fn siblings(ctx: &Ctx) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
+    let mut rng = ctx.rng(0);
+    for round in ctx.rounds(3) {
+        let mut children = Vec::new();
+        for id in 1..=3u8 {
+            children.push(process::fork(|| {
+                area.writer = id;
+                loop {
+                    area.check_all("one of three siblings")?;
+                    area.scribble(&mut ctx.rng(u64::from(id)), 2);
+                    if id == 3 {
+                        // The survivor: after a while it ends well.
+                        if ctx.is_over() {
+                            return Ok(());
+                        }
+                    }
+                }
+            })?);
+        }
+        ballast.sweep()?;
+        process::nap(round * 3 % 20);
+        for &child in &children[..2] {
+            process::kill(child, libc::SIGKILL)?;
+            process::ends("killed sibling", child, End::Signal(libc::SIGKILL))?;
+            area.check_all("parent of killed siblings")?;
+        }
+        area.scribble(&mut rng, 3);
+        if ctx.is_over() {
+            process::succeed("surviving sibling", children[2])?;
+        } else {
+            process::kill(children[2], libc::SIGKILL)?;
+            process::ends("last sibling", children[2], End::Signal(libc::SIGKILL))?;
+        }
+    }
+    Ok(())
+}
+
+fn recycled(ctx: &Ctx) -> Outcome {
+    let mut ballast = Ballast::new(ctx)?;
+    for round in ctx.rounds(3) {
+        let (reader, writer) = sys::pipe()?;
+        let victim = process::fork(|| {
+            let area = Area::filled(ctx.seed ^ 0xdead ^ round, ctx.pages())?;
+            sys::write_full(writer, c"r".as_ptr() as usize, 1)?;
+            loop {
+                area.check_all("process that will be killed")?;
+            }
+        })?;
+        sys::close(writer);
+        let mut byte = 0u8;
+        let got = sys::read_full(reader, (&raw mut byte) as usize, 1)?;
+        sys::close(reader);
+        ensure!(got == 1, "the victim ended before its time");
+        ballast.sweep()?;
+        process::kill(victim, libc::SIGKILL)?;
+        process::ends("victim", victim, End::Signal(libc::SIGKILL))?;
+        let child = process::fork(|| {
+            let mut area = Area::new(ctx.seed, ctx.pages())?;
+            area.check_all("fresh memory of a process made after another was killed")?;
+            area.write_all();
+            ballast.sweep()?;
+            area.check_all("memory of a process made after another was killed")
+        })?;
+        process::succeed("process made after another was killed", child)?;
+    }
+    Ok(())
+}

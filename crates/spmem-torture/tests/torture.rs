@@ -1,0 +1,271 @@
+//! The torture suite: every case of `torture`, bare and under `spm run` at budgets of 10, 25 and 50 % of what it
+//! touches.
+//!
+//! `cargo test -p spmem-torture` runs the quick set: each case bare, at 10 %, and at 25 or 50 % in turn. One case:
+//! `cargo test -p spmem-torture -- at-10::fork-cold`; the bare ones: `-- bare::`. Settings, all by environment:
+//!
+//! - `SPM`: the binary under test (else `cargo build --release -p spmem-cli` is run once);
+//! - `SPMEM_TORTURE=long`: all budgets, more data, longer;
+//! - `SPMEM_TORTURE_MIB`, `_SECONDS`, `_SEED`: data and time of a case;
+//! - `SPMEM_TORTURE_BUDGETS`: per cents, `10,25,50`; `SPMEM_TORTURE_FLOOR_MIB`: the least budget;
+//! - `SPMEM_TORTURE_LIMIT`: seconds after which a case is killed, with all it started, and counts as failed.
+//!
+//! A managed case passes if it exits 0 and, where it is meant to go cold, the report of `spm` shows demoted pages.
+//! Without a usable userfaultfd (not root) managed cases are skipped, counted and printed.
+//!
+//! Known hole: `orphan` kills `spm`, so no report says whether its pages left before.
+#![allow(
+    unsafe_code,
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "asks the kernel for userfaultfd and kills what a case left behind"
+)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test harness: a panic is a failed test, descriptors are small"
+)]
+
+mod watch;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use watch::{End, Watched};
+
+const TORTURE: &str = env!("CARGO_BIN_EXE_torture");
+/// Status of `torture` for a case this machine cannot run.
+const EXIT_SKIPPED: i32 = 77;
+/// A case touches its data and a ballast twice that size.
+const TOUCHED_FACTOR: u64 = 3;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let settings: &'static Settings = Box::leak(Box::new(Settings::from_environment()));
+    let list = Command::new(TORTURE).arg("list").output().expect("torture runs");
+    let list = String::from_utf8(list.stdout).expect("torture lists text");
+    let mut trials = Vec::new();
+    for (number, line) in list.lines().enumerate() {
+        let mut fields = line.split('\t');
+        let case = Case { name: fields.next().unwrap().into(), is_cold: fields.next() == Some("cold") };
+        let bare = case.clone();
+        trials.push(trial(format!("bare::{}", case.name), move || run_bare(settings, &bare)));
+        for (at, &per_cent) in settings.budgets.iter().enumerate() {
+            // The quick set: the tightest budget always, the others in turn.
+            if settings.is_long || at == 0 || number % (settings.budgets.len() - 1) == at - 1 {
+                let case = case.clone();
+                let name = format!("at-{per_cent}::{}", case.name);
+                trials.push(trial(name, move || run_managed(settings, &case, per_cent)));
+            }
+        }
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if conclusion.num_ignored > 0 {
+        println!("{} cases were skipped, not passed", conclusion.num_ignored);
+    }
+    conclusion.exit();
+}
+
+fn trial(name: String, run: impl FnOnce() -> Result<Completion, Failed> + Send + 'static) -> Trial {
+    Trial::ignorable_test(name, run)
+}
+
+#[derive(Clone)]
+struct Case {
+    name: String,
+    is_cold: bool,
+}
+
+struct Settings {
+    is_long: bool,
+    mib: u64,
+    seconds: String,
+    seed: String,
+    budgets: Vec<u64>,
+    floor_mib: u64,
+    limit: Duration,
+}
+
+impl Settings {
+    fn from_environment() -> Self {
+        let get = |name: &str| std::env::var(format!("SPMEM_TORTURE{name}")).ok();
+        let number = |name: &str, default: u64| get(name).map_or(default, |text| text.parse().expect(name));
+        let is_long = get("").is_some_and(|text| text == "long");
+        let budgets = get("_BUDGETS").unwrap_or_else(|| "10,25,50".into());
+        Settings {
+            is_long,
+            mib: number("_MIB", if is_long { 64 } else { 16 }),
+            seconds: get("_SECONDS").unwrap_or_else(|| if is_long { "5" } else { "0.2" }.into()),
+            seed: get("_SEED").unwrap_or_else(|| "1".into()),
+            budgets: budgets.split(',').map(|text| text.trim().parse().expect("per cents")).collect(),
+            floor_mib: number("_FLOOR_MIB", 4),
+            limit: Duration::from_secs(number("_LIMIT", if is_long { 300 } else { 60 })),
+        }
+    }
+
+    fn budget_bytes(&self, per_cent: u64) -> u64 {
+        (self.mib * TOUCHED_FACTOR * per_cent * (1 << 20) / 100).max(self.floor_mib << 20)
+    }
+
+    fn case_arguments(&self, case: &Case) -> Vec<String> {
+        let mib = self.mib.to_string();
+        [&case.name, "--mib", &mib, "--seconds", &self.seconds, "--seed", &self.seed].map(String::from).into()
+    }
+}
+
+fn run_bare(settings: &Settings, case: &Case) -> Result<Completion, Failed> {
+    let place = Place::new(&case.name);
+    if case.name == "orphan" {
+        // A shell takes the part of the supervisor that is killed.
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", "\"$@\" & wait", "sh", TORTURE]).args(settings.case_arguments(case));
+        return run_orphan(settings, shell, &place);
+    }
+    let mut command = Command::new(TORTURE);
+    command.args(settings.case_arguments(case));
+    judge(watch::run(command, &place.path("output"), settings.limit))
+}
+
+fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Completion, Failed> {
+    if let Err(reason) = userfaultfd() {
+        return Ok(Completion::ignored_with(reason));
+    }
+    let spm = spm()?;
+    let place = Place::new(&format!("{}-{per_cent}", case.name));
+    let report = place.path("report.json");
+    let mut command = Command::new(spm);
+    command.args(["run", "--sysram", &settings.budget_bytes(per_cent).to_string(), "--json"]);
+    command.arg(&report).arg("--").arg(TORTURE).args(settings.case_arguments(case));
+    if case.name == "orphan" {
+        return run_orphan(settings, command, &place);
+    }
+    match judge(watch::run(command, &place.path("output"), settings.limit))? {
+        Completion::Completed => judge_report(case, &report),
+        skipped => Ok(skipped),
+    }
+}
+
+fn judge(watched: Watched) -> Result<Completion, Failed> {
+    match watched.end {
+        End::Exit(0) if watched.left_behind.is_empty() => Ok(Completion::Completed),
+        End::Exit(EXIT_SKIPPED) => {
+            let reason = watched.output.lines().find(|line| line.contains("SKIPPED")).unwrap_or("skipped");
+            Ok(Completion::ignored_with(reason))
+        }
+        _ => Err(watched.to_string().into()),
+    }
+}
+
+/// What must be in the report for the check not to be vacuous.
+fn judge_report(case: &Case, path: &Path) -> Result<Completion, Failed> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("the report {}: {error}", path.display()))?;
+    let demoted =
+        field(&text, "demoted_pages").ok_or_else(|| format!("no demoted_pages in the report:\n{text}"))?;
+    if case.is_cold && demoted == 0 {
+        return Err(format!("no page was demoted: the case proved nothing\n{text}").into());
+    }
+    match field(&text, "exit_code") {
+        Some(0) => Ok(Completion::Completed),
+        other => Err(format!("exit_code in the report is {other:?}, the status was 0\n{text}").into()),
+    }
+}
+
+/// A number of a flat JSON object.
+fn field(json: &str, name: &str) -> Option<u64> {
+    let rest = json.split_once(&format!("\"{name}\""))?.1.trim_start().strip_prefix(':')?.trim_start();
+    rest[..rest.find(|c: char| !c.is_ascii_digit())?].parse().ok()
+}
+
+/// Starts a program that starts `torture orphan`, kills the former with SIGKILL once the latter is at work, and waits
+/// for the latter's verdict in a file.
+fn run_orphan(settings: &Settings, mut command: Command, place: &Place) -> Result<Completion, Failed> {
+    let verdict = place.path("verdict");
+    let ready = PathBuf::from(format!("{}.ready", verdict.display()));
+    command.arg("--out").arg(&verdict);
+    let mut started = watch::start(command, &place.path("output"));
+    let deadline = Instant::now() + settings.limit;
+    let mut text = String::new();
+    if started.wait_for(&ready, deadline) {
+        std::thread::sleep(Duration::from_millis(500));
+        started.kill_leader();
+        if started.wait_for(&verdict, deadline) {
+            text = std::fs::read_to_string(&verdict).unwrap_or_default();
+        }
+    }
+    let is_late = Instant::now() >= deadline;
+    let watched = started.finish(is_late);
+    if text == "ok" {
+        return Ok(Completion::Completed);
+    }
+    let mut message = format!("the orphan's verdict: {text:?}");
+    write!(message, "\n{watched}").unwrap();
+    Err(message.into())
+}
+
+/// A directory of a trial, removed when it passed or failed.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("spmem-torture-suite-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Place(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The binary under test.
+fn spm() -> Result<&'static Path, Failed> {
+    static SPM: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let found = SPM.get_or_init(|| match std::env::var_os("SPM") {
+        Some(path) => Ok(PathBuf::from(path)),
+        None => build_spm(),
+    });
+    found.as_ref().map(PathBuf::as_path).map_err(|text| text.as_str().into())
+}
+
+fn build_spm() -> Result<PathBuf, String> {
+    let output = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--package", "spmem-cli", "--message-format", "json-render-diagnostics"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| format!("cargo: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let path = text
+        .lines()
+        .filter(|line| line.contains("\"executable\":\""))
+        .filter_map(|line| line.split_once("\"executable\":\"")?.1.split('"').next().map(PathBuf::from))
+        .find(|path| path.file_name().is_some_and(|name| name == "spm"));
+    path.ok_or_else(|| "cargo build --release -p spmem-cli gave no spm".into())
+}
+
+/// Whether this process may have a userfaultfd with the features the agent needs.
+fn userfaultfd() -> Result<(), String> {
+    const API: u64 = 0xc018_aa3f;
+    // EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP, MOVE.
+    const FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 16;
+    // SAFETY: asks for a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(format!("userfaultfd: {}", std::io::Error::last_os_error()));
+    }
+    let mut api = [0xaau64, FEATURES, 0];
+    // SAFETY: the structure has the kernel's layout.
+    let result = unsafe { libc::ioctl(fd as i32, API, api.as_mut_ptr()) };
+    let error = std::io::Error::last_os_error();
+    // SAFETY: the descriptor is ours.
+    unsafe { libc::close(fd as i32) };
+    if result < 0 { Err(format!("userfaultfd with events and MOVE: {error}")) } else { Ok(()) }
+}

@@ -1,0 +1,235 @@
+//! The control page: what the processes of one `spm run` tree share with each other and with `spm`.
+//!
+//! `spm` creates it in a sealed memfd and hands it to every agent; it maps it shared. It holds the budget, one
+//! [`Slot`] a process, and the counters behind `--report`. Everything is an atomic and every access is `Relaxed`
+//! unless said otherwise: the values are statistics and hints, no memory is published through them. The one claim
+//! that must be exclusive, taking a slot, is a compare-and-swap on [`Slot::pid`].
+//!
+//! Known hole: a process that dies without its `spm` alive keeps its slot until another agent finds the pid gone.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// Marks a mapped control page; the low digits are the layout's version.
+pub const MAGIC: u64 = 0x5350_4d43_544c_0001;
+/// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
+pub const SLOTS: usize = 4096;
+/// The limit that means "no limit" (`--sysram max`).
+pub const UNLIMITED: u64 = u64::MAX;
+
+/// What all processes of one `spm run` share. Zeroed memory is a valid value but for [`Control::magic`].
+#[repr(C)]
+pub struct Control {
+    /// [`MAGIC`], written by `spm` before the first agent sees the page.
+    pub magic: AtomicU64,
+    /// RAM the tree's managed memory may take in all, bytes; [`UNLIMITED`] for none.
+    pub limit_bytes: AtomicU64,
+    /// Capacity of node 1 in bytes of frames, over the tree.
+    pub store_capacity_bytes: AtomicU64,
+    /// Random bits that seed checksums.
+    pub seed: AtomicU64,
+    /// Highest sum of [`Slot::used_bytes`] seen, bytes.
+    pub sysram_peak_bytes: AtomicU64,
+    /// Highest excess of that sum over the limit, bytes.
+    pub overrun_peak_bytes: AtomicU64,
+    /// Highest sum of [`Slot::stored_bytes`]: what the pages on node 1 would take uncompressed.
+    pub stored_bytes_peak: AtomicU64,
+    /// Sum of [`Slot::store_used_bytes`] at the moment of that peak.
+    pub store_used_bytes_peak: AtomicU64,
+    /// Slots from this one on were never taken.
+    pub slots_ever: AtomicU64,
+    /// What happened, over the tree.
+    pub counters: Counters,
+    /// How long faults took to serve.
+    pub faults: Histogram,
+    /// One a live process.
+    pub slots: [Slot; SLOTS],
+}
+
+/// Events since the start, over the tree. All count pages unless the name says otherwise.
+#[repr(C)]
+#[derive(Default)]
+pub struct Counters {
+    /// Processes that came under management (an exec in the same process counts once).
+    pub processes: AtomicU64,
+    /// Processes that could not be managed and run without.
+    pub unmanaged_processes: AtomicU64,
+    /// Pages that left to node 1.
+    pub demoted_pages: AtomicU64,
+    /// Of those: an unchanged page whose compressed copy was still there.
+    pub clean_pages: AtomicU64,
+    /// Of those: pages filled with one value.
+    pub same_filled_pages: AtomicU64,
+    /// Pages that came back from node 1.
+    pub promoted_pages: AtomicU64,
+    /// Of those: brought along by fault-around, not asked for.
+    pub readahead_pages: AtomicU64,
+    /// Pages that came back uncompressed from the holding area.
+    pub rescued_pages: AtomicU64,
+    /// First touches served while growth was throttled.
+    pub zero_filled_pages: AtomicU64,
+    /// Not demoted: pinned (direct I/O, io_uring, RDMA).
+    pub refused_pinned: AtomicU64,
+    /// Not demoted: shared with a forked process.
+    pub refused_shared: AtomicU64,
+    /// Not demoted: does not compress (R19).
+    pub refused_incompressible: AtomicU64,
+    /// Not demoted: read-only, executable or locked memory.
+    pub refused_protected: AtomicU64,
+    /// Not demoted: node 1 full (R18).
+    pub refused_full: AtomicU64,
+    /// Stored pages that failed their check on the way back (R20): the program got SIGBUS.
+    pub corrupt_pages: AtomicU64,
+    /// Nanoseconds that faulting threads were made to wait for reclaim.
+    pub throttled_ns: AtomicU64,
+}
+
+/// A process's share, written by its own agent only.
+#[repr(C, align(128))]
+pub struct Slot {
+    /// Process id; 0 = free. Taken by compare-and-swap, freed by `spm` when the process is gone.
+    pub pid: AtomicU32,
+    /// 1 while a forked child is taking over its own faults, 2 when it has.
+    pub adoption: AtomicU32,
+    /// Anonymous memory of the process, its agent's included, counted as the kernel counts it, bytes.
+    pub used_bytes: AtomicU64,
+    /// Of it: pages in the holding area, bytes.
+    pub holding_bytes: AtomicU64,
+    /// What the pages on node 1 would take uncompressed, bytes.
+    pub stored_bytes: AtomicU64,
+    /// Frames of node 1 in use, bytes.
+    pub store_used_bytes: AtomicU64,
+    /// Tables of the agent, bytes.
+    pub metadata_bytes: AtomicU64,
+}
+
+/// Buckets of a [`Histogram`]: eight to each power of two of nanoseconds, up to 2^40.
+pub const BUCKETS: usize = 41 * 8;
+
+/// Durations in nanoseconds, in buckets an eighth of a power of two wide (6 % error at most).
+#[repr(C)]
+pub struct Histogram {
+    buckets: [AtomicU64; BUCKETS],
+    max_ns: AtomicU64,
+}
+
+impl Histogram {
+    /// Counts one duration.
+    pub fn record(&self, ns: u64) {
+        self.buckets[bucket(ns)].fetch_add(1, Relaxed);
+        self.max_ns.fetch_max(ns, Relaxed);
+    }
+
+    /// Durations counted.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().map(|b| b.load(Relaxed)).sum()
+    }
+
+    /// The longest duration, ns; 0 when none was counted.
+    pub fn max_ns(&self) -> u64 {
+        self.max_ns.load(Relaxed)
+    }
+
+    /// The duration that `per_mille` of a thousand do not exceed, ns (upper edge of its bucket, never above the
+    /// maximum); 0 when none was counted.
+    pub fn quantile_ns(&self, per_mille: u64) -> u64 {
+        let rank = (self.count() * per_mille).div_ceil(1000).max(1);
+        let mut seen = 0;
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            seen += bucket.load(Relaxed);
+            if seen >= rank {
+                return upper_edge_ns(index).min(self.max_ns());
+            }
+        }
+        0
+    }
+}
+
+fn bucket(ns: u64) -> usize {
+    if ns < 8 {
+        return ns as usize & 7;
+    }
+    let power = ns.ilog2() as usize;
+    let eighth = (ns >> (power - 3)) as usize & 7;
+    ((power - 2) * 8 + eighth).min(BUCKETS - 1)
+}
+
+fn upper_edge_ns(index: usize) -> u64 {
+    if index < 8 {
+        return index as u64;
+    }
+    let (power, eighth) = (index / 8 + 2, index as u64 % 8);
+    (1 << power) + ((eighth + 1) << (power - 3)) - 1
+}
+
+impl Control {
+    /// Sum over the live slots of what `field` reads, bytes.
+    pub fn sum(&self, field: impl Fn(&Slot) -> &AtomicU64) -> u64 {
+        self.live_slots().map(|slot| field(slot).load(Relaxed)).sum()
+    }
+
+    /// The slots that belong to a process.
+    pub fn live_slots(&self) -> impl Iterator<Item = &Slot> {
+        self.live_indices().map(|index| &self.slots[index])
+    }
+
+    fn live_indices(&self) -> impl Iterator<Item = usize> {
+        let ever = self.slots_ever.load(Relaxed).min(SLOTS as u64) as usize;
+        (0..ever).filter(|&index| self.slots[index].pid.load(Relaxed) != 0)
+    }
+
+    /// Takes a free slot for `pid`, or finds the one it has: its index and whether it is new; `None` when all are
+    /// taken.
+    pub fn claim_slot(&self, pid: u32) -> Option<(usize, bool)> {
+        if let Some(index) = self.live_indices().find(|&index| self.slots[index].pid.load(Relaxed) == pid) {
+            return Some((index, false));
+        }
+        let index = self.slots.iter().position(|slot| {
+            slot.pid.load(Relaxed) == 0 && slot.pid.compare_exchange(0, pid, Relaxed, Relaxed).is_ok()
+        })?;
+        self.slots_ever.fetch_max(index as u64 + 1, Relaxed);
+        Some((index, true))
+    }
+
+    /// Gives the slot of `pid` back; nothing happens when it has none.
+    pub fn release_slot(&self, pid: u32) {
+        for slot in self.slots.iter().filter(|slot| slot.pid.load(Relaxed) == pid) {
+            for field in [
+                &slot.used_bytes,
+                &slot.holding_bytes,
+                &slot.stored_bytes,
+                &slot.store_used_bytes,
+                &slot.metadata_bytes,
+            ] {
+                field.store(0, Relaxed);
+            }
+            slot.pid.store(0, Relaxed);
+        }
+    }
+
+    /// RAM in use over the tree; keeps the peaks up to date. Bytes.
+    pub fn observe(&self) -> u64 {
+        let used = self.sum(|slot| &slot.used_bytes);
+        self.sysram_peak_bytes.fetch_max(used, Relaxed);
+        let limit = self.limit_bytes.load(Relaxed);
+        self.overrun_peak_bytes.fetch_max(used.saturating_sub(limit), Relaxed);
+        let stored = self.sum(|slot| &slot.stored_bytes);
+        if self.stored_bytes_peak.fetch_max(stored, Relaxed) < stored {
+            self.store_used_bytes_peak.store(self.sum(|slot| &slot.store_used_bytes), Relaxed);
+        }
+        used
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_duration_falls_into_the_bucket_whose_edges_hold_it() {
+        for ns in (0..4096).chain((12..38).flat_map(|p| [(1 << p) - 1, 1 << p, (1 << p) + (1 << (p - 1))])) {
+            let index = bucket(ns);
+            assert!(ns <= upper_edge_ns(index), "{ns}");
+            assert!(index == 0 || ns > upper_edge_ns(index - 1), "{ns}");
+        }
+    }
+}

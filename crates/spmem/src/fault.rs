@@ -1,0 +1,434 @@
+//! The fault line: fault -> entry -> copy or move back -> wake; and the events that change what is known.
+//!
+//! One handler thread a process reads the userfaultfd. For a fault it takes the space's lock, finds where the page is
+//! and puts it back; for an event it changes the entries before anything else is served. A call the kernel refuses
+//! with `EAGAIN` (an event is on its way) waits in a list and is tried again after the next event.
+//!
+//! Growth is throttled here: while [`Runtime::room_pages`] is used up, faults wait until the reclaimers have made
+//! room, at most `patience_ns` each: growth goes on over budget rather than stand still.
+//!
+//! Known hole: one handler a process; threads that fault at the same time queue.
+
+use crate::fork;
+use crate::holding::State;
+use crate::runtime::{Cram, Runtime};
+use crate::space::{Mode, Space};
+use crate::table::{CHUNK, Copy, Entry};
+use core::mem::ManuallyDrop;
+use core::sync::atomic::Ordering::{self, Relaxed};
+use spmem_core::lru;
+use spmem_node::Handle;
+use spmem_sys::fd::{Fd, Poll, poll};
+use spmem_sys::mapping::Mapping;
+use spmem_sys::pagemap::{Pagemap, RUNS, Run};
+use spmem_sys::uffd::{Event, Uffd};
+use spmem_sys::{Errno, PAGE, process, thread};
+
+/// How often waiting faults are looked at, ns.
+const RETRY_NS: u64 = 50_000;
+/// Events read under one hold of the lock.
+const MAX_READS: usize = 16;
+/// Longer than any wait.
+const FOREVER_NS: u64 = 1 << 60;
+/// Most pages brought along with one that was asked for.
+const MAX_WINDOW: usize = 32;
+/// Sequential streams told apart.
+const STREAMS: usize = 8;
+/// Faults that can wait; a thread has at most one, and one more is served at once.
+const MAX_WAITING: usize = 1024;
+
+/// A fault that could not be served yet.
+#[derive(Clone, Copy)]
+struct Waiting {
+    address: usize,
+    is_write: bool,
+    since_ns: u64,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// The thread runs again.
+    Yes,
+    /// An event has to be read first.
+    Later,
+}
+
+/// Recognises threads that walk upwards, to bring the next pages along.
+#[derive(Default)]
+struct Streams {
+    next: [usize; STREAMS],
+    window: [usize; STREAMS],
+    victim: usize,
+}
+
+impl Streams {
+    /// How many pages to bring from `page` on.
+    fn window(&mut self, page: usize) -> usize {
+        if let Some(stream) = self.next.iter().position(|&next| next == page) {
+            self.window[stream] = (self.window[stream] * 2).min(MAX_WINDOW);
+            return self.window[stream];
+        }
+        self.victim = (self.victim + 1) % STREAMS;
+        self.next[self.victim] = page;
+        self.window[self.victim] = 1;
+        1
+    }
+
+    /// `count` pages from `page` on are there: the stream goes on behind them.
+    fn advance(&mut self, page: usize, count: usize) {
+        if let Some(stream) = self.next.iter().position(|&next| next == page) {
+            self.next[stream] = page + count * PAGE;
+        }
+    }
+}
+
+/// Serves faults: the buffers and what is remembered between faults.
+pub(crate) struct Server {
+    runtime: &'static Runtime,
+    pages: Mapping,
+    zeros: Mapping,
+    streams: Streams,
+    pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
+}
+
+/// Entry of the handler thread.
+pub(crate) extern "C" fn handler(argument: usize) -> ! {
+    thread::set_name(c"spm-fault");
+    thread::set_nice(-10);
+    let runtime = Runtime::from_argument(argument);
+    let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
+    let pages = Mapping::new(MAX_WINDOW * PAGE, c"spmem pages");
+    let zeros = Mapping::new(PAGE, c"spmem zeros");
+    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
+    let pagemap = runtime.shared_pagemap();
+    let mut server = Server { runtime, pages, zeros, streams: Streams::default(), pagemap };
+    server.run(&uffd)
+}
+
+impl Server {
+    fn run(&mut self, uffd: &Uffd) -> ! {
+        let runtime = self.runtime;
+        let mut waiting = [Waiting { address: 0, is_write: false, since_ns: 0 }; MAX_WAITING];
+        let mut count = 0;
+        loop {
+            let mut entry = [Poll::readable(uffd.raw())];
+            let _ = poll(&mut entry, if count == 0 { FOREVER_NS } else { RETRY_NS });
+            let mut child = None;
+            {
+                // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
+                // read, and a sweep that got the lock in between would act on what is known no longer.
+                let mut space = runtime.space.lock();
+                let Some(space) = space.as_mut() else { process::abort() };
+                for _ in 0..MAX_READS {
+                    let event = match uffd.read() {
+                        Ok(event) => event,
+                        Err(Errno::EAGAIN) => break,
+                        // The descriptor is ours alone; without it missing pages would turn into zeros.
+                        Err(errno) => {
+                            crate::complain(format_args!(
+                                "spm: process {}: userfaultfd: {errno}\n",
+                                process::pid()
+                            ));
+                            process::abort()
+                        }
+                    };
+                    match event {
+                        Event::Fault { address, is_write, tid: _ } => {
+                            let now = process::now_ns();
+                            let fault = Waiting { address, is_write, since_ns: now };
+                            if !self.try_serve(space, uffd, fault, now) {
+                                // One a thread: more threads than this all wait for memory.
+                                assert!(
+                                    count < MAX_WAITING,
+                                    "more than {MAX_WAITING} threads wait for their pages"
+                                );
+                                waiting[count] = fault;
+                                count += 1;
+                            }
+                        }
+                        Event::Fork { child: descriptor } => {
+                            child = Some(descriptor);
+                            break;
+                        }
+                        event => apply(runtime, space, self.pagemap.as_deref(), event),
+                    }
+                }
+                let mut kept = 0;
+                for index in 0..count {
+                    let fault = waiting[index];
+                    if !self.try_serve(space, uffd, fault, process::now_ns()) {
+                        waiting[kept] = fault;
+                        kept += 1;
+                    }
+                }
+                count = kept;
+            }
+            if let Some(child) = child {
+                self.fork(uffd, child);
+            }
+        }
+    }
+
+    /// Serves a fault unless it has to wait.
+    fn try_serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, fault: Waiting, now: u64) -> bool {
+        let runtime = self.runtime;
+        let waited = now.saturating_sub(fault.since_ns);
+        let page = fault.address & !(PAGE - 1);
+        let must_wait = runtime.room_pages.load(Relaxed) <= 0
+            && !runtime.is_stuck.load(Relaxed)
+            && !runtime.is_paused.load(Relaxed);
+        if must_wait {
+            // A page that comes back was taken away to make room; a new one is growth.
+            let is_growth = !space.table.get(page).is_away();
+            let patience = if is_growth { &runtime.growth_patience_ns } else { &runtime.patience_ns };
+            if waited < patience.load(Relaxed) {
+                if waited == 0 {
+                    runtime.demand.signal();
+                }
+                return false;
+            }
+        }
+        let served = self.serve(space, uffd, page, fault.is_write);
+        if served == Served::Yes {
+            let shared = runtime.shared();
+            shared.faults.record(process::now_ns().saturating_sub(fault.since_ns));
+            if waited > 0 {
+                shared.counters.throttled_ns.fetch_add(waited, Relaxed);
+            }
+        }
+        served == Served::Yes
+    }
+
+    /// Puts the page back, from wherever it is. `uffd` is this process's, or that of a child being nursed.
+    pub(crate) fn serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, is_write: bool) -> Served {
+        let entry = space.table.get(page);
+        match entry.copy() {
+            Copy::Stored(_) if entry.is_away() => self.promote(space, uffd, page, entry),
+            Copy::Holding(slot) if entry.is_away() => self.rescue(space, uffd, page, entry, slot),
+            _ => self.fill(space, uffd, page, entry, is_write),
+        }
+    }
+
+    /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression).
+    fn promote(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry) -> Served {
+        let window = self.streams.window(page).min((CHUNK - page % CHUNK) / PAGE);
+        let mut count = 0;
+        while count < window {
+            let Copy::Stored(handle) = space.table.get(page + count * PAGE).copy() else { break };
+            if !space.table.get(page + count * PAGE).is_away() {
+                break;
+            }
+            let Some(handle) = Handle::from_raw(handle) else { break };
+            let buffer = self.pages.bytes_mut(count * PAGE, PAGE);
+            let Ok(buffer) = <&mut [u8; PAGE]>::try_from(buffer) else { break };
+            if let Err(corrupt) = space.store.load(handle, buffer) {
+                if count == 0 {
+                    return self.poison(uffd, page, &corrupt);
+                }
+                break;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Served::Later;
+        }
+        let mut progress = uffd.copy(page, self.pages.bytes(0, count * PAGE));
+        if progress.done == 0 && count > 1 {
+            // The mapping ends, or a page is there, somewhere behind the one asked for.
+            progress = uffd.copy(page, self.pages.bytes(0, PAGE));
+        }
+        let done = progress.done / PAGE;
+        self.streams.advance(page, done.max(1));
+        self.account(done);
+        let counters = &self.runtime.shared().counters;
+        counters.promoted_pages.fetch_add(done as u64, Relaxed);
+        counters.readahead_pages.fetch_add(done.saturating_sub(1) as u64, Relaxed);
+        for at in (page..page + done * PAGE).step_by(PAGE) {
+            let entry = space.table.get(at);
+            let mut copy = entry.copy();
+            if space.mode == Mode::Normal && !self.runtime.keeps_copies.load(Relaxed) {
+                space.forget_copy(entry);
+                copy = Copy::None;
+            }
+            self.note_present(space, at, Entry::present(copy, lru::on_promoted(entry.age())));
+        }
+        match progress.stopped {
+            _ if done > 0 => Served::Yes,
+            Some(Errno::EEXIST) => {
+                self.note_present(space, page, Entry::present(entry.copy(), entry.age()));
+                wake(uffd, page)
+            }
+            stopped => self.refused(uffd, page, stopped),
+        }
+    }
+
+    /// From the holding area: moved back as it is, or copied where moving cannot be.
+    fn rescue(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry, slot: u32) -> Served {
+        let from = space.holding.address(slot);
+        let age = lru::on_rescued(entry.age());
+        let is_own = uffd.raw() == self.runtime.uffd.load(Relaxed);
+        let mut is_moved = false;
+        let mut progress = None;
+        if is_own && space.is_movable(slot) {
+            let moved = uffd.move_present(page, from, PAGE);
+            is_moved = moved.stopped.is_none();
+            // Not to be moved (read-only mapping, shared since a fork): copied below.
+            if is_moved || matches!(moved.stopped, Some(Errno::EAGAIN | Errno::EEXIST)) {
+                progress = Some(moved);
+            }
+        }
+        let progress = progress.unwrap_or_else(|| uffd.copy_from(page, from, PAGE));
+        let is_there = progress.stopped.is_none() || progress.stopped == Some(Errno::EEXIST);
+        if !is_there {
+            return self.refused(uffd, page, progress.stopped);
+        }
+        if progress.stopped.is_none() {
+            self.runtime.shared().counters.rescued_pages.fetch_add(1, Relaxed);
+        }
+        if !is_moved {
+            self.account(1);
+        }
+        if space.mode == Mode::Quiet {
+            space.note_promoted(page);
+        } else if space.holding.get(slot).state == State::Busy {
+            // Its compressor finds out, and keeps the result as a copy.
+            space.table.set(page, Entry::present(Copy::Holding(slot), age));
+        } else {
+            let kept = space.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
+            if is_moved {
+                space.holding.vacate(slot);
+            } else {
+                space.holding.kill(slot);
+            }
+            space.table.set(page, Entry::present(kept, age));
+        }
+        if progress.stopped.is_some() { wake(uffd, page) } else { Served::Yes }
+    }
+
+    /// A page that is nowhere: first touch, or touched again after madvise(2) dropped it.
+    fn fill(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry, is_write: bool) -> Served {
+        // One page at a time: the next ones may be guard regions (MADV_GUARD_INSTALL), which a copy would fill.
+        let progress = if is_write { uffd.copy(page, self.zeros.bytes(0, PAGE)) } else { uffd.zero(page, PAGE) };
+        let done = progress.done / PAGE;
+        self.account(done);
+        if done == 0 {
+            return match progress.stopped {
+                Some(Errno::EEXIST) => wake(uffd, page),
+                stopped => self.refused(uffd, page, stopped),
+            };
+        }
+        self.runtime.shared().counters.zero_filled_pages.fetch_add(done as u64, Relaxed);
+        if uffd.raw() == self.runtime.uffd.load(Relaxed) {
+            // It really was missing: what an older copy says is history.
+            if !entry.is_empty() {
+                space.forget_copy(entry);
+                space.table.set(page, Entry::default());
+            }
+        }
+        Served::Yes
+    }
+
+    /// R20: wrong bytes are never handed out; the page's user gets SIGBUS and everybody is told.
+    fn poison(&self, uffd: &Uffd, page: usize, corrupt: &spmem_node::Corrupt) -> Served {
+        self.runtime.shared().counters.corrupt_pages.fetch_add(1, Relaxed);
+        crate::complain(format_args!(
+            "spm: process {}: page {page:#x} is lost: {corrupt}; its user gets SIGBUS\n",
+            process::pid()
+        ));
+        let progress = uffd.poison(page);
+        match progress.stopped {
+            None | Some(Errno::EEXIST) => wake(uffd, page),
+            stopped => self.refused(uffd, page, stopped),
+        }
+    }
+
+    /// The kernel did not let us.
+    fn refused(&self, uffd: &Uffd, page: usize, stopped: Option<Errno>) -> Served {
+        match stopped {
+            Some(Errno::EAGAIN | Errno::ENOMEM) => Served::Later,
+            // No such mapping any more, or the process is going: the thread finds out by itself.
+            _ => wake(uffd, page),
+        }
+    }
+
+    fn note_present(&self, space: &mut Space<Cram>, page: usize, entry: Entry) {
+        if space.mode == Mode::Quiet {
+            space.note_promoted(page);
+        } else {
+            space.table.set(page, entry);
+        }
+    }
+
+    fn account(&self, pages: usize) {
+        self.runtime.room_pages.fetch_sub(pages as i64, Relaxed);
+    }
+
+    fn fork(&mut self, uffd: &Uffd, child: i32) {
+        let child = Uffd::from_fd(Fd::from_raw(child));
+        let is_announced = {
+            let mut space = self.runtime.space.lock();
+            space.as_mut().is_some_and(|space| space.mode == Mode::Quiet)
+        };
+        if is_announced {
+            fork::nurse(self.runtime, self, uffd, child);
+        } else {
+            fork::populate(self.runtime, &child);
+        }
+    }
+}
+
+/// Threads that wait for the page look again.
+fn wake(uffd: &Uffd, page: usize) -> Served {
+    let _ = uffd.wake(page, PAGE);
+    Served::Yes
+}
+
+/// Ranges up to this size get their chunks without a look at what is present, bytes.
+const SMALL: usize = 16 << 20;
+
+/// Makes sure that every present page of a range about to be dropped has an entry to say so. A range registered by the
+/// gate has no chunks yet; a sweep that made one only then would take pages away before madvise(2) drops them, and
+/// they would come back.
+fn cover(space: &mut Space<Cram>, pagemap: &Pagemap, start: usize, end: usize) {
+    if end - start <= SMALL {
+        (start / CHUNK * CHUNK..end).step_by(CHUNK).for_each(|chunk| {
+            space.table.find_or_add(chunk);
+        });
+        return;
+    }
+    let mut runs = [Run::default(); RUNS];
+    let mut at = start;
+    while at < end {
+        let Ok(count) = pagemap.scan(at, end, &mut runs) else { process::abort() };
+        for run in &runs[..count] {
+            (run.start as usize / CHUNK * CHUNK..run.end as usize).step_by(CHUNK).for_each(|chunk| {
+                space.table.find_or_add(chunk);
+            });
+        }
+        at = if count == RUNS { runs[count - 1].end as usize } else { end };
+    }
+}
+
+/// Applies an event to what is known. Its caller waits in the kernel until it was read; see [`Server::run`] for the rest.
+pub(crate) fn apply(runtime: &Runtime, space: &mut Space<Cram>, pagemap: Option<&Pagemap>, event: Event) {
+    match event {
+        Event::Remove { start, .. } if space.holding.contains(start) => {}
+        Event::Remove { start, end } => {
+            // Without a pagemap nothing is swept.
+            if let Some(pagemap) = pagemap {
+                cover(space, pagemap, start, end);
+            }
+            space.drop_range(start, end, Some(Entry::discarded()));
+        }
+        Event::Unmap { start, end } => {
+            runtime.unmaps.fetch_add(1, Relaxed);
+            space.drop_range(start, end, None);
+        }
+        Event::Remap { from, to, len } => {
+            runtime.unmaps.fetch_add(1, Relaxed);
+            space.move_range(from, to, len);
+        }
+        Event::Fault { .. } | Event::Fork { .. } => {}
+    }
+}

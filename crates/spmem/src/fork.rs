@@ -1,0 +1,604 @@
+//! Fork: the child begins with missing pages, and must be served before it can serve itself.
+//!
+//! The store is in the program's own memory, so the child inherits it copy-on-write; what has to be arranged is that
+//! its picture is whole, and that somebody serves its first faults:
+//!
+//! 1. [`Runtime::before_fork`] (pthread_atfork(3), in the forking thread): one fork at a time; reclaimers pause; the space is quiet.
+//! 2. The kernel copies the address space, then tells the parent's handler ([`Event::Fork`]) and waits until it was
+//!    read. Calls that change program memory fail with `EAGAIN` from the copy until then, so the parent's entries are
+//!    exactly the child's.
+//! 3. [`nurse`]: the parent's handler serves the child's faults through the child's userfaultfd. `spm` holds it too.
+//! 4. [`Runtime::after_fork_in_child`] starts a monitor; [`adopt`] connects to the parent's handler and is given the userfaultfd, and what
+//!    the child unmapped meanwhile. From then on the child is a process like any other.
+//!
+//! A fork that nobody announced (a raw system call) gets all its pages at once from [`populate`] and runs unmanaged.
+//!
+//! Known hole: a parent killed in the microseconds between reading the event and handing the descriptor to `spm`
+//! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
+
+use crate::fault::Server;
+use crate::reclaim;
+use crate::runtime::{Cram, Runtime, Stage};
+use crate::space::{Mode, Space};
+use crate::table::{CHUNK, Copy, Entry};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use spmem_node::Handle;
+use spmem_sys::fd::{Fd, Poll, close_all_but, poll};
+use spmem_sys::mapping;
+use spmem_sys::maps::Maps;
+use spmem_sys::process::DescriptorLimit;
+use spmem_sys::socket::{Listener, MAX_NAME, Socket};
+use spmem_sys::thread::{self, Table};
+use spmem_sys::uffd::{Event, Uffd};
+use spmem_sys::{Errno, PAGE, Result, futex, process};
+
+const NONE: u32 = 0;
+const ANNOUNCED: u32 = 1;
+const NURSING: u32 = 2;
+/// Events of the child that are remembered for it; one more and it runs unmanaged.
+const MAX_EVENTS: usize = 60;
+/// Descriptors an agent's table may need, numbers of the program's in between included.
+pub(crate) const DESCRIPTORS: u64 = 64;
+/// Longest that fork(2) waits for its child to serve itself.
+const PATIENCE_NS: u64 = 5_000_000_000;
+
+/// Whose turn it is to fork, and how far that is. Taken and given back by the forking thread; the handler says when the
+/// child stands alone.
+pub struct Turn {
+    is_taken: AtomicU32,
+    state: AtomicU32,
+    /// The handler takes part.
+    is_announced: AtomicBool,
+    signal_mask: AtomicU64,
+    nonce: AtomicU64,
+    /// RLIMIT_NOFILE as the program set it, while it is raised.
+    limit: [AtomicU64; 2],
+    has_limit: AtomicBool,
+    changed: futex::Event,
+}
+
+impl Turn {
+    pub(crate) const fn new() -> Self {
+        Self {
+            is_taken: AtomicU32::new(0),
+            state: AtomicU32::new(NONE),
+            is_announced: AtomicBool::new(false),
+            signal_mask: AtomicU64::new(0),
+            nonce: AtomicU64::new(0),
+            limit: [const { AtomicU64::new(0) }; 2],
+            has_limit: AtomicBool::new(false),
+            changed: futex::Event::new(),
+        }
+    }
+
+    /// Waits for the turn.
+    pub(crate) fn take(&self) {
+        loop {
+            let ticket = self.changed.ticket();
+            // Acquire pairs with the Release in `give`.
+            if self.is_taken.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                return;
+            }
+            self.changed.wait(ticket, Some(10_000_000));
+        }
+    }
+
+    /// The child's userfaultfd, and what the child opens to serve it, need descriptors.
+    fn raise_limit(&self) {
+        let old = DescriptorLimit::raise(DESCRIPTORS);
+        self.has_limit.store(old.is_some(), Ordering::Relaxed);
+        for (word, limit) in self.limit.iter().zip(old.map_or([0; 2], DescriptorLimit::to_words)) {
+            word.store(limit, Ordering::Relaxed);
+        }
+    }
+
+    fn restore_limit(&self) {
+        if self.has_limit.swap(false, Ordering::Relaxed) {
+            let words = [0, 1].map(|index: usize| self.limit[index].load(Ordering::Relaxed));
+            DescriptorLimit::from_words(words).restore();
+        }
+    }
+
+    /// Gives it back.
+    pub(crate) fn give(&self) {
+        self.is_taken.store(0, Ordering::Release);
+        self.changed.signal();
+    }
+}
+
+impl Runtime {
+    fn is_own(&self) -> bool {
+        self.stage() != Stage::Dormant && self.pid.load(Ordering::Relaxed) == process::pid()
+    }
+
+    /// Before fork(2), in the forking thread.
+    pub fn before_fork(&self) {
+        if !self.is_own() {
+            // The child of an unannounced fork: all its pages are here, and it stays unmanaged.
+            self.set_stage(Stage::Dormant);
+            return;
+        }
+        let mask = process::set_signal_mask(u64::MAX);
+        self.fork_turn.take();
+        self.fork_turn.signal_mask.store(mask, Ordering::Relaxed);
+        self.fork_turn.raise_limit();
+        self.pause_reclaimers();
+        self.is_shared.store(true, Ordering::Relaxed);
+        if self.stage() != Stage::Active {
+            self.fork_turn.is_announced.store(false, Ordering::Relaxed);
+            return;
+        }
+        self.fork_turn.is_announced.store(true, Ordering::Relaxed);
+        self.fork_turn
+            .nonce
+            .store(process::now_ns() ^ self.shared().seed.load(Ordering::Relaxed), Ordering::Relaxed);
+        // Nothing leaves while reclaimers pause. This touches the stack the next lines run on, so that they cannot
+        // fault while they hold the lock the handler needs.
+        let mut stack = [0_u8; 2 * PAGE];
+        core::hint::black_box(&mut stack);
+        let mut space = self.space.lock();
+        if let Some(space) = space.as_mut() {
+            space.mode = Mode::Quiet;
+        }
+        drop(space);
+        self.fork_turn.state.store(ANNOUNCED, Ordering::Release);
+    }
+
+    /// After fork(2), in the parent's thread, whether it succeeded or not.
+    pub fn after_fork_in_parent(&self) {
+        if !self.is_own() {
+            return;
+        }
+        let turn = &self.fork_turn;
+        let mask = turn.signal_mask.load(Ordering::Relaxed);
+        if turn.is_announced.load(Ordering::Relaxed) {
+            // An event of our own: it is read after the fork's, if there is one. So once this call is back, the handler
+            // has seen the fork, or there was none.
+            mapping::discard(self.holding_start.load(Ordering::Relaxed), PAGE);
+            let failed = turn.state.compare_exchange(ANNOUNCED, NONE, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            if failed {
+                self.end_quiet();
+            }
+            // Until the child stands alone this process must not exit, as a daemon's parent would at once.
+            let start = process::now_ns();
+            loop {
+                let ticket = turn.changed.ticket();
+                if turn.state.load(Ordering::Acquire) == NONE || process::now_ns() - start > PATIENCE_NS {
+                    break;
+                }
+                turn.changed.wait(ticket, Some(10_000_000));
+            }
+        } else {
+            self.resume_reclaimers();
+        }
+        turn.restore_limit();
+        turn.give();
+        process::set_signal_mask(mask);
+    }
+
+    /// After fork(2), in the child.
+    pub fn after_fork_in_child(&'static self) {
+        let parent = self.pid.load(Ordering::Relaxed);
+        if self.stage() == Stage::Dormant {
+            return;
+        }
+        let mask = self.fork_turn.signal_mask.load(Ordering::Relaxed);
+        let pid = process::pid();
+        self.pid.store(pid, Ordering::Relaxed);
+        self.reset_after_fork();
+        let Some((slot, is_new)) = self.shared().claim_slot(pid) else {
+            // More processes than slots. Without a budget's share it cannot be managed, with pages away it must be.
+            if self.stage() == Stage::Active {
+                crate::complain(format_args!("spm: process {parent}: no slot for its forked child {pid}\n"));
+                process::abort();
+            }
+            self.set_stage(Stage::Dormant);
+            self.end_fork_in_child();
+            process::set_signal_mask(mask);
+            return;
+        };
+        if is_new {
+            self.shared().counters.processes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.slot.store(slot, Ordering::Relaxed);
+        let entry = if self.stage() == Stage::Active { adopt } else { reclaim::monitor_of_child };
+        if self.start_thread(0, Table::Private, entry).is_err() {
+            crate::complain(format_args!("spm: process {pid}: cannot start a thread in a forked child\n"));
+            process::abort();
+        }
+        // The program goes on once the monitor has what it needs: it may lower its limits or leave its name spaces next.
+        loop {
+            let ticket = self.fork_turn.changed.ticket();
+            if self.fork_turn.is_taken.load(Ordering::Acquire) == 0 {
+                break;
+            }
+            self.fork_turn.changed.wait(ticket, Some(10_000_000));
+        }
+        process::set_signal_mask(mask);
+    }
+
+    /// The threads that held these do not exist here.
+    fn reset_after_fork(&self) {
+        #![allow(unsafe_code, reason = "locks of threads that do not exist any more are declared free")]
+        // SAFETY: the child has one thread, this one.
+        unsafe { self.space.reset() };
+        // SAFETY: as above.
+        unsafe { self.listener_name.reset() };
+        // SAFETY: as above.
+        unsafe { self.spm_name.reset() };
+        for working in &self.working {
+            working.store(0, Ordering::Relaxed);
+        }
+        for fd in [&self.device, &self.socket, &self.uffd, &self.scratch, &self.listener, &self.pagemap] {
+            fd.store(-1, Ordering::Relaxed);
+        }
+        spmem_sys::fd::set_proc(-1);
+        self.leaving.store(0, Ordering::Relaxed);
+        self.reclaimers.store(1, Ordering::Relaxed);
+        self.fork_turn.state.store(NONE, Ordering::Relaxed);
+        self.is_shared.store(true, Ordering::Relaxed);
+        if self.stage() != Stage::Active {
+            self.is_paused.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// The child has opened what it needs.
+    pub(crate) fn end_fork_in_child(&self) {
+        self.fork_turn.restore_limit();
+        self.fork_turn.give();
+    }
+
+    fn end_quiet(&self) {
+        if let Some(space) = self.space.lock().as_mut() {
+            space.end_quiet();
+        }
+        self.resume_reclaimers();
+    }
+
+    /// Keeps reclaimers from touching anything, and waits until none does.
+    pub(crate) fn pause_reclaimers(&self) {
+        // SeqCst, with `working`: either a reclaimer sees this, or we see it work.
+        self.is_paused.store(true, Ordering::SeqCst);
+        for working in &self.working {
+            loop {
+                let ticket = self.pause.ticket();
+                if working.load(Ordering::SeqCst) == 0 {
+                    break;
+                }
+                self.pause.wait(ticket, Some(10_000_000));
+            }
+        }
+    }
+
+    pub(crate) fn resume_reclaimers(&self) {
+        self.is_paused.store(false, Ordering::SeqCst);
+        self.pause.signal();
+    }
+}
+
+/// What a child asks, and what it is given along with its userfaultfd and /dev/userfaultfd: events as words.
+const WORDS: usize = 2 + 4 * MAX_EVENTS;
+
+struct Overlay {
+    events: [Event; MAX_EVENTS],
+    len: usize,
+}
+
+impl Overlay {
+    /// Where the parent knows the page the child has at `page`; `None` when the child dropped it.
+    fn origin(&self, page: usize) -> Option<usize> {
+        let mut at = page;
+        for event in self.events[..self.len].iter().rev() {
+            match *event {
+                Event::Remove { start, end } | Event::Unmap { start, end } if (start..end).contains(&at) => {
+                    return None;
+                }
+                Event::Remap { from, to, len } if (to..to + len).contains(&at) => at = at - to + from,
+                Event::Remap { from, len, .. } if (from..from + len).contains(&at) => return None,
+                _ => {}
+            }
+        }
+        Some(at)
+    }
+}
+
+/// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, its events
+/// are not read: whoever causes one waits these milliseconds.
+pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) {
+    runtime.fork_turn.state.store(NURSING, Ordering::Release);
+    // From here on the child's missing pages survive this process.
+    let _ = runtime.enlist(&child, 0);
+    let listener = runtime.listener.load(Ordering::Relaxed);
+    let mut overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
+    let mut own_event = None;
+    let mut is_populated = false;
+    loop {
+        let own = if own_event.is_none() { uffd.raw() } else { -1 };
+        let childs = if is_populated { -1 } else { child.raw() };
+        let mut entries = [Poll::readable(own), Poll::readable(childs), Poll::readable(listener)];
+        let ready = poll(&mut entries, 10_000_000).unwrap_or(0);
+        if entries[0].is_ready() {
+            match uffd.read() {
+                Ok(Event::Fault { address, is_write, .. }) => {
+                    serve_own(runtime, server, uffd, address & !(PAGE - 1), is_write);
+                }
+                Ok(event) => own_event = Some(event),
+                Err(_) => {}
+            }
+        }
+        if entries[1].is_ready() {
+            match child.read() {
+                Ok(Event::Fault { address, .. }) => {
+                    let page = address & !(PAGE - 1);
+                    serve_child(runtime, &child, page, overlay.origin(page));
+                }
+                Ok(event) if overlay.len < MAX_EVENTS && !matches!(event, Event::Fork { .. }) => {
+                    overlay.events[overlay.len] = event;
+                    overlay.len += 1;
+                }
+                // More than can be passed on, or a child that forks before it can serve itself.
+                Ok(event) => {
+                    if let Event::Fork { child } = event {
+                        drop(Fd::from_raw(child));
+                    }
+                    complain_unmanaged(runtime);
+                    populate_all(runtime, &child, &overlay);
+                    is_populated = true;
+                }
+                Err(_) => {}
+            }
+        }
+        if entries[2].is_ready() && hand_over(runtime, listener, (!is_populated).then_some(&child), &overlay) {
+            break;
+        }
+        if ready == 0 && is_gone(&child) {
+            break;
+        }
+    }
+    drop(child);
+    if let Some(space) = runtime.space.lock().as_mut() {
+        space.end_quiet();
+    }
+    if let Some(event) = own_event {
+        match event {
+            Event::Fork { child } => populate(runtime, &Uffd::from_fd(Fd::from_raw(child))),
+            event => {
+                // No page has left since it was read: reclaimers go on only now.
+                if let Some(space) = runtime.space.lock().as_mut() {
+                    crate::fault::apply(runtime, space, server.pagemap.as_deref(), event);
+                }
+            }
+        }
+    }
+    runtime.resume_reclaimers();
+    runtime.fork_turn.state.store(NONE, Ordering::Release);
+    runtime.fork_turn.changed.signal();
+}
+
+/// Serves one fault of the parent's own.
+fn serve_own(runtime: &Runtime, server: &mut Server, uffd: &Uffd, page: usize, is_write: bool) {
+    let mut space = runtime.space.lock();
+    let Some(space) = space.as_mut() else { return };
+    // What cannot be served now (an unread event) wakes its thread, which faults again.
+    if server.serve(space, uffd, page, is_write) == crate::fault::Served::Later {
+        process::sleep_ns(50_000);
+        let _ = uffd.wake(page, PAGE);
+    }
+}
+
+/// Serves one fault of the child: a copy of what the parent knows of `origin`, and the parent knows no less after it.
+fn serve_child(runtime: &Runtime, child: &Uffd, page: usize, origin: Option<usize>) {
+    let space = runtime.space.lock();
+    let Some(space) = space.as_ref() else { return };
+    // An unread event of the child's: its thread is woken and faults again, after the event was read.
+    let _ = give(space, child, page, origin);
+    let _ = child.wake(page, PAGE);
+}
+
+/// Copies what the parent knows of `origin` (`None`: nothing any more) to `page` of the child.
+fn give(space: &Space<Cram>, child: &Uffd, page: usize, origin: Option<usize>) -> Option<Errno> {
+    let progress = match origin.map_or(Copy::None, |origin| space.table.get(origin).copy()) {
+        Copy::Stored(handle) => {
+            let mut buffer = [0; PAGE];
+            match Handle::from_raw(handle).map(|handle| space.store.load(handle, &mut buffer)) {
+                Some(Ok(())) => child.copy(page, &buffer),
+                _ => child.poison(page),
+            }
+        }
+        Copy::Holding(slot) => child.copy_from(page, space.holding.address(slot), PAGE),
+        Copy::None => child.zero(page, PAGE),
+    };
+    progress.stopped
+}
+
+/// A process whose memory is gone answers `ESRCH` to everything.
+fn is_gone(child: &Uffd) -> bool {
+    child.zero(0, PAGE).stopped == Some(Errno::ESRCH)
+}
+
+fn complain_unmanaged(runtime: &Runtime) {
+    runtime.shared().counters.unmanaged_processes.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Gives the child that connects its userfaultfd (`None`: it has all its pages and runs unmanaged).
+fn hand_over(runtime: &Runtime, listener: i32, child: Option<&Uffd>, overlay: &Overlay) -> bool {
+    let listening = Listener::from_fd(Fd::from_raw(listener));
+    let accepted = listening.accept();
+    let _ = listening.into_fd().into_raw();
+    let Ok(socket) = accepted else { return false };
+    let mut nonce = [0; 8];
+    let asked = socket.receive(&mut nonce).is_ok_and(|received| received.len == 8);
+    if !asked || u64::from_ne_bytes(nonce) != runtime.fork_turn.nonce.load(Ordering::Relaxed) {
+        return false;
+    }
+    let mut words = [0_u64; WORDS];
+    words[0] = u64::from(child.is_some()) | u64::from(spmem_sys::fd::proc() >= 0) << 1;
+    words[1] = overlay.len as u64;
+    for (event, words) in overlay.events[..overlay.len].iter().zip(words[2..].chunks_exact_mut(4)) {
+        let (kind, a, b, c) = match *event {
+            Event::Remove { start, end } => (1, start, end, 0),
+            Event::Unmap { start, end } => (2, start, end, 0),
+            Event::Remap { from, to, len } => (3, from, to, len),
+            Event::Fault { .. } | Event::Fork { .. } => continue,
+        };
+        words.copy_from_slice(&[kind, a as u64, b as u64, c as u64]);
+    }
+    let mut bytes = [0; WORDS * 8];
+    for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    let device = runtime.device.load(Ordering::Relaxed);
+    // What there is, in this order; the first words say what is missing.
+    let all = [child.map_or(-1, Uffd::raw), spmem_sys::fd::proc(), device];
+    let mut fds = [-1; 3];
+    let mut count = 0;
+    for fd in all.into_iter().filter(|&fd| child.is_some() && fd >= 0) {
+        fds[count] = fd;
+        count += 1;
+    }
+    socket.send(&bytes, &fds[..count]).is_ok()
+}
+
+/// Gives a child that nobody announced all its pages. It owns no store, so it runs unmanaged from here on.
+pub(crate) fn populate(runtime: &'static Runtime, child: &Uffd) {
+    complain_unmanaged(runtime);
+    runtime.is_shared.store(true, Ordering::Relaxed);
+    let overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
+    populate_all(runtime, child, &overlay);
+}
+
+fn populate_all(runtime: &Runtime, child: &Uffd, overlay: &Overlay) {
+    let mut space = runtime.space.lock();
+    let Some(space) = space.as_mut() else { return };
+    for number in 0..space.table.len() {
+        let start = space.table.chunk(number).start;
+        for origin in (start..start + CHUNK).step_by(PAGE) {
+            if !space.table.get(origin).is_away() {
+                continue;
+            }
+            let mut page = origin;
+            for event in &overlay.events[..overlay.len] {
+                match *event {
+                    Event::Remap { from, to, len } if (from..from + len).contains(&page) => {
+                        page = page - from + to
+                    }
+                    _ => {}
+                }
+            }
+            if overlay.origin(page) == Some(origin) {
+                give_at_last(space, child, page, origin);
+            }
+        }
+    }
+    // Nothing is missing any more: letting go of the ranges makes it an ordinary process.
+    for number in 0..space.table.len() {
+        let chunk = space.table.chunk(number).start;
+        let _ = child.unregister(chunk, CHUNK);
+    }
+}
+
+/// As [`give`], until it is given. Events of the child are read and dropped: every page is being given to it.
+fn give_at_last(space: &Space<Cram>, child: &Uffd, page: usize, origin: usize) {
+    while give(space, child, page, Some(origin)) == Some(Errno::EAGAIN) {
+        let mut entry = [Poll::readable(child.raw())];
+        let _ = poll(&mut entry, 1_000_000);
+        if let Ok(Event::Fork { child }) = child.read() {
+            drop(Fd::from_raw(child));
+        }
+    }
+    let _ = child.wake(page, PAGE);
+}
+
+/// Entry of a forked child's first agent thread: takes its faults over from the parent.
+extern "C" fn adopt(argument: usize) -> ! {
+    let runtime = Runtime::from_argument(argument);
+    // A copy of the forking thread's table: nothing in it is ours.
+    let _ = close_all_but(&[]);
+    thread::set_name(c"spm-monitor");
+    thread::leave_directory();
+    match take_over(runtime) {
+        Ok(true) => {}
+        Ok(false) => {
+            // All pages are here; whatever the entries say is history.
+            runtime.set_stage(Stage::Dormant);
+            runtime.shared().release_slot(process::pid());
+            runtime.end_fork_in_child();
+            thread::exit()
+        }
+        Err(errno) => {
+            crate::complain(format_args!(
+                "spm: process {}: forked, and its parent is gone before it could take over its pages: {errno}\n",
+                process::pid()
+            ));
+            process::abort();
+        }
+    }
+    reclaim::run_monitor(runtime, true)
+}
+
+fn take_over(runtime: &'static Runtime) -> Result<bool> {
+    let (name, len): ([u8; MAX_NAME], usize) = *runtime.listener_name.lock();
+    let socket = Socket::connect(&name[..len])?;
+    socket.send(&runtime.fork_turn.nonce.load(Ordering::Relaxed).to_ne_bytes(), &[])?;
+    let mut bytes = [0; WORDS * 8];
+    let mut received = socket.receive(&mut bytes)?;
+    if received.len != bytes.len() {
+        return Err(Errno(libc::EPROTO));
+    }
+    let word = |index: usize| u64::from_ne_bytes(core::array::from_fn(|i| bytes[index * 8 + i])) as usize;
+    if word(0) & 1 == 0 {
+        return Ok(false);
+    }
+    let uffd = Uffd::from_fd(received.fds[0].take().ok_or(Errno(libc::EPROTO))?);
+    if word(0) & 2 != 0 {
+        spmem_sys::fd::set_proc(received.fds[1].take().map_or(-1, Fd::into_raw));
+    } else {
+        received.fds.swap(1, 2);
+    }
+    let mut device = received.fds[2].take();
+    if let Ok((socket, other)) = runtime.hello_again() {
+        runtime.socket.store(socket.into_fd().into_raw(), Ordering::Relaxed);
+        device = device.or(other);
+    }
+    runtime.device.store(device.map_or(-1, Fd::into_raw), Ordering::Relaxed);
+    let _ = runtime.enlist(&uffd, 0);
+    runtime.make_scratch()?;
+    runtime.make_listener()?;
+    {
+        let mut space = runtime.space.lock();
+        let space = space.as_mut().ok_or(Errno::EINVAL)?;
+        space.settle_after_fork();
+        for index in 0..word(1) {
+            let at = 2 + 4 * index;
+            let (a, b, c) = (word(at + 1), word(at + 2), word(at + 3));
+            match word(at) {
+                1 => space.drop_range(a, b, Some(Entry::discarded())),
+                2 => space.drop_range(a, b, None),
+                _ => space.move_range(a, b, c),
+            }
+        }
+        reconcile(space)?;
+    }
+    runtime.uffd.store(uffd.into_raw(), Ordering::Release);
+    runtime.start_helpers()?;
+    runtime.resume_reclaimers();
+    Ok(true)
+}
+
+/// What another thread of the parent unmapped just before the fork is gone here, and its event went to the parent.
+fn reconcile(space: &mut Space<Cram>) -> Result<()> {
+    let maps = Maps::open()?;
+    for number in 0..space.table.len() {
+        let start = space.table.chunk(number).start;
+        let mut at = start;
+        while at < start + CHUNK {
+            let vma = maps.at_or_above(at)?;
+            let next = vma.map_or(start + CHUNK, |vma| vma.start.clamp(at, start + CHUNK));
+            if next > at {
+                space.drop_range(at, next, None);
+            }
+            at = vma.map_or(start + CHUNK, |vma| vma.end.max(next));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! The gate: near the budget, first touches of memory come through the fault handler, which makes them wait.
+//!
+//! Growth by first touch is the kernel's business and as fast as RAM. So when the plan says so, every range that could
+//! grow is registered with the userfaultfd, without a page of it being away. When there has been room for a while, what
+//! has no page away is let go again and runs at native speed.
+
+use crate::runtime::Runtime;
+use crate::sweep::is_eligible;
+use crate::table::{CHUNK, Copy};
+use alloc::vec::Vec;
+use core::mem::ManuallyDrop;
+use core::sync::atomic::Ordering;
+use spmem_core::reclaim::Gate;
+use spmem_sys::fd::Fd;
+use spmem_sys::maps::Maps;
+use spmem_sys::pagemap::Pagemap;
+use spmem_sys::uffd::Uffd;
+use spmem_sys::{Errno, PAGE, Result, process};
+
+/// How often new ranges are looked for while the gate is not open, ns.
+const LOOK_NS: u64 = 4_000_000;
+/// How long the gate has to be open before ranges are let go, ns.
+const RELEASE_NS: u64 = 1_000_000_000;
+
+/// Registers and releases ranges.
+pub(crate) struct GateKeeper {
+    runtime: &'static Runtime,
+    uffd: ManuallyDrop<Uffd>,
+    maps: Maps,
+    pagemap: ManuallyDrop<Pagemap>,
+    ranges: Vec<(usize, usize)>,
+    looked_ns: u64,
+    shut_ns: u64,
+    epoch: u32,
+}
+
+impl GateKeeper {
+    pub(crate) fn new(runtime: &'static Runtime) -> Result<Self> {
+        Ok(Self {
+            runtime,
+            uffd: ManuallyDrop::new(Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)))),
+            maps: Maps::open()?,
+            pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
+            ranges: Vec::new(),
+            looked_ns: 0,
+            shut_ns: 0,
+            epoch: 0,
+        })
+    }
+
+    /// Does what the plan says of growth.
+    pub(crate) fn keep(&mut self, gate: Gate) {
+        let now = process::now_ns();
+        if gate == Gate::Open {
+            if self.shut_ns != 0 && now - self.shut_ns > RELEASE_NS {
+                self.release();
+                self.shut_ns = 0;
+            }
+            return;
+        }
+        self.shut_ns = now;
+        if now - self.looked_ns >= LOOK_NS {
+            self.looked_ns = now;
+            self.register();
+        }
+    }
+
+    fn register(&mut self) {
+        // Ranges that were unmapped may be other ranges now.
+        let epoch = self.runtime.unmaps.load(Ordering::Relaxed);
+        if epoch != self.epoch {
+            self.ranges.clear();
+            self.epoch = epoch;
+        }
+        let mut at = 0;
+        while let Ok(Some(vma)) = self.maps.at_or_above(at) {
+            at = vma.end;
+            if vma.start >= 1 << 47 {
+                break;
+            }
+            if !is_eligible(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {
+                continue;
+            }
+            // Under the lock our own mappings do not change; the range itself may, which the kernel then says.
+            let _space = self.runtime.space.lock();
+            let is_same = self.maps.at_or_above(vma.start).is_ok_and(|now| now == Some(vma));
+            let is_free = self.runtime.excluded_in(vma.start, vma.end).is_none();
+            let is_new = is_same && is_free && self.uffd.register(vma.start, vma.end - vma.start).is_ok();
+            if let (true, Err(place)) = (is_new, self.ranges.binary_search(&(vma.start, vma.end))) {
+                self.ranges.insert(place, (vma.start, vma.end));
+            }
+        }
+    }
+
+    /// Lets go of every chunk none of whose pages is away.
+    fn release(&mut self) {
+        for &(start, end) in &self.ranges {
+            let mut at = start;
+            while at < end {
+                let mut space = self.runtime.space.lock();
+                let Some(space) = space.as_mut() else { return };
+                let next = space.table.next_chunk(at, end);
+                let stop = next.unwrap_or(end).max(at);
+                if stop > at {
+                    let _ = self.uffd.unregister(at, stop - at);
+                }
+                at = stop;
+                if next.is_some() {
+                    at = ((stop / CHUNK + 1) * CHUNK).min(end);
+                }
+            }
+        }
+        self.ranges.clear();
+        let mut number = 0;
+        loop {
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut() else { return };
+            if number >= space.table.len() {
+                return;
+            }
+            let chunk = space.table.chunk(number);
+            number += 1;
+            let start = chunk.start;
+            // Pages being compressed that have come back still refer to their slots.
+            let is_settled = (start..start + CHUNK)
+                .step_by(PAGE)
+                .all(|page| !chunk.get(page).is_away() && !matches!(chunk.get(page).copy(), Copy::Holding(_)));
+            if !is_settled || chunk.registered_runs().next().is_none() {
+                continue;
+            }
+            for page in (start..start + CHUNK).step_by(PAGE) {
+                let entry = space.table.get(page);
+                // Announced as dropped, and not seen missing since: it may still be about to be.
+                if entry.is_discarded() && self.pagemap.is_present(page).unwrap_or(true) {
+                    continue;
+                }
+                space.forget_copy(entry);
+                space.table.set(page, crate::table::Entry::present(Copy::None, entry.age()));
+            }
+            let runs: Vec<_> = space.table.chunk(number - 1).registered_runs().collect();
+            for (from, to) in runs {
+                if self.uffd.unregister(from, to - from).is_ok() {
+                    space.table.chunk(number - 1).set_registered(from, to, false);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The holding area: pages that have left the program but not yet memory, an inactive list without a copy.
+//!
+//! A ring of slots over a mapping. Runs enter at the head (one UFFDIO_MOVE for a run of pages), a compressor claims a
+//! span at its cursor, and the tail follows once slots are free again. All under the space's lock; the page of a slot
+//! that is `Busy` may be read without it, because nobody moves it away: a fault on such a page is served by copying.
+
+use alloc::vec::Vec;
+use spmem_sys::PAGE;
+
+/// What a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing; its page is missing.
+    Free,
+    /// A page that may be moved back or claimed.
+    Held,
+    /// A page being compressed: it stays where it is until the compressor is done with it.
+    Busy,
+    /// A page nobody needs any more.
+    Dead,
+    /// As `Busy`, but nobody needs the page any more (or there is none).
+    BusyDead,
+}
+
+/// One slot: whose page it is, and the compressed copy that may still be equal to it.
+#[derive(Clone, Copy)]
+pub struct Slot {
+    /// What it holds.
+    pub state: State,
+    /// Address of the page in the program.
+    pub owner: usize,
+    /// Handle of an older copy on node 1.
+    pub kept: Option<u64>,
+}
+
+/// A span of the ring that one compressor works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First slot.
+    pub first: u32,
+    /// Slots.
+    pub len: u32,
+}
+
+/// The ring.
+pub struct Holding {
+    start: usize,
+    slots: Vec<Slot>,
+    /// Next slot to be filled.
+    head: u32,
+    /// Next slot to be claimed.
+    cursor: u32,
+    /// Oldest slot that may not be free.
+    tail: u32,
+    /// Slots from tail to head.
+    used: u32,
+    /// Slots from cursor to head.
+    unclaimed: u32,
+    held: u32,
+}
+
+impl Holding {
+    /// A ring over `count` pages from address `start`.
+    pub fn new(start: usize, count: u32) -> Self {
+        let free = Slot { state: State::Free, owner: 0, kept: None };
+        Self {
+            start,
+            slots: alloc::vec![free; count as usize],
+            head: 0,
+            cursor: 0,
+            tail: 0,
+            used: 0,
+            unclaimed: 0,
+            held: 0,
+        }
+    }
+
+    /// Whether `address` lies in the area.
+    pub fn contains(&self, address: usize) -> bool {
+        (self.start..self.start + self.slots.len() * PAGE).contains(&address)
+    }
+
+    /// Address of a slot's page.
+    pub fn address(&self, slot: u32) -> usize {
+        self.start + slot as usize * PAGE
+    }
+
+    /// Slots with a page that counts as the program's.
+    pub fn held(&self) -> u32 {
+        self.held
+    }
+
+    /// Slots.
+    pub fn capacity(&self) -> u32 {
+        u32::try_from(self.slots.len()).expect("made from a u32")
+    }
+
+    /// Bytes the slot list takes.
+    pub fn metadata_bytes(&self) -> u64 {
+        (self.slots.len() * size_of::<Slot>()) as u64
+    }
+
+    /// Room for a run at the head: its first slot and how many of `wanted` fit without wrapping.
+    pub fn room(&self, wanted: u32) -> Option<(u32, u32)> {
+        let capacity = self.capacity();
+        let len = wanted.min(capacity - self.used).min(capacity - self.head);
+        (len > 0).then_some((self.head, len))
+    }
+
+    /// Takes the next slot at the head for the page of `owner`, which has just been moved there.
+    pub fn push(&mut self, owner: usize, kept: Option<u64>) -> u32 {
+        let slot = self.head;
+        assert!(self.slots[slot as usize].state == State::Free && self.used < self.capacity());
+        self.slots[slot as usize] = Slot { state: State::Held, owner, kept };
+        self.head = (slot + 1) % self.capacity();
+        self.used += 1;
+        self.unclaimed += 1;
+        self.held += 1;
+        slot
+    }
+
+    /// The slot.
+    pub fn get(&self, slot: u32) -> Slot {
+        self.slots[slot as usize]
+    }
+
+    /// Its page went back to the program by a move: the slot is empty.
+    pub fn vacate(&mut self, slot: u32) {
+        debug_assert!(self.slots[slot as usize].state == State::Held);
+        self.slots[slot as usize].state = State::Free;
+        self.held -= 1;
+        self.advance_tail();
+    }
+
+    /// Its page is needed no more, but still there.
+    pub fn kill(&mut self, slot: u32) {
+        let state = &mut self.slots[slot as usize].state;
+        let dead = match *state {
+            State::Held => State::Dead,
+            State::Busy => State::BusyDead,
+            State::Free | State::Dead | State::BusyDead => return,
+        };
+        *state = dead;
+        self.held -= 1;
+    }
+
+    /// Its page belongs elsewhere now.
+    pub fn set_owner(&mut self, slot: u32, owner: usize) {
+        self.slots[slot as usize].owner = owner;
+    }
+
+    /// The copy that came along is gone.
+    pub fn forget_kept(&mut self, slot: u32) -> Option<u64> {
+        self.slots[slot as usize].kept.take()
+    }
+
+    /// Claims up to `wanted` slots for a compressor, oldest first; they are busy until [`Holding::finish`].
+    pub fn claim(&mut self, wanted: u32) -> Option<Span> {
+        // Slots whose pages have gone back by themselves are nobody's work.
+        while self.unclaimed > 0 && self.slots[self.cursor as usize].state == State::Free {
+            self.cursor = (self.cursor + 1) % self.capacity();
+            self.unclaimed -= 1;
+        }
+        self.advance_tail();
+        let len = wanted.min(self.unclaimed).min(self.capacity() - self.cursor);
+        if len == 0 {
+            return None;
+        }
+        let span = Span { first: self.cursor, len };
+        for slot in span.first..span.first + len {
+            let state = &mut self.slots[slot as usize].state;
+            *state = if *state == State::Held { State::Busy } else { State::BusyDead };
+        }
+        self.cursor = (self.cursor + len) % self.capacity();
+        self.unclaimed -= len;
+        Some(span)
+    }
+
+    /// A busy slot that could not be stored stays with its page; it is claimed again with the span it is in.
+    pub fn release(&mut self, slot: u32) {
+        debug_assert!(self.slots[slot as usize].state == State::Busy);
+        self.slots[slot as usize].state = State::Held;
+    }
+
+    /// The pages of the span's dead slots are gone; slots still held move to the back of the queue when `is_last`.
+    pub fn finish(&mut self, span: Span) {
+        for slot in span.first..span.first + span.len {
+            let state = &mut self.slots[slot as usize].state;
+            if *state != State::Held {
+                debug_assert!(*state == State::BusyDead);
+                *state = State::Free;
+            }
+        }
+        self.advance_tail();
+        // What was released in the span is at the tail now or will be: once nothing is unclaimed, start over there.
+        if self.unclaimed == 0 && self.held > 0 {
+            let all_settled = (0..self.used).all(|i| {
+                let slot = (self.tail + i) % self.capacity();
+                !matches!(self.slots[slot as usize].state, State::Busy | State::BusyDead)
+            });
+            if all_settled {
+                self.cursor = self.tail;
+                self.unclaimed = self.used;
+            }
+        }
+    }
+
+    /// After a fork every claim of the parent's compressors is void: all that is left is held or dead.
+    pub fn settle(&mut self) {
+        for slot in &mut self.slots {
+            slot.state = match slot.state {
+                State::Busy => State::Held,
+                State::BusyDead => State::Dead,
+                other => other,
+            };
+        }
+        self.cursor = self.tail;
+        self.unclaimed = self.used;
+    }
+
+    /// Slots from the tail to the head, whatever they hold.
+    pub fn used(&self) -> u32 {
+        self.used
+    }
+
+    fn advance_tail(&mut self) {
+        // Never past the cursor: what is unclaimed is the compressors' to pass first.
+        while self.used > self.unclaimed && self.slots[self.tail as usize].state == State::Free {
+            self.tail = (self.tail + 1) % self.capacity();
+            self.used -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u32 = 64;
+
+    fn filled(count: u32) -> Holding {
+        let mut holding = Holding::new(1 << 20, PAGES);
+        for page in 0..count {
+            assert!(holding.room(1).is_some());
+            assert_eq!(holding.push(page as usize * PAGE, None), page);
+        }
+        holding
+    }
+
+    fn demote_all(holding: &mut Holding, span: Span) {
+        (span.first..span.first + span.len).for_each(|slot| holding.kill(slot));
+        holding.finish(span);
+    }
+
+    #[test]
+    fn a_claim_passes_over_pages_that_went_back() {
+        let mut holding = filled(40);
+        (0..36).for_each(|slot| holding.vacate(slot));
+        assert_eq!(holding.claim(8), Some(Span { first: 36, len: 4 }));
+        assert_eq!(holding.held(), 4);
+    }
+
+    #[test]
+    fn slots_come_round_again_and_never_two_pages_to_one() {
+        let mut holding = filled(0);
+        let (mut next, mut oldest) = (0, 0);
+        for round in 0..1000 {
+            while let Some((slot, 1)) = holding.room(1) {
+                assert_eq!(holding.get(slot).state, State::Free);
+                holding.push(next * PAGE, None);
+                next += 1;
+            }
+            let span = holding.claim(1 + round % 7).expect("all slots are held");
+            for slot in span.first..span.first + span.len {
+                assert_eq!(holding.get(slot).owner, oldest * PAGE, "first in, first out");
+                oldest += 1;
+            }
+            demote_all(&mut holding, span);
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_stored_is_claimed_again_once_all_else_is() {
+        let mut holding = filled(8);
+        let span = holding.claim(8).expect("eight are held");
+        (0..8).for_each(|slot| if slot == 3 { holding.release(slot) } else { holding.kill(slot) });
+        holding.finish(span);
+        let again = holding.claim(8).expect("slot 3 is still held");
+        assert!((again.first..again.first + again.len).contains(&3));
+        demote_all(&mut holding, again);
+        assert_eq!((holding.held(), holding.used()), (0, 0));
+    }
+
+    #[test]
+    fn a_page_dropped_while_busy_is_dead_and_its_slot_free_afterwards() {
+        let mut holding = filled(2);
+        let span = holding.claim(2).expect("two are held");
+        holding.kill(0);
+        assert_eq!(holding.get(0).state, State::BusyDead);
+        demote_all(&mut holding, span);
+        assert_eq!((holding.get(0).state, holding.held()), (State::Free, 0));
+    }
+}

@@ -1,0 +1,73 @@
+//! What an agent and `spm` say to each other: fixed messages over a Unix seqpacket socket.
+//!
+//! `spm` listens on the abstract address in [`SOCKET_ENV`] (the text after the leading NUL). An agent connects when
+//! its process starts or is forked, says [`Kind::Hello`] and keeps the connection for as long as the process lives
+//! in this program: the hang-up tells `spm` that it exited or called exec. Each request gets one reply with the
+//! same kind. Descriptors travel as SCM_RIGHTS (unix(7)).
+//!
+//! | kind | request carries | reply carries |
+//! |---|---|---|
+//! | `Hello` | - | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
+//! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
+
+/// Environment variable that names the socket.
+pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
+/// First word of every message; the low digits are the version.
+pub const MAGIC: u64 = 0x5350_4d50_524f_0001;
+
+/// What a message asks.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A process came under management.
+    Hello = 1,
+    /// Enable a userfaultfd and hold it.
+    Userfault = 2,
+}
+
+/// One message, either way.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    /// [`MAGIC`]; anything else is refused.
+    pub magic: u64,
+    /// A [`Kind`] as its number.
+    pub kind: u32,
+    /// Reply: 0, or the errno that says why not.
+    pub errno: i32,
+    /// Request: the sender's process id.
+    pub pid: u32,
+    /// Unused, zero.
+    pub pad: u32,
+    /// `Userfault`: UFFDIO_API feature bits wanted.
+    pub value: u64,
+}
+
+const _: () = assert!(size_of::<Message>() == 32);
+
+impl Message {
+    /// As it travels, in the machine's byte order.
+    pub fn to_bytes(&self) -> [u8; size_of::<Self>()] {
+        let mut bytes = [0; size_of::<Self>()];
+        bytes[0..8].copy_from_slice(&self.magic.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&self.kind.to_ne_bytes());
+        bytes[12..16].copy_from_slice(&self.errno.to_ne_bytes());
+        bytes[16..20].copy_from_slice(&self.pid.to_ne_bytes());
+        bytes[24..32].copy_from_slice(&self.value.to_ne_bytes());
+        bytes
+    }
+
+    /// What travelled; any 32 bytes are a message, [`Message::magic`] tells a real one.
+    pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        let word = |at: usize| u64::from_ne_bytes(core::array::from_fn(|i| bytes[at + i]));
+        let half = |at: usize| u32::from_ne_bytes(core::array::from_fn(|i| bytes[at + i]));
+        Self {
+            magic: word(0),
+            kind: half(8),
+            errno: i32::from_ne_bytes(half(12).to_ne_bytes()),
+            pid: half(16),
+            pad: 0,
+            value: word(24),
+        }
+    }
+}

@@ -1,0 +1,513 @@
+//! The runtime of one process: what its threads share, and how they begin.
+//!
+//! Life of a process under management: [`Runtime::attach`] (in the program's first thread, before `main`) says hello
+//! to `spm` and starts the *monitor*, a raw thread with a descriptor table of its own. The monitor measures and, once
+//! the tree nears its budget, [`Runtime::activate`]s: a userfaultfd, the holding area, node 1, a fault handler and
+//! more reclaimers. Until then nothing of the program is touched, and it runs at native speed.
+//!
+//! Locks, in this order: `fork_turn` (one fork at a time; taken by program threads) -> `space`. Reclaimers announce
+//! themselves in `working` before they touch anything and stay out while `is_paused`.
+
+#![allow(
+    unsafe_code,
+    reason = "starts raw threads and refers to mappings that are never unmapped: the control page, the pins"
+)]
+
+use crate::control::{Control, Slot};
+use crate::fault;
+use crate::fork;
+use crate::holding::Holding;
+use crate::protocol::{Kind, MAGIC, Message};
+use crate::reclaim;
+use crate::space::Space;
+use crate::table::CHUNK;
+use core::mem::ManuallyDrop;
+use core::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
+use spmem_core::units::FrameCount;
+use spmem_node::compressed::{GrantedFrames, Store};
+use spmem_sys::fd::Fd;
+use spmem_sys::futex::{Event, Lock};
+use spmem_sys::mapping::{self, Mapping};
+use spmem_sys::pagemap::Pagemap;
+use spmem_sys::socket::{Listener, MAX_NAME, Socket};
+use spmem_sys::thread::{self, Table};
+use spmem_sys::uffd::{Uffd, feature};
+use spmem_sys::{Errno, PAGE, Result, process};
+
+/// The back end of node 1 in this process.
+pub type Cram = Store<GrantedFrames, Frames>;
+
+/// Most reclaimers a process has; one for each processor up to this.
+pub const MAX_RECLAIMERS: usize = 8;
+/// Bytes of an agent thread's stack.
+const STACK: usize = 256 << 10;
+/// Excluded ranges: the C library's and the dynamic linker's own data, ours, thread control blocks.
+pub const MAX_EXCLUDED: usize = 256;
+/// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
+pub const MAX_PINS: usize = 1 << 16;
+
+/// Frames of node 1: a mapping of this process, made accessible as it fills.
+pub struct Frames {
+    mapping: Mapping,
+    committed: usize,
+}
+
+/// Frames are made accessible in steps of this size, bytes.
+const COMMIT: usize = 16 << 20;
+
+impl spmem_node::compressed::FrameBytes for Frames {
+    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        self.mapping.bytes(offset, len)
+    }
+
+    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        if offset + len > self.committed {
+            let wanted = (offset + len).next_multiple_of(COMMIT).min(self.mapping.len());
+            self.mapping.commit(wanted).expect("the kernel refuses memory it has reserved: out of page tables");
+            self.committed = wanted;
+        }
+        self.mapping.bytes_mut(offset, len)
+    }
+
+    fn discard(&mut self, offset: usize, len: usize) {
+        self.mapping.discard(offset, len);
+    }
+}
+
+/// How far a process has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+#[repr(u32)]
+pub enum Stage {
+    /// Not under management.
+    Dormant = 0,
+    /// Measured only.
+    Watched = 1,
+    /// Pages may leave.
+    Active = 2,
+}
+
+/// What the threads of one process share. Lives for ever, in memory that never leaves.
+pub struct Runtime {
+    control: AtomicPtr<Control>,
+    pub(crate) slot: AtomicUsize,
+    pub(crate) pid: AtomicU32,
+    stage: AtomicU32,
+    /// Descriptors in the agent threads' table; -1 when there is none.
+    pub(crate) device: AtomicI32,
+    pub(crate) socket: AtomicI32,
+    pub(crate) uffd: AtomicI32,
+    pub(crate) scratch: AtomicI32,
+    pub(crate) listener: AtomicI32,
+    /// One pagemap for all agent threads; without it nothing is swept.
+    pub(crate) pagemap: AtomicI32,
+    pub(crate) listener_name: Lock<([u8; MAX_NAME], usize)>,
+    pub(crate) spm_name: Lock<([u8; MAX_NAME], usize)>,
+    pub(crate) space: Lock<Option<Space<Cram>>>,
+    /// Where the holding area is; 0 before it is there.
+    pub(crate) holding_start: AtomicUsize,
+    /// One scratch area a reclaimer: where dropped pages go.
+    pub(crate) trash_start: AtomicUsize,
+    /// Pages that may still come before growth has to wait; below zero it waits.
+    pub(crate) room_pages: AtomicI64,
+    /// Longest that a fault on a page that comes back waits for room.
+    pub(crate) patience_ns: AtomicU64,
+    /// Longest that a fault on a new page waits for room.
+    pub(crate) growth_patience_ns: AtomicU64,
+    /// Pages whose RAM was given back since the start.
+    pub(crate) freed_pages: AtomicU64,
+    /// There is room for copies of pages that have come back.
+    pub(crate) keeps_copies: AtomicBool,
+    /// Reclaim frees nothing any more: growth must not wait for it.
+    pub(crate) is_stuck: AtomicBool,
+    /// Pages may be shared with a relative: count proportionally.
+    pub(crate) is_shared: AtomicBool,
+    pub(crate) is_paused: AtomicBool,
+    pub(crate) working: [AtomicU32; MAX_RECLAIMERS],
+    pub(crate) reclaimers: AtomicU32,
+    /// Wakes the monitor.
+    pub(crate) demand: Event,
+    /// Wakes the helpers.
+    pub(crate) help: Event,
+    /// Wakes whoever waits for reclaimers to pause, or to go on.
+    pub(crate) pause: Event,
+    pub(crate) fork_turn: fork::Turn,
+    excluded: [(AtomicUsize, AtomicUsize); MAX_EXCLUDED],
+    pins: AtomicPtr<AtomicU64>,
+    pin_count: AtomicUsize,
+    /// Counts unmaps and moves: what was registered may be something else now.
+    pub(crate) unmaps: AtomicU32,
+    /// Odd while pages are on their way out: see [`Runtime::pin_thread`].
+    pub(crate) leaving: AtomicU32,
+    stacks: [AtomicUsize; MAX_RECLAIMERS + 1],
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Runtime {
+    /// A process not under management.
+    pub const fn new() -> Self {
+        Self {
+            control: AtomicPtr::new(core::ptr::null_mut()),
+            slot: AtomicUsize::new(0),
+            pid: AtomicU32::new(0),
+            stage: AtomicU32::new(0),
+            device: AtomicI32::new(-1),
+            socket: AtomicI32::new(-1),
+            uffd: AtomicI32::new(-1),
+            scratch: AtomicI32::new(-1),
+            listener: AtomicI32::new(-1),
+            pagemap: AtomicI32::new(-1),
+            listener_name: Lock::new(([0; MAX_NAME], 0)),
+            spm_name: Lock::new(([0; MAX_NAME], 0)),
+            space: Lock::new(None),
+            holding_start: AtomicUsize::new(0),
+            trash_start: AtomicUsize::new(0),
+            room_pages: AtomicI64::new(i64::MAX),
+            patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
+            growth_patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
+            freed_pages: AtomicU64::new(0),
+            keeps_copies: AtomicBool::new(true),
+            is_stuck: AtomicBool::new(false),
+            is_shared: AtomicBool::new(false),
+            is_paused: AtomicBool::new(false),
+            working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
+            reclaimers: AtomicU32::new(0),
+            demand: Event::new(),
+            help: Event::new(),
+            pause: Event::new(),
+            fork_turn: fork::Turn::new(),
+            excluded: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; MAX_EXCLUDED],
+            pins: AtomicPtr::new(core::ptr::null_mut()),
+            pin_count: AtomicUsize::new(0),
+            unmaps: AtomicU32::new(0),
+            leaving: AtomicU32::new(0),
+            stacks: [const { AtomicUsize::new(0) }; MAX_RECLAIMERS + 1],
+        }
+    }
+
+    /// How far this process has come.
+    pub fn stage(&self) -> Stage {
+        // Acquire pairs with the Release in `set_stage`: what the stage promises is there.
+        match self.stage.load(Ordering::Acquire) {
+            0 => Stage::Dormant,
+            1 => Stage::Watched,
+            _ => Stage::Active,
+        }
+    }
+
+    /// Whether this process is under management.
+    pub fn is_managed(&self) -> bool {
+        self.stage() != Stage::Dormant
+    }
+
+    pub(crate) fn set_stage(&self, stage: Stage) {
+        self.stage.store(stage as u32, Ordering::Release);
+    }
+
+    /// What the tree shares; `None` before [`Runtime::attach`].
+    pub fn control(&self) -> Option<&'static Control> {
+        let control = self.control.load(Ordering::Acquire).cast_const();
+        // SAFETY: null, or a mapping of a `Control` that is never unmapped and only holds atomics.
+        (!control.is_null()).then(|| unsafe { &*control })
+    }
+
+    pub(crate) fn shared(&self) -> &'static Control {
+        self.control().expect("agent threads start after the control page is mapped")
+    }
+
+    pub(crate) fn own_slot(&self) -> &'static Slot {
+        &self.shared().slots[self.slot.load(Ordering::Relaxed)]
+    }
+
+    /// Brings this process under management: called once, by the only thread there is, before `main`.
+    ///
+    /// # Errors
+    /// Why it stays unmanaged: `ECONNREFUSED` when `spm` is gone, `ENOSPC` when the tree has too many processes.
+    pub fn attach(&'static self, spm_name: &[u8]) -> Result<()> {
+        let pid = process::pid();
+        let (socket, control, device) = hello(spm_name)?;
+        let mapping = Mapping::shared(control.raw(), size_of::<Control>())?;
+        self.control.store(mapping.leak().cast(), Ordering::Release);
+        let shared = self.shared();
+        let (slot, is_new) = shared.claim_slot(pid).ok_or(Errno(libc::ENOSPC))?;
+        if is_new {
+            shared.counters.processes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.slot.store(slot, Ordering::Relaxed);
+        self.pid.store(pid, Ordering::Relaxed);
+        {
+            let mut name = self.spm_name.lock();
+            name.0[..spm_name.len()].copy_from_slice(spm_name);
+            name.1 = spm_name.len();
+        }
+        let pins = Mapping::new(MAX_PINS * 8, c"spmem pins")?;
+        self.pins.store(pins.leak().cast(), Ordering::Release);
+        self.pin_thread();
+        self.set_stage(Stage::Watched);
+        self.device.store(device.as_ref().map_or(-1, Fd::raw), Ordering::Relaxed);
+        self.socket.store(socket.raw(), Ordering::Relaxed);
+        self.reclaimers.store(1, Ordering::Relaxed);
+        let proc = Fd::open(c"/proc", libc::O_PATH | libc::O_DIRECTORY);
+        spmem_sys::fd::set_proc(proc.as_ref().map_or(-1, Fd::raw));
+        // The thread gets copies of the descriptors with its table; ours close when they drop.
+        self.start_thread(0, Table::Private, reclaim::monitor)
+    }
+
+    /// Starts one of the agent's threads on its stack, which is made once and used again after a fork.
+    pub(crate) fn start_thread(
+        &'static self,
+        number: usize,
+        table: Table,
+        entry: extern "C" fn(usize) -> !,
+    ) -> Result<()> {
+        let mut top = self.stacks[number].load(Ordering::Relaxed);
+        if top == 0 {
+            let stack = Mapping::new(STACK, c"spmem stack")?;
+            top = stack.start() + stack.len();
+            stack.leak();
+            self.stacks[number].store(top, Ordering::Relaxed);
+        }
+        let argument = core::ptr::from_ref(self).expose_provenance();
+        let top = core::ptr::with_exposed_provenance_mut(top);
+        // SAFETY: the stack is used by thread `number` only, which starts once in a process's life; the entries of
+        // this crate use no thread-local storage.
+        unsafe { thread::spawn(table, top, entry, argument) }?;
+        Ok(())
+    }
+
+    /// The runtime an agent thread was started with.
+    pub(crate) fn from_argument(argument: usize) -> &'static Self {
+        // SAFETY: `start_thread` passes the address of a `&'static Runtime`.
+        unsafe { &*core::ptr::with_exposed_provenance(argument) }
+    }
+
+    /// Never lets pages of this range leave. For memory that agent threads or the kernel must find in place.
+    pub fn exclude(&self, start: usize, end: usize) {
+        for (from, to) in &self.excluded {
+            if to.load(Ordering::Relaxed) == 0 {
+                from.store(start, Ordering::Relaxed);
+                to.store(end, Ordering::Release);
+                return;
+            }
+        }
+    }
+
+    /// The first range that never leaves and overlaps `[start, end)`: its bounds. Ours count.
+    pub(crate) fn excluded_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
+        let listed = self
+            .excluded
+            .iter()
+            .map(|(from, to)| (from.load(Ordering::Relaxed), to.load(Ordering::Acquire)))
+            .filter(|&(from, to)| to > start && from < end);
+        listed.chain(mapping::own_in(start, end)).min()
+    }
+
+    /// Never lets the calling thread's control block leave: the kernel clears the thread id in it when the thread
+    /// exits, a fault that userfaultfd does not serve (fs/userfaultfd.c, `PF_EXITING`), and pthread_join(3) would wait
+    /// for ever. Called by each thread when it starts.
+    pub fn pin_thread(&self) {
+        self.pin(thread::control_block());
+    }
+
+    /// Never lets the page of `block`, its neighbours included, leave: the kernel or a dying thread touches it where
+    /// faults are not served. Called by program threads; takes no lock. The memory stays mapped while this runs.
+    pub fn pin(&self, block: usize) {
+        if block == 0 {
+            return;
+        }
+        let known = self.pins().any(|pin| pin.load(Ordering::Relaxed) == block as u64);
+        let pins = self.pins.load(Ordering::Acquire);
+        if known || pins.is_null() {
+            return;
+        }
+        let index = self.pin_count.fetch_add(1, Ordering::Relaxed);
+        if index >= MAX_PINS {
+            return;
+        }
+        // SAFETY: in bounds of a mapping that is never unmapped.
+        let pin = unsafe { &*pins.wrapping_add(index) };
+        // SeqCst, with `leaving`: either the sweep sees this pin, or we see that a sweep is under way and wait for it.
+        pin.store(block as u64, Ordering::SeqCst);
+        let sweep = self.leaving.load(Ordering::SeqCst);
+        if sweep % 2 == 1 {
+            while self.leaving.load(Ordering::SeqCst) == sweep {
+                process::sleep_ns(20_000);
+            }
+        }
+        // Bring back what may have left in between.
+        // SAFETY: mapped, says the caller.
+        unsafe { core::ptr::with_exposed_provenance::<u8>(block).read_volatile() };
+    }
+
+    /// The first range within `[start, end)` that belongs to a thread's control block, or to the static thread-local
+    /// storage just below one. With more threads than can be told apart, everything does.
+    pub(crate) fn pinned_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
+        if self.pin_count.load(Ordering::SeqCst) > MAX_PINS {
+            return Some((start, end));
+        }
+        self.pins()
+            .map(|pin| usize::try_from(pin.load(Ordering::SeqCst)).unwrap_or(0) & !(PAGE - 1))
+            .map(|page| (page.saturating_sub(PAGE), page + 2 * PAGE))
+            .filter(|&(from, to)| to > start && from < end)
+            .min()
+    }
+
+    fn pins(&self) -> impl Iterator<Item = &'static AtomicU64> {
+        let pins = self.pins.load(Ordering::Acquire);
+        let count = if pins.is_null() { 0 } else { self.pin_count.load(Ordering::SeqCst).min(MAX_PINS) };
+        // SAFETY: in bounds of a mapping that is never unmapped and only holds atomics.
+        (0..count).map(move |index| unsafe { &*pins.wrapping_add(index) })
+    }
+
+    /// Connects to `spm` again (a forked child) and hands it a userfaultfd to hold.
+    pub(crate) fn hello_again(&self) -> Result<(Socket, Option<Fd>)> {
+        let name = self.spm_name.lock();
+        hello(&name.0[..name.1]).map(|(socket, _control, device)| (socket, device))
+    }
+
+    /// A userfaultfd of this process with the features that managing takes, held by `spm` too.
+    pub(crate) fn make_userfaultfd(&self) -> Result<Uffd> {
+        let device = self.device.load(Ordering::Relaxed);
+        let uffd = new_userfaultfd(device)?;
+        match self.enlist(&uffd, feature::MANAGED) {
+            Ok(()) => Ok(uffd),
+            // `spm` is gone or may not: perhaps this process may.
+            Err(_) => uffd.enable(feature::MANAGED).map(|_| uffd),
+        }
+    }
+
+    /// A userfaultfd for scratch areas.
+    pub(crate) fn make_scratch_userfaultfd(&self) -> Result<Uffd> {
+        let uffd = new_userfaultfd(self.device.load(Ordering::Relaxed))?;
+        uffd.enable(feature::SCRATCH)?;
+        Ok(uffd)
+    }
+
+    /// Everything that moving pages takes: userfaultfd, holding area, node 1, fault handler, further reclaimers. Called
+    /// by the monitor, once.
+    ///
+    /// # Errors
+    /// What the kernel refused; the process goes on as it is.
+    pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
+        let slots = u32::try_from((limit / PAGE as u64 / 6).clamp(1024, 1 << 17)).expect("clamped");
+        let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
+        let trash = Mapping::new(MAX_RECLAIMERS * reclaim::BATCH * PAGE, c"spmem scratch")?;
+        let capacity = self.store_capacity();
+        let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
+        let granted = GrantedFrames::embedded(FrameCount(capacity / PAGE as u64)).map_err(|_| Errno::ENOMEM)?;
+        let store = Store::new(
+            granted,
+            Frames { mapping: frames, committed: 0 },
+            self.shared().seed.load(Ordering::Relaxed),
+        );
+        let uffd = self.make_userfaultfd()?;
+        // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
+        uffd.register(holding.start(), holding.len())?;
+        *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
+        self.holding_start.store(holding.start(), Ordering::Relaxed);
+        self.trash_start.store(trash.start(), Ordering::Relaxed);
+        self.make_scratch()?;
+        self.make_listener()?;
+        self.uffd.store(uffd.into_raw(), Ordering::Release);
+        holding.leak();
+        trash.leak();
+        self.start_helpers()?;
+        self.set_stage(Stage::Active);
+        Ok(())
+    }
+
+    /// Bytes of frames node 1 may take here: what the configuration says, less where address space is limited.
+    fn store_capacity(&self) -> u64 {
+        let wanted = self.shared().store_capacity_bytes.load(Ordering::Relaxed).max(16 << 20);
+        let wanted = process::address_space_left().map_or(wanted, |left| wanted.min(left / 4));
+        wanted / CHUNK as u64 * CHUNK as u64
+    }
+
+    /// A userfaultfd without events for the scratch areas.
+    pub(crate) fn make_scratch(&self) -> Result<()> {
+        let scratch = self.make_scratch_userfaultfd()?;
+        scratch.register(self.trash_start.load(Ordering::Relaxed), MAX_RECLAIMERS * reclaim::BATCH * PAGE)?;
+        self.scratch.store(scratch.into_raw(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Where forked children ask for their userfaultfd.
+    pub(crate) fn make_listener(&self) -> Result<()> {
+        let mut name = self.listener_name.lock();
+        let (listener, len) = Listener::bind_anywhere(&mut name.0)?;
+        name.1 = len;
+        self.listener.store(listener.into_fd().into_raw(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The fault handler, and reclaimers for the other processors. They share the monitor's descriptors.
+    pub(crate) fn start_helpers(&'static self) -> Result<()> {
+        // A process that has changed its user may not open it: then its pages stay.
+        self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
+        self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
+        for number in 1..process::cpu_count().min(MAX_RECLAIMERS) {
+            self.reclaimers.store(number as u32 + 1, Ordering::Relaxed);
+            self.start_thread(number, Table::Shared, reclaim::helper)?;
+        }
+        Ok(())
+    }
+
+    /// The pagemap that agent threads share; `None` where it could not be opened.
+    pub(crate) fn shared_pagemap(&self) -> Option<ManuallyDrop<Pagemap>> {
+        let raw = self.pagemap.load(Ordering::Acquire);
+        (raw >= 0).then(|| ManuallyDrop::new(Pagemap::from_raw(raw)))
+    }
+
+    /// Asks `spm` to enable `uffd` with `features` (0: it is enabled) and to hold it.
+    pub(crate) fn enlist(&self, uffd: &Uffd, features: u64) -> Result<()> {
+        let socket = self.socket.load(Ordering::Relaxed);
+        if socket < 0 {
+            return Err(Errno(libc::ENOTCONN));
+        }
+        let socket = Socket::from_fd(Fd::from_raw(socket));
+        let result = ask(&socket, Kind::Userfault, features, &[uffd.raw()]);
+        let _ = socket.into_fd().into_raw();
+        result.map(|_| ())
+    }
+}
+
+fn new_userfaultfd(device: i32) -> Result<Uffd> {
+    if device >= 0 {
+        let device = Fd::from_raw(device);
+        let uffd = Uffd::from_device(&device);
+        let _ = device.into_raw();
+        if uffd.is_ok() {
+            return uffd;
+        }
+    }
+    Uffd::from_syscall()
+}
+
+/// Says hello: the connection, the control page's memfd and /dev/userfaultfd.
+fn hello(name: &[u8]) -> Result<(Socket, Fd, Option<Fd>)> {
+    let socket = Socket::connect(name)?;
+    let mut fds = ask(&socket, Kind::Hello, 0, &[])?;
+    let control = fds[0].take().ok_or(Errno(libc::EPROTO))?;
+    Ok((socket, control, fds[1].take()))
+}
+
+fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<[Option<Fd>; spmem_sys::socket::MAX_FDS]> {
+    let request = Message { magic: MAGIC, kind: kind as u32, errno: 0, pid: process::pid(), pad: 0, value };
+    socket.send(&request.to_bytes(), fds)?;
+    let mut bytes = [0; size_of::<Message>()];
+    let received = socket.receive(&mut bytes)?;
+    let reply = Message::from_bytes(&bytes);
+    if received.len != bytes.len() || reply.magic != MAGIC || reply.kind != kind as u32 {
+        return Err(Errno(libc::EPROTO));
+    }
+    if reply.errno != 0 {
+        return Err(Errno(reply.errno));
+    }
+    Ok(received.fds)
+}

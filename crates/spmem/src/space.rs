@@ -1,0 +1,183 @@
+//! The space: all that is known of one program's managed memory, behind one lock.
+//!
+//! [`Space`] owns the [`Table`], the [`Holding`] area's slots and the back end of node 1, and keeps them consistent:
+//! a page's contents are in its place, in a slot, or under a handle, and every copy nobody refers to is given back.
+//! The fault handler and the reclaimers take the lock; the program's own threads never do while they might fault.
+//!
+//! While a fork is under way ([`Mode::Quiet`]) the child may be given a picture of this memory torn in time. So then
+//! nothing here allocates or frees: entries change one word at a time, and handles to give back wait in a list that
+//! the child throws away.
+
+use crate::holding::{Holding, State};
+use crate::table::{CHUNK, Copy, Entry, Table};
+use alloc::vec::Vec;
+use spmem_node::{Backend, Handle};
+use spmem_sys::PAGE;
+
+/// Whether a fork is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// No.
+    Normal,
+    /// From before the fork until the child serves its own faults: see the module's page.
+    Quiet,
+}
+
+/// Handles that can wait for the end of a quiet time; more are leaked in the store.
+const ORPHANS: usize = 1 << 16;
+
+/// See the module's page.
+pub struct Space<B> {
+    /// Where each page is.
+    pub table: Table,
+    /// Pages between program and node 1.
+    pub holding: Holding,
+    /// Node 1.
+    pub store: B,
+    /// Whether a fork is under way.
+    pub mode: Mode,
+    orphans: Vec<Handle>,
+    /// Pages promoted in a quiet time: their entries still say `away`.
+    promoted: Vec<usize>,
+}
+
+impl<B: Backend> Space<B> {
+    /// Nothing has left yet.
+    pub fn new(holding: Holding, store: B) -> Self {
+        let mut table = Table::new();
+        table.refill_spares();
+        Self {
+            table,
+            holding,
+            store,
+            mode: Mode::Normal,
+            orphans: Vec::with_capacity(ORPHANS),
+            promoted: Vec::with_capacity(4096),
+        }
+    }
+
+    /// Bytes of the tables.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.table.metadata_bytes() + self.holding.metadata_bytes() + (self.orphans.capacity() * 8) as u64
+    }
+
+    /// Gives up a copy on node 1.
+    pub fn forget(&mut self, handle: u64) {
+        let Some(handle) = Handle::from_raw(handle) else { return };
+        if self.mode == Mode::Quiet {
+            if self.orphans.len() < self.orphans.capacity() {
+                self.orphans.push(handle);
+            }
+            return;
+        }
+        // A damaged object keeps its place (R20); whoever needed it was told when it was loaded.
+        let _ = self.store.forget(handle);
+    }
+
+    /// Gives up whatever copy an entry refers to.
+    pub fn forget_copy(&mut self, entry: Entry) {
+        match entry.copy() {
+            Copy::None => {}
+            Copy::Stored(handle) => self.forget(handle),
+            Copy::Holding(slot) => {
+                if let Some(handle) = self.holding.forget_kept(slot) {
+                    self.forget(handle);
+                }
+                self.holding.kill(slot);
+            }
+        }
+    }
+
+    /// The pages of a range are no more: copies are given up. With `Some` the entries say so afterwards
+    /// (madvise), with `None` the range is not registered any more either (munmap).
+    pub fn drop_range(&mut self, start: usize, end: usize, discarded: Option<Entry>) {
+        let mut at = start;
+        while let Some(chunk) = self.table.next_chunk(at, end) {
+            let (first, last) = (chunk.max(start), (chunk + CHUNK).min(end));
+            for page in (first..last).step_by(PAGE) {
+                let entry = self.table.get(page);
+                if !entry.is_empty() {
+                    self.forget_copy(entry);
+                }
+                if discarded.is_some() || !entry.is_empty() {
+                    self.table.set(page, discarded.unwrap_or_default());
+                }
+            }
+            if discarded.is_none() {
+                self.table.find_or_add(chunk).set_registered(first, last, false);
+            }
+            at = last;
+        }
+    }
+
+    /// mremap(2) moved a range: what was known of its pages moves along.
+    pub fn move_range(&mut self, from: usize, to: usize, len: usize) {
+        self.drop_range(to, to + len, None);
+        let mut at = from;
+        while let Some(chunk) = self.table.next_chunk(at, from + len) {
+            let (first, last) = (chunk.max(from), (chunk + CHUNK).min(from + len));
+            for page in (first..last).step_by(PAGE) {
+                let entry = self.table.set(page, Entry::default());
+                if entry.is_empty() {
+                    continue;
+                }
+                let new = page - from + to;
+                self.table.find_or_add(new).set(new, entry);
+                if let Copy::Holding(slot) = entry.copy() {
+                    self.holding.set_owner(slot, new);
+                }
+            }
+            self.table.find_or_add(chunk).set_registered(first, last, false);
+            at = last;
+        }
+    }
+
+    /// A page was promoted while quiet: its entry is put right afterwards.
+    pub fn note_promoted(&mut self, page: usize) {
+        if self.promoted.len() < self.promoted.capacity() {
+            self.promoted.push(page);
+        }
+    }
+
+    /// The fork is over, here in the parent.
+    pub fn end_quiet(&mut self) {
+        self.mode = Mode::Normal;
+        while let Some(page) = self.promoted.pop() {
+            let entry = self.table.get(page);
+            match entry.copy() {
+                Copy::Stored(_) if entry.is_away() => {
+                    self.table.set(page, Entry::present(entry.copy(), entry.age()));
+                }
+                Copy::Holding(slot) if entry.is_away() => {
+                    let kept = self.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
+                    self.holding.kill(slot);
+                    self.table.set(page, Entry::present(kept, entry.age()));
+                }
+                _ => {}
+            }
+        }
+        while let Some(handle) = self.orphans.pop() {
+            let _ = self.store.forget(handle);
+        }
+    }
+
+    /// This is the forked child: what may be torn is thrown away, what the parent's threads had claimed is free.
+    pub fn settle_after_fork(&mut self) {
+        self.mode = Mode::Normal;
+        core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
+        core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
+        self.table.leak_spares();
+        self.table.refill_spares();
+        self.holding.settle();
+    }
+
+    /// Whether the page may be taken away: it is in its place, and nothing says it must stay.
+    pub fn may_leave(&self, entry: Entry) -> bool {
+        !entry.is_away() && !entry.is_discarded() && !matches!(entry.copy(), Copy::Holding(_))
+    }
+
+    /// Whether a slot's page can be moved back whole, or only copied.
+    pub fn is_movable(&self, slot: u32) -> bool {
+        self.mode == Mode::Normal && self.holding.get(slot).state == State::Held
+    }
+}

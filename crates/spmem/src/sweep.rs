@@ -1,0 +1,342 @@
+//! The sweep: the clock hand goes over the program's memory and takes cold pages into the holding area.
+//!
+//! Which ranges: private anonymous memory that is readable and writable, not the main stack, not the C library's own
+//! data, not a thread's control block. Which pages: those the policy (`spmem_core::lru`) lets go. How: a chunk is
+//! registered when its first page leaves; then UFFDIO_MOVE, whose success says that no unread event concerns the range.
+
+use crate::runtime::{Cram, Runtime};
+use crate::space::Space;
+use crate::table::{CHUNK, Copy, Entry};
+use core::sync::atomic::Ordering::{self, Relaxed};
+use spmem_core::lru::{self, Verdict};
+use spmem_sys::fd::Fd;
+use spmem_sys::mapping::populate_write;
+use spmem_sys::maps::{Maps, Name, Vma};
+use spmem_sys::pagemap::{Pagemap, RUNS, Run};
+use spmem_sys::uffd::Uffd;
+use spmem_sys::{Errno, PAGE, Result, process};
+
+/// Pages moved under one hold of the lock: a fault may have to wait for it.
+const HOLD_PAGES: usize = 32;
+
+/// A page that could not leave is tried again every so many rounds.
+const REFUSED_ROUNDS: usize = 32;
+
+/// The clock hand.
+pub(crate) struct Sweeper {
+    runtime: &'static Runtime,
+    uffd: core::mem::ManuallyDrop<Uffd>,
+    maps: Maps,
+    pagemap: core::mem::ManuallyDrop<Pagemap>,
+    hand: usize,
+    /// Rounds done.
+    round: usize,
+    /// Pages the kernel would not move (EBUSY), to be looked at without the lock.
+    busy: [usize; HOLD_PAGES],
+    busy_count: usize,
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// All of it was looked at.
+    Done,
+    /// No slot is free.
+    Full,
+    /// An event waits to be read.
+    Unread,
+    /// The range cannot be managed.
+    Unfit,
+}
+
+/// Whether pages of this range may be managed at all.
+pub(crate) fn is_eligible(vma: &Vma) -> bool {
+    vma.is_readable
+        && vma.is_writable
+        && !vma.is_executable
+        && !vma.is_shared
+        && !vma.is_file
+        && matches!(vma.name, Name::None | Name::Heap | Name::Anon)
+}
+
+impl Sweeper {
+    pub(crate) fn new(runtime: &'static Runtime) -> Result<Self> {
+        Ok(Self {
+            runtime,
+            uffd: core::mem::ManuallyDrop::new(Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)))),
+            maps: Maps::open()?,
+            pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
+            hand: 0,
+            round: 0,
+            busy: [0; HOLD_PAGES],
+            busy_count: 0,
+        })
+    }
+
+    /// Moves up to `wanted` pages into the holding area; how many were moved. Gives up after two rounds.
+    pub(crate) fn run(&mut self, wanted: usize) -> usize {
+        let (mut moved, mut wraps) = (0, 0);
+        let mut runs = [Run::default(); RUNS];
+        while moved < wanted && wraps < 2 {
+            let Ok(vma) = self.maps.at_or_above(self.hand) else { break };
+            let Some(vma) = vma.filter(|vma| vma.start < 1 << 47) else {
+                self.hand = 0;
+                self.round += 1;
+                wraps += 1;
+                continue;
+            };
+            let start = self.hand.max(vma.start);
+            if !is_eligible(&vma) {
+                self.hand = vma.end;
+                continue;
+            }
+            let excluded = self.runtime.excluded_in(start, vma.end);
+            if let Some((_, to)) = excluded.filter(|&(from, _)| from <= start) {
+                self.hand = to;
+                continue;
+            }
+            let fence = excluded.map_or(vma.end, |(from, _)| from);
+            let end = vma.end.min(fence);
+            let Ok(count) = self.pagemap.scan(start, end, &mut runs) else {
+                self.hand = end;
+                continue;
+            };
+            let mut stop = end;
+            for run in &runs[..count] {
+                let (ended, at) = self.run_over(run, &vma, wanted, &mut moved);
+                match ended {
+                    End::Done => {}
+                    End::Full | End::Unread => {
+                        self.hand = at;
+                        self.look_at_busy(&mut moved);
+                        if ended == End::Unread {
+                            process::sleep_ns(20_000);
+                        }
+                        return moved;
+                    }
+                    End::Unfit => {
+                        stop = vma.end;
+                        break;
+                    }
+                }
+                if moved >= wanted {
+                    stop = at;
+                    break;
+                }
+            }
+            if count == RUNS && stop == end {
+                stop = runs[count - 1].end as usize;
+            }
+            self.hand = stop;
+            self.look_at_busy(&mut moved);
+        }
+        moved
+    }
+
+    /// One run of present pages, in steps short enough for the lock. Where it stopped.
+    fn run_over(&mut self, run: &Run, vma: &Vma, wanted: usize, moved: &mut usize) -> (End, usize) {
+        let mut at = run.start as usize;
+        while at < run.end as usize && *moved < wanted {
+            let step =
+                (at + HOLD_PAGES.min(wanted - *moved) * PAGE).min(run.end as usize).min((at / CHUNK + 1) * CHUNK);
+            let runtime = self.runtime;
+            let mut space = runtime.space.lock();
+            let Some(space) = space.as_mut() else { return (End::Unfit, at) };
+            // Odd while pages may be on their way out (Runtime::pin_thread).
+            runtime.leaving.fetch_add(1, Ordering::SeqCst);
+            let result = self.take(space, vma, at, step);
+            runtime.leaving.fetch_add(1, Ordering::SeqCst);
+            *moved += result.1;
+            if result.0 != End::Done {
+                return (result.0, at);
+            }
+            at = step;
+            if self.busy_count == HOLD_PAGES {
+                return (End::Done, at);
+            }
+        }
+        (End::Done, at)
+    }
+
+    /// Under the lock: takes what may leave of `[start, end)`, which lies in one chunk and was present a moment ago.
+    fn take(&mut self, space: &mut Space<Cram>, vma: &Vma, start: usize, end: usize) -> (End, usize) {
+        let mut moved = 0;
+        let mut at = start;
+        while at < end {
+            let pinned = self.runtime.pinned_in(at, end);
+            if let Some((_, to)) = pinned.filter(|&(from, _)| from <= at) {
+                at = to;
+                continue;
+            }
+            let fence = pinned.map_or(end, |(from, _)| from);
+            let mut stop = at;
+            while stop < fence && self.lets_go(space, stop) {
+                stop += PAGE;
+            }
+            if stop == at {
+                at += PAGE;
+                continue;
+            }
+            let (ended, count) = self.take_run(space, vma, at, stop);
+            moved += count;
+            if ended != End::Done {
+                return (ended, moved);
+            }
+            at = stop;
+        }
+        (End::Done, moved)
+    }
+
+    /// The policy's verdict on one page, whose age it changes.
+    fn lets_go(&self, space: &mut Space<Cram>, page: usize) -> bool {
+        let entry = space.table.get(page);
+        let is_turn = !entry.is_refused() || (page / PAGE + self.round).is_multiple_of(REFUSED_ROUNDS);
+        if !space.may_leave(entry) || !is_turn {
+            return false;
+        }
+        match lru::on_sweep(entry.age()) {
+            Verdict::Evict(_) => true,
+            Verdict::Keep(age) => {
+                // It stayed a whole round: what its copy takes is better spent elsewhere.
+                if let Copy::Stored(handle) = entry.copy() {
+                    space.forget(handle);
+                }
+                space.table.set(page, Entry::present(Copy::None, age));
+                false
+            }
+        }
+    }
+
+    /// Moves a run of pages that may all leave. They enter the holding area oldest address first.
+    fn take_run(&mut self, space: &mut Space<Cram>, vma: &Vma, start: usize, end: usize) -> (End, usize) {
+        if let Err(errno) = self.register(space, vma, start, end) {
+            return (if errno == Errno::EAGAIN { End::Unread } else { End::Unfit }, 0);
+        }
+        let (mut at, mut moved) = (start, 0);
+        while at < end {
+            let Some((slot, count)) = space.holding.room(((end - at) / PAGE) as u32) else {
+                return (End::Full, moved);
+            };
+            let progress = self.uffd.move_present(space.holding.address(slot), at, count as usize * PAGE);
+            for page in (at..at + progress.done).step_by(PAGE) {
+                let entry = space.table.get(page);
+                let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
+                let slot = space.holding.push(page, kept);
+                space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
+            }
+            moved += progress.done / PAGE;
+            at += progress.done;
+            let Some(errno) = progress.stopped else { continue };
+            if progress.done > 0 {
+                continue;
+            }
+            match errno {
+                Errno::EAGAIN => return (End::Unread, moved),
+                // Gone meanwhile, or dropped as announced.
+                Errno::ENOENT => {
+                    self.note_missing(space, at);
+                    at += PAGE;
+                }
+                Errno::EBUSY => {
+                    self.note_busy(space, at);
+                    at += PAGE;
+                }
+                // Somebody's fault was served into a free slot: it holds nothing we know.
+                Errno::EEXIST => {
+                    let slot = space.holding.push(0, None);
+                    space.holding.kill(slot);
+                }
+                _ => {
+                    let pages = ((vma.end - at) / PAGE) as u64;
+                    self.runtime.shared().counters.refused_protected.fetch_add(pages, Relaxed);
+                    return (End::Unfit, moved);
+                }
+            }
+        }
+        if let Some(chunk) = space.table.find_mut(start) {
+            chunk.left_ns = process::now_ns();
+        }
+        (End::Done, moved)
+    }
+
+    /// Makes sure that faults on the range come to us before a page of it leaves.
+    fn register(&self, space: &mut Space<Cram>, vma: &Vma, start: usize, end: usize) -> Result<()> {
+        let chunk = space.table.find_or_add(start);
+        if chunk.is_registered(start, end) {
+            return Ok(());
+        }
+        let from = chunk.start.max(vma.start);
+        let to = (chunk.start + CHUNK).min(vma.end);
+        // The range may have changed since it was looked up; our own mappings are made under this lock.
+        let now =
+            self.maps.at_or_above(start)?.filter(|now| is_eligible(now) && now.start <= from && now.end >= to);
+        if now.is_none() || self.runtime.excluded_in(from, to).is_some_and(|(from, to)| from < end && to > start) {
+            return Err(Errno::EAGAIN);
+        }
+        self.uffd.register(from, to - from)?;
+        space.table.find_or_add(start).set_registered(from, to, true);
+        space.table.refill_spares();
+        Ok(())
+    }
+
+    /// A page that madvise(2) announced and that is seen missing now may be managed again.
+    fn note_missing(&self, space: &mut Space<Cram>, page: usize) {
+        if space.table.get(page).is_discarded() {
+            space.table.set(page, Entry::default());
+        }
+    }
+
+    fn note_busy(&mut self, space: &mut Space<Cram>, page: usize) {
+        if self.busy_count < HOLD_PAGES {
+            self.busy[self.busy_count] = page;
+            self.busy_count += 1;
+        } else {
+            self.refuse(space, page);
+        }
+    }
+
+    fn refuse(&self, space: &mut Space<Cram>, page: usize) {
+        let entry = space.table.get(page);
+        if space.may_leave(entry) && space.table.find(page).is_some() {
+            space.table.set(page, Entry::refused(entry.copy()));
+        }
+    }
+
+    /// Pages the kernel would not move: shared with a relative, once shared, or pinned for I/O. A write fault makes
+    /// a page that was shared its only owner's again (Documentation/mm: anonymous exclusive); a pinned one never moves.
+    fn look_at_busy(&mut self, moved: &mut usize) {
+        let counters = &self.runtime.shared().counters;
+        for index in 0..core::mem::take(&mut self.busy_count) {
+            let page = self.busy[index];
+            let is_exclusive = self.pagemap.is_exclusive(page).unwrap_or(false);
+            let may_retry = is_exclusive && populate_write(page, PAGE).is_ok();
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut() else { return };
+            if may_retry && self.retry(space, page) {
+                *moved += 1;
+                continue;
+            }
+            let counter = if is_exclusive { &counters.refused_pinned } else { &counters.refused_shared };
+            counter.fetch_add(1, Relaxed);
+            self.refuse(space, page);
+        }
+    }
+
+    fn retry(&self, space: &mut Space<Cram>, page: usize) -> bool {
+        let entry = space.table.get(page);
+        let is_registered = space.table.find(page).is_some_and(|chunk| chunk.is_registered(page, page + PAGE));
+        if !is_registered || !space.may_leave(entry) || self.runtime.pinned_in(page, page + PAGE).is_some() {
+            return false;
+        }
+        let Some((slot, _)) = space.holding.room(1) else { return false };
+        self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
+        let progress = self.uffd.move_present(space.holding.address(slot), page, PAGE);
+        if progress.stopped.is_none() {
+            let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
+            let slot = space.holding.push(page, kept);
+            space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
+        }
+        self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
+        progress.stopped.is_none()
+    }
+}

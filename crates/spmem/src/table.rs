@@ -1,0 +1,385 @@
+//! The page table of what is away: one word a page, in chunks of 2 MiB that exist once their first page has left.
+//!
+//! A page that never left has no word or the word 0. The kernel's page tables say what is present; these words say
+//! where a missing page's contents are, and which copy of a present page is still kept. Everything here is reached
+//! under the space's lock. 8 bytes a page and 1 bit for "registered".
+//!
+//! | kind | `is_away` | meaning |
+//! |---|---|---|
+//! | `None` | no | nothing known: present, or never touched |
+//! | `Holding` | yes | in the holding area |
+//! | `Holding` | no | came back by copy while its slot is being compressed |
+//! | `Stored` | yes | on node 1 |
+//! | `Stored` | no | present, and an older compressed copy is kept: it may still be equal |
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use spmem_core::lru::Age;
+use spmem_sys::PAGE;
+
+/// Pages in a chunk.
+pub const CHUNK_PAGES: usize = 512;
+/// Bytes in a chunk: the unit of registration, and of a transparent huge page.
+pub const CHUNK: usize = CHUNK_PAGES * PAGE;
+const LEAF: usize = 1 << 13;
+const TOP: usize = 1 << 13;
+const PAYLOAD: u64 = (1 << 48) - 1;
+const KIND_SHIFT: u32 = 48;
+const AWAY: u64 = 1 << 50;
+const AGE_SHIFT: u32 = 51;
+const DISCARDED: u64 = 1 << 54;
+const REFUSED: u64 = 1 << 55;
+
+/// Where a page's contents are, besides its place in the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copy {
+    /// Nowhere.
+    None,
+    /// In this slot of the holding area.
+    Holding(u32),
+    /// On node 1, under this handle.
+    Stored(u64),
+}
+
+/// What is known of one page.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct Entry(u64);
+
+impl Entry {
+    /// A page whose contents are at `copy` only.
+    pub fn away(copy: Copy, age: Age) -> Self {
+        Self(Self::present(copy, age).0 | AWAY)
+    }
+
+    /// A page that is in its place; `copy` may or may not be equal to it.
+    pub fn present(copy: Copy, age: Age) -> Self {
+        let (kind, payload) = match copy {
+            Copy::None => (0, 0),
+            Copy::Holding(slot) => (1, u64::from(slot)),
+            Copy::Stored(handle) => (2, handle),
+        };
+        debug_assert!(payload & !PAYLOAD == 0, "a handle has 48 bits");
+        Self(payload | kind << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
+    }
+
+    /// Nothing is known.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Its place in the program is missing.
+    pub fn is_away(self) -> bool {
+        self.0 & AWAY != 0
+    }
+
+    /// Where else its contents are.
+    pub fn copy(self) -> Copy {
+        match self.0 >> KIND_SHIFT & 3 {
+            1 => Copy::Holding((self.0 & 0xffff_ffff) as u32),
+            2 => Copy::Stored(self.0 & PAYLOAD),
+            _ => Copy::None,
+        }
+    }
+
+    /// How recently it was used, as the replacement policy counts.
+    pub fn age(self) -> Age {
+        Age::from_bits((self.0 >> AGE_SHIFT & 7) as u8)
+    }
+
+    /// It could not leave when it was tried: seldom to be tried again.
+    pub fn is_refused(self) -> bool {
+        self.0 & REFUSED != 0
+    }
+
+    /// A page in its place that could not leave.
+    pub fn refused(copy: Copy) -> Self {
+        Self(Self::present(copy, Age::COLDEST).0 | REFUSED)
+    }
+
+    /// madvise(2) announced that it will be dropped; it must not leave until it was seen missing.
+    pub fn is_discarded(self) -> bool {
+        self.0 & DISCARDED != 0
+    }
+
+    /// A page that madvise(2) is about to drop.
+    pub fn discarded() -> Self {
+        Self(DISCARDED)
+    }
+}
+
+/// The pages of one 2 MiB-aligned range of addresses.
+pub struct Chunk {
+    entries: [Entry; CHUNK_PAGES],
+    registered: [u64; CHUNK_PAGES / 64],
+    /// First address.
+    pub start: usize,
+    /// Pages that are away.
+    pub away: u32,
+    /// Pages that are present and have a copy kept.
+    pub kept: u32,
+    /// Pages that could not leave.
+    pub refused: u32,
+    /// When a page last left, ns.
+    pub left_ns: u64,
+}
+
+impl Chunk {
+    /// A chunk nobody has left yet.
+    pub fn new(start: usize) -> Self {
+        Self {
+            entries: [Entry::default(); CHUNK_PAGES],
+            registered: [0; CHUNK_PAGES / 64],
+            start,
+            away: 0,
+            kept: 0,
+            refused: 0,
+            left_ns: 0,
+        }
+    }
+
+    /// The entry of the page of `address`, which lies in this chunk.
+    pub fn get(&self, address: usize) -> Entry {
+        self.entries[page_index(address)]
+    }
+
+    /// Replaces it and keeps the counts; what it was.
+    pub fn set(&mut self, address: usize, entry: Entry) -> Entry {
+        let old = core::mem::replace(&mut self.entries[page_index(address)], entry);
+        self.away = self.away + u32::from(entry.is_away()) - u32::from(old.is_away());
+        self.kept = self.kept + u32::from(is_kept(entry)) - u32::from(is_kept(old));
+        self.refused = self.refused + u32::from(entry.is_refused()) - u32::from(old.is_refused());
+        old
+    }
+
+    /// Whether all pages of a range in this chunk are registered with the userfaultfd.
+    pub fn is_registered(&self, start: usize, end: usize) -> bool {
+        (page_index(start)..page_index(start) + (end - start) / PAGE)
+            .all(|page| self.registered[page / 64] >> (page % 64) & 1 != 0)
+    }
+
+    /// Notes that a range in this chunk is (not) registered.
+    pub fn set_registered(&mut self, start: usize, end: usize, is_registered: bool) {
+        for page in page_index(start)..page_index(start) + (end - start) / PAGE {
+            let bit = 1 << (page % 64);
+            let word = &mut self.registered[page / 64];
+            *word = if is_registered { *word | bit } else { *word & !bit };
+        }
+    }
+
+    /// The registered runs, as address ranges.
+    pub fn registered_runs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let mut page = 0;
+        core::iter::from_fn(move || {
+            let has = |page: usize| self.registered[page / 64] >> (page % 64) & 1 != 0;
+            while page < CHUNK_PAGES && !has(page) {
+                page += 1;
+            }
+            let first = page;
+            while page < CHUNK_PAGES && has(page) {
+                page += 1;
+            }
+            (first < page).then(|| (self.start + first * PAGE, self.start + page * PAGE))
+        })
+    }
+}
+
+fn is_kept(entry: Entry) -> bool {
+    !entry.is_away() && entry.copy() != Copy::None
+}
+
+fn page_index(address: usize) -> usize {
+    address / PAGE % CHUNK_PAGES
+}
+
+/// All chunks, found by address in two steps.
+pub struct Table {
+    top: Vec<Option<Box<[u32; LEAF]>>>,
+    /// Number + 1 is what the leaves hold.
+    chunks: Vec<Box<Chunk>>,
+    spare: Vec<Box<Chunk>>,
+}
+
+/// Spare chunks kept so that an event never has to allocate.
+pub const SPARES: usize = 64;
+
+impl Default for Table {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Table {
+    /// A table without chunks.
+    pub fn new() -> Self {
+        Self { top: Vec::new(), chunks: Vec::new(), spare: Vec::new() }
+    }
+
+    /// Bytes this table takes.
+    pub fn metadata_bytes(&self) -> u64 {
+        let leaves = self.top.iter().flatten().count() * LEAF * 4;
+        ((self.chunks.len() + self.spare.len()) * size_of::<Chunk>() + leaves) as u64
+    }
+
+    /// Pages that are in their place because they could not leave. O(chunks).
+    pub fn count_refused(&self) -> u64 {
+        self.chunks.iter().map(|chunk| u64::from(chunk.refused)).sum()
+    }
+
+    /// Pages that are in their place and have a copy kept as well. O(chunks).
+    pub fn count_kept(&self) -> u64 {
+        self.chunks.iter().map(|chunk| u64::from(chunk.kept)).sum()
+    }
+
+    /// The chunk of `address`, if it exists.
+    pub fn find(&self, address: usize) -> Option<&Chunk> {
+        self.number(address).map(|number| &*self.chunks[number])
+    }
+
+    /// The chunk of `address`, if it exists, to change.
+    pub fn find_mut(&mut self, address: usize) -> Option<&mut Chunk> {
+        self.number(address).map(|number| &mut *self.chunks[number])
+    }
+
+    /// The chunk of `address`; made when it does not exist.
+    pub fn find_or_add(&mut self, address: usize) -> &mut Chunk {
+        let number = self.number(address).unwrap_or_else(|| self.add(address));
+        &mut self.chunks[number]
+    }
+
+    /// The entry of the page of `address`.
+    pub fn get(&self, address: usize) -> Entry {
+        self.find(address).map_or(Entry::default(), |chunk| chunk.get(address))
+    }
+
+    /// Replaces the entry of a page whose chunk exists; what it was.
+    ///
+    /// # Panics
+    /// When the chunk does not exist: an entry is made together with its chunk.
+    pub fn set(&mut self, address: usize, entry: Entry) -> Entry {
+        self.find_mut(address).expect("the page has an entry, so its chunk exists").set(address, entry)
+    }
+
+    /// How many chunks there are; they are numbered from 0.
+    pub fn len(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// There is no chunk.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// Chunk `number`.
+    pub fn chunk(&mut self, number: usize) -> &mut Chunk {
+        &mut self.chunks[number]
+    }
+
+    /// Starts of the existing chunks that overlap a range, in order.
+    pub fn chunks_in(&self, start: usize, end: usize) -> impl Iterator<Item = usize> + '_ {
+        let mut chunk = if start < end { start / CHUNK * CHUNK } else { end };
+        core::iter::from_fn(move || {
+            while chunk < end {
+                let here = chunk;
+                if self.leaf(here).is_none() {
+                    chunk = (here / (CHUNK * LEAF) + 1) * (CHUNK * LEAF);
+                    continue;
+                }
+                chunk += CHUNK;
+                if self.find(here).is_some() {
+                    return Some(here);
+                }
+            }
+            None
+        })
+    }
+
+    /// Start of the first existing chunk that overlaps a range.
+    pub fn next_chunk(&self, start: usize, end: usize) -> Option<usize> {
+        self.chunks_in(start, end).next()
+    }
+
+    /// Makes sure that [`SPARES`] chunks can be added without allocating (leaves excepted).
+    pub fn refill_spares(&mut self) {
+        self.chunks.reserve(SPARES);
+        while self.spare.len() < SPARES {
+            self.spare.push(Box::new(Chunk::new(0)));
+        }
+    }
+
+    /// Forgets the spares without freeing them: after a fork their list may be torn.
+    pub fn leak_spares(&mut self) {
+        core::mem::forget(core::mem::take(&mut self.spare));
+    }
+
+    fn leaf(&self, address: usize) -> Option<&[u32; LEAF]> {
+        self.top.get(address / (CHUNK * LEAF))?.as_deref()
+    }
+
+    fn number(&self, address: usize) -> Option<usize> {
+        let number = self.leaf(address)?[address / CHUNK % LEAF];
+        number.checked_sub(1).map(|number| number as usize)
+    }
+
+    fn add(&mut self, address: usize) -> usize {
+        let top = address / (CHUNK * LEAF);
+        assert!(top < TOP, "a user address has 47 bits");
+        if self.top.len() <= top {
+            self.top.resize_with(TOP, || None);
+        }
+        let mut chunk = self.spare.pop().unwrap_or_else(|| Box::new(Chunk::new(0)));
+        chunk.start = address / CHUNK * CHUNK;
+        self.chunks.push(chunk);
+        let leaf = self.top[top].get_or_insert_with(|| Box::new([0; LEAF]));
+        leaf[address / CHUNK % LEAF] = u32::try_from(self.chunks.len()).expect("2^32 chunks are 8 PiB");
+        self.chunks.len() - 1
+    }
+}
+
+const _: () = assert!(size_of::<Chunk>() <= 9 * CHUNK_PAGES, "at most 9 bytes a page");
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+
+    #[test]
+    fn an_entry_keeps_what_it_was_made_of() {
+        for copy in [Copy::None, Copy::Holding(u32::MAX), Copy::Stored(PAYLOAD)] {
+            for age in 0..8 {
+                let age = Age::from_bits(age);
+                for entry in [Entry::away(copy, age), Entry::present(copy, age)] {
+                    assert_eq!((entry.copy(), entry.age().bits()), (copy, age.bits()));
+                    assert!(!entry.is_discarded());
+                }
+                assert!(Entry::away(copy, age).is_away() && !Entry::present(copy, age).is_away());
+            }
+        }
+        assert!(!Entry::discarded().is_away() && Entry::discarded().copy() == Copy::None);
+    }
+
+    #[test]
+    fn chunks_are_found_by_any_address_inside_and_in_order() {
+        let mut table = Table::new();
+        let starts = [3 * CHUNK, 5 * CHUNK, 7 << 40, (1 << 47) - CHUNK];
+        for start in starts {
+            table.find_or_add(start + 77).set(start, Entry::away(Copy::Stored(1), Age::COLDEST));
+        }
+        assert_eq!(table.chunks_in(0, 1 << 47).collect::<Vec<_>>(), starts);
+        assert_eq!(table.chunks_in(5 * CHUNK + 9, 5 * CHUNK + 10).collect::<Vec<_>>(), [5 * CHUNK]);
+        assert_eq!(table.chunks_in(5 * CHUNK + 9, 5 * CHUNK + 9).next(), None, "an empty range has no chunk");
+        assert!(table.get(starts[2] + 1).is_away() && table.get(starts[2] + PAGE).is_empty());
+        assert_eq!(table.find(starts[3]).map(|chunk| chunk.away), Some(1));
+    }
+
+    #[test]
+    fn registered_runs_are_what_was_registered() {
+        let mut chunk = Chunk::new(CHUNK);
+        chunk.set_registered(CHUNK + 3 * PAGE, CHUNK + 70 * PAGE, true);
+        chunk.set_registered(CHUNK + 10 * PAGE, CHUNK + 11 * PAGE, false);
+        let runs: Vec<_> =
+            chunk.registered_runs().map(|(a, b)| ((a - CHUNK) / PAGE, (b - CHUNK) / PAGE)).collect();
+        assert_eq!(runs, [(3, 10), (11, 70)]);
+        assert!(chunk.is_registered(CHUNK + 11 * PAGE, CHUNK + 70 * PAGE));
+        assert!(!chunk.is_registered(CHUNK + 9 * PAGE, CHUNK + 12 * PAGE));
+    }
+}

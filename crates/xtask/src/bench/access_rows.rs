@@ -1,0 +1,74 @@
+//! The access program as a row of `bench zram`.
+
+use std::io::{BufRead, Write};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use crate::bench::zram::{Figures, Probe};
+use crate::launch::{Bed, Job, Side};
+use crate::process_tree;
+use crate::programs::access::{Event, Pattern};
+
+/// What is accessed how.
+pub(super) struct Shape<'a> {
+    pub(super) corpus: &'a Path,
+    pub(super) mib: u64,
+    pub(super) pattern: Pattern,
+    pub(super) threads: u32,
+    pub(super) warm_seconds: f64,
+    pub(super) seconds: f64,
+}
+
+/// One run.
+pub(super) fn run(bed: &Bed, side: &Side, shape: &Shape<'_>, probe: &Probe<'_>) -> anyhow::Result<Figures> {
+    let pattern = if shape.pattern == Pattern::Zipf { "zipf" } else { "uniform" };
+    let words = [
+        ("--mib", shape.mib.to_string()),
+        ("--pattern", pattern.into()),
+        ("--threads", shape.threads.to_string()),
+        ("--warm-seconds", shape.warm_seconds.to_string()),
+        ("--seconds", shape.seconds.to_string()),
+    ];
+    let job = Job::own("access", &["access".into()])?
+        .args(words.into_iter().flat_map(|(name, value)| [name.to_string(), value]))
+        .args(["--corpus".as_ref(), shape.corpus.as_os_str()])
+        .lines()
+        .limit_seconds(600 + shape.warm_seconds as u64 + shape.seconds as u64);
+    let mut running = bed.start(side, &job)?;
+    let (mut stdin, stdout) = running.pipes()?;
+    let mut events = stdout.lines();
+    let mut next = || -> anyhow::Result<Option<Event>> {
+        let Some(line) = events.next() else { return Ok(None) };
+        Ok(Some(serde_json::from_str(&line?).context("the access program said something else")?))
+    };
+    let mut figures = None;
+    let mut cpu_at_start = std::time::Duration::ZERO;
+    loop {
+        match next()? {
+            Some(Event::Warm) => cpu_at_start = process_tree::read_cpu(running.pid()),
+            Some(Event::Measured(measured)) => {
+                let cpu = process_tree::read_cpu(running.pid()).saturating_sub(cpu_at_start);
+                let ram_bytes = probe(running.pid())?;
+                stdin.write_all(b"\n")?;
+                figures = Some(Figures {
+                    rate: measured.operations as f64 / measured.seconds,
+                    p50_us: measured.fault_p50_us,
+                    p99_us: measured.fault_p99_us,
+                    p999_us: measured.fault_p999_us,
+                    slow_share: measured.faults as f64 / measured.operations as f64,
+                    cpu_seconds_per_million: cpu.as_secs_f64() * 1e6 / measured.operations as f64,
+                    ram_bytes,
+                    peak_bytes: running.sampled_peak_bytes(),
+                });
+            }
+            Some(Event::Verified) => break,
+            None => {
+                running.finish()?.succeeded()?;
+                bail!("the access program ended early");
+            }
+        }
+    }
+    running.finish()?.succeeded()?;
+    figures.context("the access program measured nothing")
+}

@@ -1,0 +1,26 @@
+//! `cargo xtask bench`: speed, always as a ratio to something run beside it.
+
+mod access_rows;
+mod fits;
+mod peer;
+mod redis_rows;
+mod zram;
+
+use clap::Subcommand;
+
+/// Which bench.
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// A program that fits its budget: pairs of bare and managed runs.
+    Fits(fits::Options),
+    /// Cold pages: beside kernel swap on zram at equal total RAM (root).
+    Zram(zram::Options),
+}
+
+/// Runs it.
+pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
+    match which {
+        Bench::Fits(options) => fits::run(options),
+        Bench::Zram(options) => zram::run(options),
+    }
+}

@@ -1,0 +1,71 @@
+//! `cargo xtask`: real programs under `spm run`, and the benches beside a peer.
+//!
+//! [`workloads`] runs unmodified programs with and without a budget and compares what they print; [`mod@bench`] measures
+//! speed: a program that fits its budget, and kernel swap on zram at equal total RAM. [`programs`] are the programs
+//! of this tree that are measured; they know nothing of spmem. [`launch`] starts all of them, bare, under `spm`, or
+//! in a memory cgroup. Nothing here is a test of one crate: `cargo test` does not run it.
+//!
+//! Exit status: 0 when everything ran and every output was the same, 1 otherwise, 2 for a wrong command line.
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "64-bit Linux only; what is cast are figures for a table and indices below 2^32"
+)]
+
+mod bench;
+mod cleanup;
+mod figures;
+mod launch;
+mod packages;
+mod process_tree;
+mod programs;
+mod redis;
+mod report;
+mod workloads;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Real programs and benches of spmem.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run real programs under a RAM budget and compare their output with an unmanaged run.
+    Workloads(workloads::Options),
+    /// Measure speed; print ratios.
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    /// A program of this tree that the other tasks measure.
+    #[command(subcommand, hide = true)]
+    Program(programs::Program),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match cli.task {
+        Task::Workloads(options) => guarded(|| workloads::run(&options)),
+        Task::Bench(which) => guarded(|| bench::run(&which)),
+        Task::Program(program) => programs::run(&program),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a task that starts processes or changes the machine: what it made is undone however it ends.
+fn guarded(task: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    cleanup::install()?;
+    let outcome = task();
+    cleanup::wait_if_interrupted();
+    outcome
+}

@@ -1,0 +1,29 @@
+//! Programs of this tree that are measured: plain Rust, unaware of spmem, checking their own data.
+
+pub(crate) mod access;
+pub(crate) mod corpus;
+pub(crate) mod kernels;
+mod shared_map;
+pub(crate) mod values;
+
+use clap::Subcommand;
+
+/// Which program.
+#[derive(Subcommand)]
+pub(crate) enum Program {
+    /// Random access to pages of real-looking data, every access checked.
+    Access(access::Options),
+    /// A CPU-bound, a memory-bound or an allocating loop.
+    Kernel(kernels::Options),
+    /// Threads over one shared hash map.
+    SharedMap(shared_map::Options),
+}
+
+/// Runs it.
+pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
+    match program {
+        Program::Access(options) => access::run(options),
+        Program::Kernel(options) => kernels::run(options),
+        Program::SharedMap(options) => shared_map::run(options),
+    }
+}
