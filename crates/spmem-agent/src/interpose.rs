@@ -5,6 +5,7 @@
 //! | `pthread_create` | a thread's control block must stay in place: the kernel writes to it when the thread exits |
 //! | `pthread_mutex_init` | a robust mutex must stay in place: the kernel unlocks it for a thread that dies |
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
+//! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): joined, then tried again |
 //! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words first; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
 
 use crate::RUNTIME;
@@ -17,6 +18,7 @@ use spmem_sys::maps::{Maps, Name};
 type Start = extern "C" fn(*mut c_void) -> *mut c_void;
 type PthreadCreate = unsafe extern "C" fn(*mut c_void, *const c_void, Start, *mut c_void) -> c_int;
 type MutexInit = unsafe extern "C" fn(*mut libc::pthread_mutex_t, *const libc::pthread_mutexattr_t) -> c_int;
+type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, ...) -> *mut c_void;
 type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
 
 /// include/uapi/asm-generic/mman-common.h (6.13+).
@@ -25,6 +27,7 @@ const MADV_GUARD_INSTALL: c_int = 102;
 static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
 static MUTEX_INIT: Next = Next::new(c"pthread_mutex_init");
 static MLOCKALL: Next = Next::new(c"mlockall");
+static MREMAP: Next = Next::new(c"mremap");
 static MADVISE: Next = Next::new(c"madvise");
 
 /// The function of this name that would have been called without this object.
@@ -52,7 +55,7 @@ impl Next {
 
 /// Looks the functions up while the dynamic linker's data is certainly there.
 pub fn resolve() {
-    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MADVISE] {
+    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE] {
         next.find();
     }
 }
@@ -198,6 +201,36 @@ fn errno() -> c_int {
     let at = unsafe { libc::__errno_location() };
     // SAFETY: this thread's errno.
     unsafe { at.read() }
+}
+
+/// Tries to move a mapping that registration has split: it may be split again before the next try.
+const MOVE_TRIES: usize = 8;
+
+/// Stands in front of mremap(2). `to` is there with MREMAP_FIXED or MREMAP_DONTUNMAP only, and passed on as it came.
+///
+/// # Safety
+/// As mremap(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mremap(
+    from: *mut c_void,
+    len: usize,
+    new_len: usize,
+    flags: c_int,
+    to: *mut c_void,
+) -> *mut c_void {
+    let next = MREMAP.find();
+    // SAFETY: the address is that of the C library's mremap.
+    let next: Mremap = unsafe { core::mem::transmute::<usize, Mremap>(next) };
+    for _ in 0..MOVE_TRIES {
+        // SAFETY: the caller's arguments.
+        let result = unsafe { next(from, len, new_len, flags, to) };
+        let may_be_split = result == libc::MAP_FAILED && errno() == libc::EFAULT;
+        if !may_be_split || !RUNTIME.join_mappings(from.addr(), len) {
+            return result;
+        }
+    }
+    fail(libc::EFAULT);
+    libc::MAP_FAILED
 }
 
 /// Stands in front of madvise(2).

@@ -223,6 +223,31 @@ impl Uffd {
         progress(result, args[4], len)
     }
 
+    /// Whether the kernel holds an event that nobody has read yet, or is about to announce one: calls that change program
+    /// memory fail with `EAGAIN`.
+    pub fn is_changing(&self) -> bool {
+        // An empty range is refused with EINVAL, but only after this.
+        self.zero(0, 0).stopped == Some(Errno::EAGAIN)
+    }
+
+    /// As [`Uffd::unregister`], but not while a range might have arrived there that nobody has heard of yet: its missing
+    /// pages would read as zero. Whoever moves a range waits until the event was read; so what was let go in that time
+    /// can be taken back before any thread sees it. To be called where no event can be read meanwhile.
+    ///
+    /// # Errors
+    /// `EAGAIN` when the range is registered still; else as UFFDIO_UNREGISTER.
+    pub fn let_go(&self, start: usize, len: usize) -> Result<()> {
+        if self.is_changing() {
+            return Err(Errno::EAGAIN);
+        }
+        self.unregister(start, len)?;
+        if self.is_changing() {
+            let _ = self.register(start, len);
+            return Err(Errno::EAGAIN);
+        }
+        Ok(())
+    }
+
     /// Accesses to the missing page raise SIGBUS from now on (R20).
     pub fn poison(&self, at: usize) -> Progress {
         let mut args = [at as u64, PAGE as u64, 0, 0];

@@ -163,6 +163,10 @@ impl Demoter {
         }
         let entry = space.table.get(held.owner);
         if entry.is_away() {
+            if !space.is_settled() {
+                space.holding.release(slot);
+                return false;
+            }
             let from = space.holding.address(slot);
             let mut progress = self.uffd.move_present(held.owner, from, PAGE);
             if !matches!(progress.stopped, None | Some(spmem_sys::Errno::EAGAIN)) {

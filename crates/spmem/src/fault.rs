@@ -9,6 +9,7 @@
 //!
 //! Known hole: one handler a process; threads that fault at the same time queue.
 
+use crate::changes;
 use crate::fork;
 use crate::holding::State;
 use crate::runtime::{Cram, Runtime};
@@ -88,6 +89,7 @@ pub(crate) struct Server {
     runtime: &'static Runtime,
     pages: Mapping,
     zeros: Mapping,
+    inaccessible: Mapping,
     streams: Streams,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
 }
@@ -100,9 +102,10 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
     let pages = Mapping::new(MAX_WINDOW * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
-    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
+    let inaccessible = Mapping::reserve(PAGE, PAGE, c"spmem guard");
+    let (Ok(pages), Ok(zeros), Ok(inaccessible)) = (pages, zeros, inaccessible) else { process::abort() };
     let pagemap = runtime.shared_pagemap();
-    let mut server = Server { runtime, pages, zeros, streams: Streams::default(), pagemap };
+    let mut server = Server { runtime, pages, zeros, inaccessible, streams: Streams::default(), pagemap };
     server.run(&uffd)
 }
 
@@ -111,10 +114,11 @@ impl Server {
         let runtime = self.runtime;
         let mut waiting = [Waiting { address: 0, is_write: false, since_ns: 0 }; MAX_WAITING];
         let mut count = 0;
+        let mut is_settled = true;
+        let mut child = None;
         loop {
             let mut entry = [Poll::readable(uffd.raw())];
-            let _ = poll(&mut entry, if count == 0 { FOREVER_NS } else { RETRY_NS });
-            let mut child = None;
+            let _ = poll(&mut entry, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
             {
                 // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
                 // read, and a sweep that got the lock in between would act on what is known no longer.
@@ -137,7 +141,7 @@ impl Server {
                         Event::Fault { address, is_write, tid: _ } => {
                             let now = process::now_ns();
                             let fault = Waiting { address, is_write, since_ns: now };
-                            if !self.try_serve(space, uffd, fault, now) {
+                            if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
                                 // One a thread: more threads than this all wait for memory.
                                 assert!(
                                     count < MAX_WAITING,
@@ -151,23 +155,36 @@ impl Server {
                             child = Some(descriptor);
                             break;
                         }
-                        event => apply(runtime, space, self.pagemap.as_deref(), event),
+                        event => changes::note(runtime, space, uffd, self.pagemap.as_deref(), event),
                     }
+                    self.settle(space, uffd);
                 }
+                is_settled = self.settle(space, uffd);
                 let mut kept = 0;
                 for index in 0..count {
                     let fault = waiting[index];
-                    if !self.try_serve(space, uffd, fault, process::now_ns()) {
+                    if !is_settled || !self.try_serve(space, uffd, fault, process::now_ns()) {
                         waiting[kept] = fault;
                         kept += 1;
                     }
                 }
                 count = kept;
             }
-            if let Some(child) = child {
+            if is_settled && let Some(child) = child.take() {
                 self.fork(uffd, child);
             }
         }
+    }
+
+    /// Applies the changes that were put off, if it is time. Whether none is put off any more.
+    fn settle(&self, space: &mut Space<Cram>, uffd: &Uffd) -> bool {
+        changes::settle(self.runtime, space, uffd, self.pagemap.as_deref(), self.inaccessible.start())
+    }
+
+    /// Takes a change that was read while a child was nursed.
+    pub(crate) fn note(&self, space: &mut Space<Cram>, uffd: &Uffd, event: Event) {
+        changes::note(self.runtime, space, uffd, self.pagemap.as_deref(), event);
+        self.settle(space, uffd);
     }
 
     /// Serves a fault unless it has to wait.

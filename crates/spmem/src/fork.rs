@@ -16,10 +16,11 @@
 //! Known hole: a parent killed in the microseconds between reading the event and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
 
+use crate::changes;
 use crate::fault::Server;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
-use crate::space::{Mode, Space};
+use crate::space::Space;
 use crate::table::{CHUNK, Copy, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use spmem_node::Handle;
@@ -136,11 +137,10 @@ impl Runtime {
         // fault while they hold the lock the handler needs.
         let mut stack = [0_u8; 2 * PAGE];
         core::hint::black_box(&mut stack);
-        let mut space = self.space.lock();
-        if let Some(space) = space.as_mut() {
-            space.mode = Mode::Quiet;
+        // The child begins with these entries: they must say what is so.
+        while !self.space.lock().as_mut().is_none_or(Space::quieten) {
+            process::sleep_ns(20_000);
         }
-        drop(space);
         self.fork_turn.state.store(ANNOUNCED, Ordering::Release);
     }
 
@@ -234,6 +234,7 @@ impl Runtime {
         }
         spmem_sys::fd::set_proc(-1);
         self.leaving.store(0, Ordering::Relaxed);
+        self.wish.reset();
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
         self.is_shared.store(true, Ordering::Relaxed);
@@ -365,7 +366,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             event => {
                 // No page has left since it was read: reclaimers go on only now.
                 if let Some(space) = runtime.space.lock().as_mut() {
-                    crate::fault::apply(runtime, space, server.pagemap.as_deref(), event);
+                    server.note(space, uffd, event);
                 }
             }
         }
@@ -476,16 +477,7 @@ fn populate_all(runtime: &Runtime, child: &Uffd, overlay: &Overlay) {
             if !space.table.get(origin).is_away() {
                 continue;
             }
-            let mut page = origin;
-            for event in &overlay.events[..overlay.len] {
-                match *event {
-                    Event::Remap { from, to, len } if (from..from + len).contains(&page) => {
-                        page = page - from + to
-                    }
-                    _ => {}
-                }
-            }
-            if overlay.origin(page) == Some(origin) {
+            if let Some(page) = changes::destination(&overlay.events[..overlay.len], origin) {
                 give_at_last(space, child, page, origin);
             }
         }

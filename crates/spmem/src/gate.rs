@@ -61,28 +61,34 @@ impl GateKeeper {
         self.shut_ns = now;
         if now - self.looked_ns >= LOOK_NS {
             self.looked_ns = now;
-            self.register();
+            self.register_all(0, 1 << 47);
         }
     }
 
-    fn register(&mut self) {
+    /// Registers all that can be of a range. The kernel makes one mapping of neighbours that no longer differ.
+    pub(crate) fn register_all(&mut self, start: usize, end: usize) {
         // Ranges that were unmapped may be other ranges now.
         let epoch = self.runtime.unmaps.load(Ordering::Relaxed);
         if epoch != self.epoch {
             self.ranges.clear();
             self.epoch = epoch;
         }
-        let mut at = 0;
+        let mut at = start;
         while let Ok(Some(vma)) = self.maps.at_or_above(at) {
             at = vma.end;
-            if vma.start >= 1 << 47 {
+            if vma.start >= end {
                 break;
             }
             if !is_eligible(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {
                 continue;
             }
             // Under the lock our own mappings do not change; the range itself may, which the kernel then says.
-            let _space = self.runtime.space.lock();
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut() else { return };
+            // Where pages are away the range is registered, or an unread change concerns it.
+            if !space.is_settled() || space.table.has_away(vma.start, vma.end) {
+                continue;
+            }
             let is_same = self.maps.at_or_above(vma.start).is_ok_and(|now| now == Some(vma));
             let is_free = self.runtime.excluded_in(vma.start, vma.end).is_none();
             let is_new = is_same && is_free && self.uffd.register(vma.start, vma.end - vma.start).is_ok();
@@ -98,11 +104,11 @@ impl GateKeeper {
             let mut at = start;
             while at < end {
                 let mut space = self.runtime.space.lock();
-                let Some(space) = space.as_mut() else { return };
+                let Some(space) = space.as_mut().filter(|space| space.is_settled()) else { return };
                 let next = space.table.next_chunk(at, end);
                 let stop = next.unwrap_or(end).max(at);
                 if stop > at {
-                    let _ = self.uffd.unregister(at, stop - at);
+                    let _ = self.uffd.let_go(at, stop - at);
                 }
                 at = stop;
                 if next.is_some() {
@@ -114,7 +120,7 @@ impl GateKeeper {
         let mut number = 0;
         loop {
             let mut space = self.runtime.space.lock();
-            let Some(space) = space.as_mut() else { return };
+            let Some(space) = space.as_mut().filter(|space| space.is_settled()) else { return };
             if number >= space.table.len() {
                 return;
             }
@@ -139,7 +145,7 @@ impl GateKeeper {
             }
             let runs: Vec<_> = space.table.chunk(number - 1).registered_runs().collect();
             for (from, to) in runs {
-                if self.uffd.unregister(from, to - from).is_ok() {
+                if self.uffd.let_go(from, to - from).is_ok() {
                     space.table.chunk(number - 1).set_registered(from, to, false);
                 }
             }

@@ -16,6 +16,7 @@
 
 extern crate alloc;
 
+mod changes;
 pub mod control;
 pub mod demote;
 mod fault;

@@ -170,6 +170,10 @@ impl Monitor {
             return;
         };
         runtime.working(0, || tools.gate.keep(plan.gate));
+        if let Some((start, end)) = runtime.wish.get() {
+            runtime.working(0, || tools.gate.register_all(start, end));
+            runtime.wish.grant();
+        }
         if plan.evict_pages == 0 {
             runtime.demand.wait(ticket, Some(plan.sleep_ns.max(200_000)));
             return;

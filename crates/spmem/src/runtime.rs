@@ -76,6 +76,67 @@ impl spmem_node::compressed::FrameBytes for Frames {
     }
 }
 
+/// A range that a program thread wants to be one mapping again: one wish at a time.
+pub(crate) struct Wish {
+    state: AtomicU32,
+    start: AtomicUsize,
+    end: AtomicUsize,
+    changed: Event,
+}
+
+/// States of a [`Wish`].
+const NO_WISH: u32 = 0;
+const WISHING: u32 = 1;
+const WISHED: u32 = 2;
+const GRANTED: u32 = 3;
+/// Longest that a program thread waits for its wish, and for another's to be over, ns.
+const WISH_NS: u64 = 200_000_000;
+
+impl Wish {
+    const fn new() -> Self {
+        Self {
+            state: AtomicU32::new(NO_WISH),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            changed: Event::new(),
+        }
+    }
+
+    /// Waits until the state is `from` and makes it `to`; whether it came to that.
+    fn advance(&self, from: u32, to: u32) -> bool {
+        let start = process::now_ns();
+        loop {
+            let ticket = self.changed.ticket();
+            // AcqRel: whoever sees the state sees the range that goes with it.
+            if self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                return true;
+            }
+            if process::now_ns() - start > WISH_NS {
+                return false;
+            }
+            self.changed.wait(ticket, Some(10_000_000));
+        }
+    }
+
+    /// In a forked child: whoever wished does not exist here.
+    pub(crate) fn reset(&self) {
+        self.state.store(NO_WISH, Ordering::Relaxed);
+    }
+
+    /// What is wished, for the monitor.
+    pub(crate) fn get(&self) -> Option<(usize, usize)> {
+        let is_wished = self.state.load(Ordering::Acquire) == WISHED;
+        is_wished.then(|| (self.start.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed)))
+    }
+
+    /// It was done, or found impossible.
+    pub(crate) fn grant(&self) {
+        // It may have been taken back.
+        let _ = self.state.compare_exchange(WISHED, GRANTED, Ordering::AcqRel, Ordering::Relaxed);
+        self.changed.signal();
+    }
+}
+
 /// How far a process has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 #[repr(u32)]
@@ -128,6 +189,8 @@ pub struct Runtime {
     pub(crate) reclaimers: AtomicU32,
     /// Wakes the monitor.
     pub(crate) demand: Event,
+    /// What a program thread asks of the monitor.
+    pub(crate) wish: Wish,
     /// Wakes the helpers.
     pub(crate) help: Event,
     /// Wakes whoever waits for reclaimers to pause, or to go on.
@@ -179,6 +242,7 @@ impl Runtime {
             working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
             reclaimers: AtomicU32::new(0),
             demand: Event::new(),
+            wish: Wish::new(),
             help: Event::new(),
             pause: Event::new(),
             fork_turn: fork::Turn::new(),
@@ -356,6 +420,25 @@ impl Runtime {
             .map(|page| (page.saturating_sub(PAGE), page + 2 * PAGE))
             .filter(|&(from, to)| to > start && from < end)
             .min()
+    }
+
+    /// Makes one mapping again of what registration has split: registers all of it. Whether it may be one now. Called by
+    /// program threads.
+    pub fn join_mappings(&self, start: usize, len: usize) -> bool {
+        let end = start.saturating_add(len).next_multiple_of(PAGE);
+        if self.stage() != Stage::Active || start >= end || !self.wish.advance(NO_WISH, WISHING) {
+            return false;
+        }
+        self.wish.start.store(start & !(PAGE - 1), Ordering::Relaxed);
+        self.wish.end.store(end, Ordering::Relaxed);
+        self.wish.state.store(WISHED, Ordering::Release);
+        self.demand.signal();
+        let is_granted = self.wish.advance(GRANTED, NO_WISH);
+        if !is_granted {
+            self.wish.state.store(NO_WISH, Ordering::Release);
+        }
+        self.wish.changed.signal();
+        is_granted
     }
 
     fn pins(&self) -> impl Iterator<Item = &'static AtomicU64> {

@@ -8,6 +8,7 @@
 //! nothing here allocates or frees: entries change one word at a time, and handles to give back wait in a list that
 //! the child throws away.
 
+use crate::changes::Changes;
 use crate::holding::{Holding, State};
 use crate::table::{CHUNK, Copy, Entry, Table};
 use alloc::vec::Vec;
@@ -36,6 +37,8 @@ pub struct Space<B> {
     pub store: B,
     /// Whether a fork is under way.
     pub mode: Mode,
+    /// Changes of the address space that were read and not applied yet (changes.rs).
+    pub(crate) changes: Changes,
     orphans: Vec<Handle>,
     /// Pages promoted in a quiet time: their entries still say `away`.
     promoted: Vec<usize>,
@@ -51,14 +54,29 @@ impl<B: Backend> Space<B> {
             holding,
             store,
             mode: Mode::Normal,
+            changes: Changes::new(),
             orphans: Vec::with_capacity(ORPHANS),
             promoted: Vec::with_capacity(4096),
         }
     }
 
+    /// Whether the entries say what is so: no change of the address space was read and not applied.
+    pub fn is_settled(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Begins a quiet time, unless a change of the address space has to be applied first.
+    pub fn quieten(&mut self) -> bool {
+        if self.is_settled() {
+            self.mode = Mode::Quiet;
+        }
+        self.is_settled()
+    }
+
     /// Bytes of the tables.
     pub fn metadata_bytes(&self) -> u64 {
-        self.table.metadata_bytes() + self.holding.metadata_bytes() + (self.orphans.capacity() * 8) as u64
+        let lists = (self.orphans.capacity() * 8) as u64 + self.changes.metadata_bytes();
+        self.table.metadata_bytes() + self.holding.metadata_bytes() + lists
     }
 
     /// Gives up a copy on node 1.
@@ -110,8 +128,12 @@ impl<B: Backend> Space<B> {
         }
     }
 
-    /// mremap(2) moved a range: what was known of its pages moves along.
+    /// mremap(2) moved a range: what was known of its pages moves along. Whatever was at its new place has left before.
+    ///
+    /// # Panics
+    /// When pages are still away there: the changes were not put in order, and they would be lost.
     pub fn move_range(&mut self, from: usize, to: usize, len: usize) {
+        assert!(!self.table.has_away(to, to + len), "a range was moved to {to:#x}, where pages are away");
         self.drop_range(to, to + len, None);
         let mut at = from;
         while let Some(chunk) = self.table.next_chunk(at, from + len) {

@@ -142,6 +142,9 @@ impl Sweeper {
             let runtime = self.runtime;
             let mut space = runtime.space.lock();
             let Some(space) = space.as_mut() else { return (End::Unfit, at) };
+            if !space.is_settled() {
+                return (End::Unread, at);
+            }
             // Odd while pages may be on their way out (Runtime::pin_thread).
             runtime.leaving.fetch_add(1, Ordering::SeqCst);
             let result = self.take(space, vma, at, step);
@@ -265,8 +268,12 @@ impl Sweeper {
         if chunk.is_registered(start, end) {
             return Ok(());
         }
-        let from = chunk.start.max(vma.start);
-        let to = (chunk.start + CHUNK).min(vma.end);
+        // Where pages are away the range is registered, or an unread change concerns it: not for us to register then.
+        let (from, to) = if chunk.away == 0 {
+            (chunk.start.max(vma.start), (chunk.start + CHUNK).min(vma.end))
+        } else {
+            (start, end)
+        };
         // The range may have changed since it was looked up; our own mappings are made under this lock.
         let now =
             self.maps.at_or_above(start)?.filter(|now| is_eligible(now) && now.start <= from && now.end >= to);
@@ -325,7 +332,11 @@ impl Sweeper {
     fn retry(&self, space: &mut Space<Cram>, page: usize) -> bool {
         let entry = space.table.get(page);
         let is_registered = space.table.find(page).is_some_and(|chunk| chunk.is_registered(page, page + PAGE));
-        if !is_registered || !space.may_leave(entry) || self.runtime.pinned_in(page, page + PAGE).is_some() {
+        if !space.is_settled()
+            || !is_registered
+            || !space.may_leave(entry)
+            || self.runtime.pinned_in(page, page + PAGE).is_some()
+        {
             return false;
         }
         let Some((slot, _)) = space.holding.room(1) else { return false };

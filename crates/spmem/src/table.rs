@@ -293,6 +293,15 @@ impl Table {
         })
     }
 
+    /// Whether a page of the range is away.
+    pub fn has_away(&self, start: usize, end: usize) -> bool {
+        self.chunks_in(start, end).filter(|&chunk| self.find(chunk).is_some_and(|chunk| chunk.away > 0)).any(
+            |chunk| {
+                (chunk.max(start)..(chunk + CHUNK).min(end)).step_by(PAGE).any(|page| self.get(page).is_away())
+            },
+        )
+    }
+
     /// Start of the first existing chunk that overlaps a range.
     pub fn next_chunk(&self, start: usize, end: usize) -> Option<usize> {
         self.chunks_in(start, end).next()
