@@ -44,6 +44,27 @@ fn forget_own(start: usize) {
     }
 }
 
+/// Where the next mapping is to be; 0 before the first.
+static PLACE: AtomicUsize = AtomicUsize::new(0);
+/// Our own part of the address space, between the heap of a position-independent program and where the kernel puts
+/// mappings: a program that frees a range and maps it again must not find us there.
+const PLACES: core::ops::Range<usize> = 0x4000_0000_0000..0x4fff_0000_0000;
+/// Left free between two mappings.
+const GAP: usize = 1 << 20;
+
+/// A place for `len` bytes, for mmap(2) to take as a hint; 0 (anywhere) once our part is used up.
+fn next_place(len: usize) -> usize {
+    if PLACE.load(Ordering::Relaxed) == 0 {
+        // As unpredictable as the time: the kernel's own randomness is in the stack's address too.
+        let here = core::ptr::from_ref(&len).addr() as u64;
+        let random = (here ^ crate::process::now_ns()).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 36;
+        let first = PLACES.start + usize::try_from(random).unwrap_or(0) * PAGE;
+        let _ = PLACE.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed);
+    }
+    let place = PLACE.fetch_add(len.next_multiple_of(PAGE) + GAP, Ordering::Relaxed);
+    if PLACES.contains(&(place + len)) { place } else { 0 }
+}
+
 const PR_SET_VMA: i32 = 0x5356_4d41;
 const PR_SET_VMA_ANON_NAME: usize = 0;
 
@@ -87,8 +108,9 @@ impl Mapping {
         let len = len.next_multiple_of(PAGE);
         let slack = align - PAGE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let hint = next_place(len + slack);
         // SAFETY: a new mapping at a place the kernel picks touches nothing that exists.
-        let start = unsafe { syscall!(Sysno::mmap, 0, len + slack, libc::PROT_NONE, flags, -1_isize, 0) }?;
+        let start = unsafe { syscall!(Sysno::mmap, hint, len + slack, libc::PROT_NONE, flags, -1_isize, 0) }?;
         let base = start.next_multiple_of(align);
         unmap(start, base - start);
         unmap(base + len, start + slack - base);
@@ -126,7 +148,7 @@ impl Mapping {
     pub fn shared(fd: i32, len: usize) -> Result<Self> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at a place the kernel picks touches nothing that exists.
-        let base = unsafe { syscall!(Sysno::mmap, 0, len, prot, libc::MAP_SHARED, fd, 0) }?;
+        let base = unsafe { syscall!(Sysno::mmap, next_place(len), len, prot, libc::MAP_SHARED, fd, 0) }?;
         Ok(Self { base: core::ptr::with_exposed_provenance_mut(base), len })
     }
 

@@ -38,10 +38,7 @@ pub fn sleep_ns(ns: u64) {
 
 /// Processors that are online and allowed to this thread, at least 1.
 pub fn cpu_count() -> usize {
-    let mut set = [0_u64; 16];
-    // SAFETY: the kernel writes at most the 128 bytes given.
-    let got = unsafe { syscall!(Sysno::sched_getaffinity, 0, size_of_val(&set), set.as_mut_ptr()) };
-    got.map_or(1, |_| set.iter().map(|word| word.count_ones() as usize).sum::<usize>().max(1))
+    crate::thread::Affinity::of_caller().count().max(1)
 }
 
 /// Whether a process of this id exists.

@@ -7,6 +7,7 @@
 
 use crate::{Result, process};
 use core::arch::asm;
+use core::fmt::Write;
 use syscalls::{Sysno, syscall};
 
 /// The descriptor table of a new thread.
@@ -83,16 +84,74 @@ pub fn leave_directory() {
     let _ = unsafe { syscall!(Sysno::chdir, c"/".as_ptr()) };
 }
 
-/// Binds the calling thread to one processor (sched_setaffinity(2)).
+/// Processors that a thread may run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Affinity([u64; 16]);
+
+impl Affinity {
+    /// The calling thread's (sched_getaffinity(2)); every processor when the kernel does not say.
+    pub fn of_caller() -> Self {
+        let mut set = [0_u64; 16];
+        // SAFETY: the kernel writes at most the 128 bytes given.
+        match unsafe { syscall!(Sysno::sched_getaffinity, 0, size_of_val(&set), set.as_mut_ptr()) } {
+            Ok(_) => Self(set),
+            Err(_) => Self([u64::MAX; 16]),
+        }
+    }
+
+    /// One processor.
+    pub fn only(cpu: usize) -> Option<Self> {
+        let mut set = [0_u64; 16];
+        *set.get_mut(cpu / 64)? = 1 << (cpu % 64);
+        Some(Self(set))
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// Lets the calling thread run on these only (sched_setaffinity(2)).
+    ///
+    /// # Errors
+    /// `EINVAL` when none of them is there and allowed.
+    pub fn apply(&self) -> Result<()> {
+        // SAFETY: the kernel reads the 128 bytes given.
+        unsafe { syscall!(Sysno::sched_setaffinity, 0, size_of_val(&self.0), self.0.as_ptr()) }?;
+        Ok(())
+    }
+}
+
+/// The processor that a thread of this process ran on last (proc_pid_stat(5), field 39).
 ///
 /// # Errors
-/// `EINVAL` when the processor is not there or not allowed.
-pub fn pin_to(cpu: usize) -> Result<()> {
-    let mut set = [0_u64; 16];
-    *set.get_mut(cpu / 64).ok_or(crate::Errno::EINVAL)? = 1 << (cpu % 64);
-    // SAFETY: the kernel reads the 128 bytes given.
-    unsafe { syscall!(Sysno::sched_setaffinity, 0, size_of_val(&set), set.as_ptr()) }?;
-    Ok(())
+/// As open(2): `ENOENT` when there is no such thread.
+pub fn last_cpu(tid: u32) -> Result<usize> {
+    let mut path = Text::<40> { bytes: [0; 40], len: 0 };
+    write!(path, "/proc/self/task/{tid}/stat\0").map_err(|_| crate::Errno::EINVAL)?;
+    let path = core::ffi::CStr::from_bytes_until_nul(&path.bytes).map_err(|_| crate::Errno::EINVAL)?;
+    let mut text = [0; 512];
+    let len = crate::fd::Fd::open_in_proc(path)?.read_at(&mut text, 0)?;
+    // The name in parentheses may contain anything; the fields behind it are numbers.
+    let rest = text[..len].rsplit(|&byte| byte == b')').next().unwrap_or_default();
+    let field = rest.split(|&byte| byte == b' ').nth(37).unwrap_or_default();
+    let number = core::str::from_utf8(field).ok().and_then(|text| text.parse().ok());
+    number.ok_or(crate::Errno::EINVAL)
+}
+
+/// Text of at most `N` bytes.
+struct Text<const N: usize> {
+    bytes: [u8; N],
+    len: usize,
+}
+
+impl<const N: usize> Write for Text<N> {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        let end = self.len + text.len();
+        self.bytes.get_mut(self.len..end).ok_or(core::fmt::Error)?.copy_from_slice(text.as_bytes());
+        self.len = end;
+        Ok(())
+    }
 }
 
 /// Names the calling thread (15 bytes at most count), as `ps -T` shows it.
@@ -123,6 +182,20 @@ mod tests {
     use crate::futex::Event;
     use crate::mapping::Mapping;
     use core::sync::atomic::{AtomicI32, Ordering};
+
+    #[test]
+    fn a_thread_runs_where_it_is_bound_to() {
+        let before = Affinity::of_caller();
+        for cpu in (0..1024).filter(|&cpu| {
+            Affinity::only(cpu).is_some_and(|only| only.0.iter().zip(before.0).any(|(a, b)| a & b != 0))
+        }) {
+            Affinity::only(cpu).and_then(|only| only.apply().ok()).expect("an allowed processor");
+            // SAFETY: takes no pointer.
+            let tid = unsafe { syscall!(Sysno::gettid) }.expect("gettid never fails");
+            assert_eq!(last_cpu(u32::try_from(tid).expect("an id")), Ok(cpu));
+        }
+        before.apply().expect("what it was");
+    }
 
     static DONE: Event = Event::new();
     static RESULT: AtomicI32 = AtomicI32::new(0);

@@ -230,6 +230,19 @@ impl Uffd {
         self.zero(0, 0).stopped == Some(Errno::EAGAIN)
     }
 
+    /// Whether the page of `address` is registered; `inaccessible` is the address of a page of our own that nobody may read.
+    ///
+    /// # Errors
+    /// `EAGAIN` while [`Uffd::is_changing`].
+    pub fn is_registered(&self, address: usize, inaccessible: usize) -> Result<bool> {
+        // The copy fails after the kernel has looked at where it would go.
+        match self.copy_from(address & !(PAGE - 1), inaccessible, PAGE).stopped {
+            Some(Errno::EAGAIN) => Err(Errno::EAGAIN),
+            Some(Errno::ENOENT) => Ok(false),
+            _ => Ok(true),
+        }
+    }
+
     /// As [`Uffd::unregister`], but not while a range might have arrived there that nobody has heard of yet: its missing
     /// pages would read as zero. Whoever moves a range waits until the event was read; so what was let go in that time
     /// can be taken back before any thread sees it. To be called where no event can be read meanwhile.

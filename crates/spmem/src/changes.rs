@@ -15,9 +15,10 @@ use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{CHUNK, Table};
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering::Relaxed;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{Errno, PAGE, process};
+use spmem_sys::{PAGE, Result, process};
 
 /// Changes that can be put off; a thread has at most two under way, and waits for their being read.
 pub(crate) const MAX_CHANGES: usize = 1024;
@@ -29,18 +30,10 @@ const TOLD: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Doubt;
 
-/// Whether a page lies in a range that is registered.
-enum Answer {
-    Ours,
-    NotOurs,
-    /// More changes have begun: ask again when they were read.
-    NotYet,
-}
-
 /// What [`put_in_order`] goes by.
 trait Facts {
-    /// Whether the page of `address` is registered now.
-    fn is_ours(&self, address: usize) -> Answer;
+    /// Whether the page of `address` is registered now; an error when more changes have begun: to be asked again later.
+    fn is_ours(&self, address: usize) -> Result<bool>;
     /// What comes of this order, as a digest of where each page that is away ends up; `None` when that cannot be,
     /// because a page is present there.
     fn outcome(&self, order: &[Event]) -> Option<u64>;
@@ -56,13 +49,8 @@ struct Seen<'a> {
 }
 
 impl Facts for Seen<'_> {
-    fn is_ours(&self, address: usize) -> Answer {
-        // A copy from an inaccessible page fails after the kernel has looked at where it would go.
-        match self.uffd.copy_from(address, self.inaccessible, PAGE).stopped {
-            Some(Errno::EAGAIN) => Answer::NotYet,
-            Some(Errno::ENOENT) => Answer::NotOurs,
-            _ => Answer::Ours,
-        }
+    fn is_ours(&self, address: usize) -> Result<bool> {
+        self.uffd.is_registered(address, self.inaccessible)
     }
 
     fn outcome(&self, order: &[Event]) -> Option<u64> {
@@ -141,14 +129,7 @@ pub(crate) fn note(
 }
 
 /// Applies what was put off, once everything that has begun was read. Whether nothing is put off any more.
-/// `inaccessible` is the address of a page nobody can read.
-pub(crate) fn settle(
-    runtime: &Runtime,
-    space: &mut Space<Cram>,
-    uffd: &Uffd,
-    pagemap: Option<&Pagemap>,
-    inaccessible: usize,
-) -> bool {
+pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pagemap: Option<&Pagemap>) -> bool {
     if space.is_settled() {
         return true;
     }
@@ -159,6 +140,7 @@ pub(crate) fn settle(
     ordered.clear();
     ordered.extend_from_slice(read);
     drop_echoes(ordered);
+    let inaccessible = runtime.guard_start.load(Relaxed);
     let facts = Seen { table: &space.table, uffd, pagemap, inaccessible };
     match put_in_order(ordered, &facts) {
         Ok(true) => {}
@@ -277,9 +259,9 @@ fn find_late(changes: &mut Vec<Event>, facts: &impl Facts) -> core::result::Resu
                 }
             } else if next.is_none() {
                 match facts.is_ours(part.0) {
-                    Answer::Ours => return Ok(Late::Found { from: leaving, to }),
-                    Answer::NotOurs => {}
-                    Answer::NotYet => return Ok(Late::NotYet),
+                    Ok(true) => return Ok(Late::Found { from: leaving, to }),
+                    Ok(false) => {}
+                    Err(_) => return Ok(Late::NotYet),
                 }
             }
         }
@@ -333,6 +315,7 @@ fn first_of_row(changes: &[Event], last: usize, address: usize) -> usize {
 mod tests {
     extern crate std;
     use super::*;
+    use spmem_sys::Errno;
     use std::vec;
 
     const A: usize = 0x10_0000;
@@ -357,12 +340,8 @@ mod tests {
     }
 
     impl Facts for Told<'_> {
-        fn is_ours(&self, address: usize) -> Answer {
-            match self.ours.contains(&address) {
-                _ if self.is_busy => Answer::NotYet,
-                true => Answer::Ours,
-                false => Answer::NotOurs,
-            }
+        fn is_ours(&self, address: usize) -> Result<bool> {
+            if self.is_busy { Err(Errno::EAGAIN) } else { Ok(self.ours.contains(&address)) }
         }
         fn outcome(&self, order: &[Event]) -> Option<u64> {
             let mut digest = 0;

@@ -172,7 +172,8 @@ impl Demoter {
             if !matches!(progress.stopped, None | Some(spmem_sys::Errno::EAGAIN)) {
                 progress = self.uffd.copy_from(held.owner, from, PAGE);
             }
-            if progress.stopped.is_some() {
+            // A page that is there already came back some other way.
+            if !matches!(progress.stopped, None | Some(spmem_sys::Errno::EEXIST)) {
                 space.holding.release(slot);
                 return false;
             }

@@ -10,6 +10,7 @@
 //! Known hole: one handler a process; threads that fault at the same time queue.
 
 use crate::changes;
+use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
 use crate::runtime::{Cram, Runtime};
@@ -89,8 +90,8 @@ pub(crate) struct Server {
     runtime: &'static Runtime,
     pages: Mapping,
     zeros: Mapping,
-    inaccessible: Mapping,
     streams: Streams,
+    follower: Follower,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
 }
 
@@ -102,10 +103,10 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
     let pages = Mapping::new(MAX_WINDOW * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
-    let inaccessible = Mapping::reserve(PAGE, PAGE, c"spmem guard");
-    let (Ok(pages), Ok(zeros), Ok(inaccessible)) = (pages, zeros, inaccessible) else { process::abort() };
+    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
     let pagemap = runtime.shared_pagemap();
-    let mut server = Server { runtime, pages, zeros, inaccessible, streams: Streams::default(), pagemap };
+    let mut server =
+        Server { runtime, pages, zeros, streams: Streams::default(), follower: Follower::new(), pagemap };
     server.run(&uffd)
 }
 
@@ -138,7 +139,8 @@ impl Server {
                         }
                     };
                     match event {
-                        Event::Fault { address, is_write, tid: _ } => {
+                        Event::Fault { address, is_write, tid } => {
+                            self.follower.note(tid);
                             let now = process::now_ns();
                             let fault = Waiting { address, is_write, since_ns: now };
                             if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
@@ -152,8 +154,15 @@ impl Server {
                             }
                         }
                         Event::Fork { child: descriptor } => {
-                            child = Some(descriptor);
-                            break;
+                            let descriptor = Uffd::from_fd(Fd::from_raw(descriptor));
+                            if space.mode == Mode::Quiet {
+                                // Announced. Whoever forked may ask from now on whether the fork was seen.
+                                fork::begin_nursing(runtime);
+                                child = Some(descriptor);
+                                break;
+                            }
+                            // Before anything changes that the child still needs.
+                            fork::populate(runtime, space, &descriptor);
                         }
                         event => changes::note(runtime, space, uffd, self.pagemap.as_deref(), event),
                     }
@@ -171,14 +180,14 @@ impl Server {
                 count = kept;
             }
             if is_settled && let Some(child) = child.take() {
-                self.fork(uffd, child);
+                fork::nurse(runtime, self, uffd, child);
             }
         }
     }
 
     /// Applies the changes that were put off, if it is time. Whether none is put off any more.
     fn settle(&self, space: &mut Space<Cram>, uffd: &Uffd) -> bool {
-        changes::settle(self.runtime, space, uffd, self.pagemap.as_deref(), self.inaccessible.start())
+        changes::settle(self.runtime, space, uffd, self.pagemap.as_deref())
     }
 
     /// Takes a change that was read while a child was nursed.
@@ -379,19 +388,6 @@ impl Server {
 
     fn account(&self, pages: usize) {
         self.runtime.room_pages.fetch_sub(pages as i64, Relaxed);
-    }
-
-    fn fork(&mut self, uffd: &Uffd, child: i32) {
-        let child = Uffd::from_fd(Fd::from_raw(child));
-        let is_announced = {
-            let mut space = self.runtime.space.lock();
-            space.as_mut().is_some_and(|space| space.mode == Mode::Quiet)
-        };
-        if is_announced {
-            fork::nurse(self.runtime, self, uffd, child);
-        } else {
-            fork::populate(self.runtime, &child);
-        }
     }
 }
 

@@ -27,6 +27,7 @@ use spmem_node::Handle;
 use spmem_sys::fd::{Fd, Poll, close_all_but, poll};
 use spmem_sys::mapping;
 use spmem_sys::maps::Maps;
+use spmem_sys::pagemap::Pagemap;
 use spmem_sys::process::DescriptorLimit;
 use spmem_sys::socket::{Listener, MAX_NAME, Socket};
 use spmem_sys::thread::{self, Table};
@@ -303,10 +304,14 @@ impl Overlay {
     }
 }
 
+/// The handler has read the fork's event.
+pub(crate) fn begin_nursing(runtime: &Runtime) {
+    runtime.fork_turn.state.store(NURSING, Ordering::Release);
+}
+
 /// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, its events
 /// are not read: whoever causes one waits these milliseconds.
 pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) {
-    runtime.fork_turn.state.store(NURSING, Ordering::Release);
     // From here on the child's missing pages survive this process.
     let _ = runtime.enlist(&child, 0);
     let listener = runtime.listener.load(Ordering::Relaxed);
@@ -343,7 +348,9 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                         drop(Fd::from_raw(child));
                     }
                     complain_unmanaged(runtime);
-                    populate_all(runtime, &child, &overlay);
+                    if let Some(space) = runtime.space.lock().as_mut() {
+                        populate_all(space, &child, &overlay);
+                    }
                     is_populated = true;
                 }
                 Err(_) => {}
@@ -358,17 +365,14 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     }
     drop(child);
     if let Some(space) = runtime.space.lock().as_mut() {
+        // Of a raw fork: before anything changes that its child still needs.
+        if let Some(Event::Fork { child }) = own_event {
+            populate(runtime, space, &Uffd::from_fd(Fd::from_raw(child)));
+        }
         space.end_quiet();
-    }
-    if let Some(event) = own_event {
-        match event {
-            Event::Fork { child } => populate(runtime, &Uffd::from_fd(Fd::from_raw(child))),
-            event => {
-                // No page has left since it was read: reclaimers go on only now.
-                if let Some(space) = runtime.space.lock().as_mut() {
-                    server.note(space, uffd, event);
-                }
-            }
+        // No page has left since it was read: reclaimers go on only now.
+        if let Some(event) = own_event.filter(|event| !matches!(event, Event::Fork { .. })) {
+            server.note(space, uffd, event);
         }
     }
     runtime.resume_reclaimers();
@@ -461,16 +465,14 @@ fn hand_over(runtime: &Runtime, listener: i32, child: Option<&Uffd>, overlay: &O
 }
 
 /// Gives a child that nobody announced all its pages. It owns no store, so it runs unmanaged from here on.
-pub(crate) fn populate(runtime: &'static Runtime, child: &Uffd) {
+pub(crate) fn populate(runtime: &Runtime, space: &mut Space<Cram>, child: &Uffd) {
     complain_unmanaged(runtime);
     runtime.is_shared.store(true, Ordering::Relaxed);
     let overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
-    populate_all(runtime, child, &overlay);
+    populate_all(space, child, &overlay);
 }
 
-fn populate_all(runtime: &Runtime, child: &Uffd, overlay: &Overlay) {
-    let mut space = runtime.space.lock();
-    let Some(space) = space.as_mut() else { return };
+fn populate_all(space: &mut Space<Cram>, child: &Uffd, overlay: &Overlay) {
     for number in 0..space.table.len() {
         let start = space.table.chunk(number).start;
         for origin in (start..start + CHUNK).step_by(PAGE) {
@@ -559,7 +561,10 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
     {
         let mut space = runtime.space.lock();
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
-        space.settle_after_fork();
+        let pagemap = Pagemap::open();
+        space.settle_after_fork(|page| {
+            pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_present(page).unwrap_or(false))
+        });
         for index in 0..word(1) {
             let at = 2 + 4 * index;
             let (a, b, c) = (word(at + 1), word(at + 2), word(at + 3));

@@ -20,6 +20,7 @@ mod changes;
 pub mod control;
 pub mod demote;
 mod fault;
+mod follow;
 mod fork;
 mod gate;
 pub mod holding;

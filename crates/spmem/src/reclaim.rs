@@ -70,7 +70,7 @@ pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
 pub(crate) extern "C" fn helper(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
     thread::set_name(c"spm-reclaim");
-    let number = runtime.reclaimers.load(Relaxed) as usize - 1;
+    let number = runtime.reclaimers.fetch_add(1, Relaxed) as usize;
     let mut demoter = Demoter::new(runtime, number);
     loop {
         let ticket = runtime.help.ticket();

@@ -168,6 +168,8 @@ pub struct Runtime {
     pub(crate) space: Lock<Option<Space<Cram>>>,
     /// Where the holding area is; 0 before it is there.
     pub(crate) holding_start: AtomicUsize,
+    /// A page that nobody may read, to ask the kernel questions with.
+    pub(crate) guard_start: AtomicUsize,
     /// One scratch area a reclaimer: where dropped pages go.
     pub(crate) trash_start: AtomicUsize,
     /// Pages that may still come before growth has to wait; below zero it waits.
@@ -186,6 +188,7 @@ pub struct Runtime {
     pub(crate) is_shared: AtomicBool,
     pub(crate) is_paused: AtomicBool,
     pub(crate) working: [AtomicU32; MAX_RECLAIMERS],
+    /// Reclaimers that have begun; each takes the next number.
     pub(crate) reclaimers: AtomicU32,
     /// Wakes the monitor.
     pub(crate) demand: Event,
@@ -230,6 +233,7 @@ impl Runtime {
             spm_name: Lock::new(([0; MAX_NAME], 0)),
             space: Lock::new(None),
             holding_start: AtomicUsize::new(0),
+            guard_start: AtomicUsize::new(0),
             trash_start: AtomicUsize::new(0),
             room_pages: AtomicI64::new(i64::MAX),
             patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
@@ -481,6 +485,7 @@ impl Runtime {
         let slots = u32::try_from((limit / PAGE as u64 / 6).clamp(1024, 1 << 17)).expect("clamped");
         let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
         let trash = Mapping::new(MAX_RECLAIMERS * reclaim::BATCH * PAGE, c"spmem scratch")?;
+        let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
         let granted = GrantedFrames::embedded(FrameCount(capacity / PAGE as u64)).map_err(|_| Errno::ENOMEM)?;
@@ -495,11 +500,13 @@ impl Runtime {
         *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
         self.holding_start.store(holding.start(), Ordering::Relaxed);
         self.trash_start.store(trash.start(), Ordering::Relaxed);
+        self.guard_start.store(guard.start(), Ordering::Relaxed);
         self.make_scratch()?;
         self.make_listener()?;
         self.uffd.store(uffd.into_raw(), Ordering::Release);
         holding.leak();
         trash.leak();
+        guard.leak();
         self.start_helpers()?;
         self.set_stage(Stage::Active);
         Ok(())
@@ -535,7 +542,6 @@ impl Runtime {
         self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         for number in 1..process::cpu_count().min(MAX_RECLAIMERS) {
-            self.reclaimers.store(number as u32 + 1, Ordering::Relaxed);
             self.start_thread(number, Table::Shared, reclaim::helper)?;
         }
         Ok(())

@@ -161,22 +161,27 @@ impl<B: Backend> Space<B> {
         }
     }
 
+    /// A page that is in its place although its entry says that it is away.
+    fn note_returned(&mut self, page: usize) {
+        let entry = self.table.get(page);
+        match entry.copy() {
+            Copy::Stored(_) if entry.is_away() => {
+                self.table.set(page, Entry::present(entry.copy(), entry.age()));
+            }
+            Copy::Holding(slot) if entry.is_away() => {
+                let kept = self.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
+                self.holding.kill(slot);
+                self.table.set(page, Entry::present(kept, entry.age()));
+            }
+            _ => {}
+        }
+    }
+
     /// The fork is over, here in the parent.
     pub fn end_quiet(&mut self) {
         self.mode = Mode::Normal;
         while let Some(page) = self.promoted.pop() {
-            let entry = self.table.get(page);
-            match entry.copy() {
-                Copy::Stored(_) if entry.is_away() => {
-                    self.table.set(page, Entry::present(entry.copy(), entry.age()));
-                }
-                Copy::Holding(slot) if entry.is_away() => {
-                    let kept = self.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
-                    self.holding.kill(slot);
-                    self.table.set(page, Entry::present(kept, entry.age()));
-                }
-                _ => {}
-            }
+            self.note_returned(page);
         }
         while let Some(handle) = self.orphans.pop() {
             let _ = self.store.forget(handle);
@@ -184,8 +189,18 @@ impl<B: Backend> Space<B> {
     }
 
     /// This is the forked child: what may be torn is thrown away, what the parent's threads had claimed is free.
-    pub fn settle_after_fork(&mut self) {
+    ///
+    /// Pages that were promoted between the announcement and the fork are in their place, whatever their entries say;
+    /// `is_present` tells.
+    pub fn settle_after_fork(&mut self, is_present: impl Fn(usize) -> bool) {
         self.mode = Mode::Normal;
+        self.table.recount();
+        for index in 0..self.promoted.len() {
+            let page = self.promoted[index];
+            if self.table.get(page).is_away() && is_present(page) {
+                self.note_returned(page);
+            }
+        }
         core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
         core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
         self.table.leak_spares();

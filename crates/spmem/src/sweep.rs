@@ -244,8 +244,9 @@ impl Sweeper {
                     self.note_busy(space, at);
                     at += PAGE;
                 }
-                // Somebody's fault was served into a free slot: it holds nothing we know.
+                // Somebody looked into a free slot (a debugger, say), and was given zeros.
                 Errno::EEXIST => {
+                    assert!(is_zero(space.holding.address(slot)), "a free slot of the holding area has data");
                     let slot = space.holding.push(0, None);
                     space.holding.kill(slot);
                 }
@@ -281,6 +282,12 @@ impl Sweeper {
             return Err(Errno::EAGAIN);
         }
         self.uffd.register(from, to - from)?;
+        // The program may have unmapped some of it in between: the kernel passes over holes. What is registered is no
+        // part of a mapping that is not, so one mapping and one page of it tell.
+        let now = self.maps.at_or_above(from)?.filter(|now| now.start <= from && now.end >= to);
+        if now.is_none() || !self.uffd.is_registered(from, self.runtime.guard_start.load(Relaxed))? {
+            return Err(Errno::EAGAIN);
+        }
         space.table.find_or_add(start).set_registered(from, to, true);
         space.table.refill_spares();
         Ok(())
@@ -350,4 +357,12 @@ impl Sweeper {
         self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
         progress.stopped.is_none()
     }
+}
+
+/// Whether the page at `address`, a slot's, is all zero.
+fn is_zero(address: usize) -> bool {
+    // SAFETY: the holding area stays mapped for as long as the process lives; a missing page reads as zero.
+    #[allow(unsafe_code, reason = "a page of the holding area, which is not Rust's memory, is read in place")]
+    let page: &[u8; PAGE] = unsafe { &*core::ptr::with_exposed_provenance(address) };
+    page.iter().all(|&byte| byte == 0)
 }

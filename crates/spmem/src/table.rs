@@ -315,6 +315,15 @@ impl Table {
         }
     }
 
+    /// Counts anew: after a fork, counts and entries may be of different times.
+    pub fn recount(&mut self) {
+        for chunk in &mut self.chunks {
+            let count = |is: fn(Entry) -> bool| chunk.entries.iter().filter(|&&entry| is(entry)).count() as u32;
+            let counts = (count(Entry::is_away), count(is_kept), count(Entry::is_refused));
+            (chunk.away, chunk.kept, chunk.refused) = counts;
+        }
+    }
+
     /// Forgets the spares without freeing them: after a fork their list may be torn.
     pub fn leak_spares(&mut self) {
         core::mem::forget(core::mem::take(&mut self.spare));

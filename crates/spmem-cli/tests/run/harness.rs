@@ -16,10 +16,11 @@ pub fn can_manage() -> bool {
     !String::from_utf8_lossy(&output.stderr).contains("refused")
 }
 
-/// `spm run` with `options`, or the same unmanaged where nothing can be managed.
+/// `spm run` with `options`, or the same unmanaged where nothing can be managed. No signal is ignored in it, even where
+/// the tests run under nohup(1).
 pub fn spm_run(options: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_spm"));
-    command.arg("run").args(options);
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_spm"), "run"]).args(options);
     if !can_manage() {
         command.arg("--best-effort");
     }

@@ -1,0 +1,47 @@
+//! Where the handler runs: on the processor whose thread faults, if it is one.
+//!
+//! A thread that waits for its page leaves its processor idle; the handler can begin at once there, without waking
+//! another, and the thread goes on with warm caches. With threads that fault on several processors in turn there is no
+//! such place, and the scheduler decides.
+
+use spmem_sys::thread::{Affinity, last_cpu};
+
+/// Every so many faults one is looked at.
+const EVERY: u32 = 32;
+/// Looks in a row that have to agree.
+const AGREED: u32 = 4;
+
+/// Binds the calling thread to where the faults are.
+pub(crate) struct Follower {
+    all: Affinity,
+    faults: u32,
+    last: usize,
+    /// Looks in a row that found `last`.
+    row: u32,
+    bound: Option<usize>,
+}
+
+impl Follower {
+    pub(crate) fn new() -> Self {
+        Self { all: Affinity::of_caller(), faults: 0, last: 0, row: 0, bound: None }
+    }
+
+    /// Thread `tid` faults.
+    pub(crate) fn note(&mut self, tid: u32) {
+        self.faults += 1;
+        if self.faults < EVERY || self.all.count() < 2 {
+            return;
+        }
+        self.faults = 0;
+        let Ok(cpu) = last_cpu(tid) else { return };
+        self.row = if cpu == self.last { self.row + 1 } else { 0 };
+        self.last = cpu;
+        if self.bound.is_some_and(|bound| bound != cpu) {
+            let _ = self.all.apply();
+            self.bound = None;
+        } else if self.bound.is_none() && self.row >= AGREED {
+            let is_bound = Affinity::only(cpu).is_some_and(|only| only.apply().is_ok());
+            self.bound = is_bound.then_some(cpu);
+        }
+    }
+}
