@@ -1,8 +1,10 @@
 //! Reclaim: how many pages must leave RAM now, who may grow, and when to look again.
 //!
 //! [`plan`] is the whole decision of a pressure loop; each process of a tree runs its own, on the same tree-wide
-//! numbers. Two marks lie below the limit: eviction begins at *low* and aims at *high*, the larger reserve. The
-//! processes share the excess in proportion to what they use. Just below the limit first touches wait (the gate).
+//! numbers. Marks lie below the limit: from *gate* on first touches go through the fault handler; eviction begins at
+//! *low* and aims at *high*; from *close* on first touches wait. What lies between high and the limit is RAM not used,
+//! and each byte of it costs nearly two of resident pages, so it is little: the gate keeps growth from overrunning it.
+//! The processes share the excess in proportion to what they use.
 //! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
 //!
 //! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
@@ -14,14 +16,20 @@ use crate::units::{Bytes, PAGE_SIZE};
 pub const SLEEP_MAX_NS: u64 = 100_000_000;
 /// The shortest sleep of a process that evicts nothing, ns; matters for limits below 8 MiB only.
 pub const SLEEP_MIN_NS: u64 = 50_000;
+/// The longest sleep once first touches go through the fault handler, which tells of growth, ns.
+pub const SLEEP_GATED_NS: u64 = 1_000_000;
 /// Sleep of a process that could evict nothing although it should, ns.
 pub const SLEEP_STUCK_NS: u64 = 1_000_000;
 /// The fastest growth that the sleep allows for, bytes a second: faster than one core zeroes pages.
 pub const GROWTH_MAX_BYTES_PER_S: u64 = 4 << 30;
-/// The margin below the limit is never smaller, but for limits below 8 MiB: a quarter of them.
+/// The distance of the gate from the limit is never smaller, but for limits below 8 MiB: a quarter of them.
 pub const MARGIN_MIN: Bytes = Bytes::mib(2);
-/// The margin below the limit is never larger.
+/// The distance of the gate from the limit is never larger.
 pub const MARGIN_MAX: Bytes = Bytes::mib(16);
+/// The distance of the gate is so many times that of the low mark.
+const GATE_SHARE: u64 = 8;
+/// The holding area is aimed at this part of the limit.
+const HOLDING_SHARE: u64 = 32;
 /// The holding area is aimed no smaller than this, pages, unless many processes share a small limit.
 pub const HOLDING_MIN_PAGES: u64 = 64;
 /// The holding area is never aimed larger than this, pages (256 MiB).
@@ -80,6 +88,8 @@ pub struct Marks {
     pub high: Bytes,
     /// Eviction begins above this.
     pub low: Bytes,
+    /// First touches go through the fault handler from here on.
+    pub gate: Bytes,
     /// First touches wait from here on.
     pub close: Bytes,
 }
@@ -90,7 +100,7 @@ impl Marks {
     /// ```
     /// use spmem_core::{reclaim::Marks, units::Bytes};
     /// let marks = Marks::of(Bytes::mib(512));
-    /// assert_eq!((marks.high, marks.low, marks.close), (Bytes::mib(480), Bytes::mib(496), Bytes::mib(508)));
+    /// assert_eq!((marks.gate, marks.high, marks.low), (Bytes::mib(496), Bytes::mib(508), Bytes::mib(510)));
     /// ```
     pub const fn of(limit: Bytes) -> Self {
         let mut margin = limit.0 / 32;
@@ -99,10 +109,12 @@ impl Marks {
         } else if margin > MARGIN_MAX.0 {
             margin = MARGIN_MAX.0;
         }
+        let reserve = margin / GATE_SHARE;
         Self {
-            high: Bytes(limit.0 - 2 * margin),
-            low: Bytes(limit.0 - margin),
-            close: Bytes(limit.0 - margin / 4),
+            high: Bytes(limit.0 - 2 * reserve),
+            low: Bytes(limit.0 - reserve),
+            gate: Bytes(limit.0 - margin),
+            close: Bytes(limit.0 - reserve / 4),
         }
     }
 }
@@ -113,13 +125,13 @@ impl Marks {
 /// use spmem_core::{reclaim::{Facts, Gate, plan}, units::Bytes};
 /// let facts = Facts {
 ///     limit: Some(Bytes::mib(512)),
-///     tree_used: Bytes::mib(500),
-///     own_used: Bytes::mib(250),
+///     tree_used: Bytes::mib(511),
+///     own_used: Bytes(Bytes::mib(511).0 / 2),
 ///     own_resident_pages: 50_000,
 ///     ..Facts::default()
 /// };
 /// let plan = plan(&facts);
-/// assert_eq!(plan.evict_pages, 2560); // half of the 20 MiB above the high mark
+/// assert_eq!(plan.evict_pages, 384); // half of the 3 MiB above the high mark
 /// assert_eq!(plan.gate, Gate::Throttled);
 /// ```
 pub fn plan(facts: &Facts) -> Plan {
@@ -140,6 +152,8 @@ pub fn plan(facts: &Facts) -> Plan {
             0
         } else if used > marks.low.0 {
             SLEEP_STUCK_NS
+        } else if used > marks.gate.0 {
+            SLEEP_GATED_NS
         } else {
             headroom_ns(marks.close.0 - used).max(SLEEP_MIN_NS)
         },
@@ -168,18 +182,18 @@ fn own_share(facts: &Facts, excess: u64) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX).div_ceil(PAGE_SIZE)
 }
 
-/// An eighth of this process's part of the limit, in pages, within bounds. The lower bound gives way where so many
+/// A part of this process's part of the limit, in pages, within bounds. The lower bound gives way where so many
 /// processes would together hold more than an eighth of the limit.
 fn holding_target(facts: &Facts, limit: Bytes) -> u64 {
     let even_part = limit.frames_floor().0 / 8 / u64::from(facts.processes.max(1));
     let least = even_part.clamp(1, HOLDING_MIN_PAGES);
-    (own_share(facts, limit.0) / 8).clamp(least, HOLDING_MAX_PAGES)
+    (own_share(facts, limit.0) / HOLDING_SHARE).clamp(least, HOLDING_MAX_PAGES)
 }
 
 fn gate(used: u64, marks: &Marks, evictable: u64) -> Gate {
     if used >= marks.close.0 && evictable > 0 {
         Gate::Closed
-    } else if used >= marks.low.0 {
+    } else if used >= marks.gate.0 {
         Gate::Throttled
     } else {
         Gate::Open

@@ -12,8 +12,8 @@ use syscalls::{Sysno, syscall};
 const FREE: u32 = 0;
 const HELD: u32 = 1;
 const CONTENDED: u32 = 2;
-/// Tries before the lock sleeps: about a microsecond, the length of most holds.
-const SPINS: u32 = 64;
+/// Tries before the lock sleeps: some microseconds, the length of most holds.
+const SPINS: u32 = 200;
 
 /// A mutual exclusion lock around a value; sleeps in the kernel when contended. Not fair.
 pub struct Lock<T> {

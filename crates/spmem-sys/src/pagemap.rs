@@ -93,12 +93,12 @@ impl Pagemap {
         Ok(count)
     }
 
-    /// Whether the page of `address` is present.
+    /// Whether there is a page at `address`: present, being migrated, or in swap space.
     ///
     /// # Errors
     /// As read(2).
-    pub fn is_present(&self, address: usize) -> Result<bool> {
-        Ok(self.read(address)? >> 63 != 0)
+    pub fn is_there(&self, address: usize) -> Result<bool> {
+        Ok(self.read(address)? >> 62 != 0)
     }
 
     /// Whether the page of `address` is present and mapped by no other process.
@@ -135,6 +135,6 @@ mod tests {
         let found: [_; 2] = [0, 1].map(|i: usize| (runs[i].start as usize - start, runs[i].end as usize - start));
         assert_eq!((count, found), (2, [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]));
         assert_eq!(pagemap.is_exclusive(start + 2 * PAGE), Ok(true));
-        assert_eq!(pagemap.is_present(start), Ok(false));
+        assert_eq!(pagemap.is_there(start), Ok(false));
     }
 }

@@ -63,8 +63,8 @@ impl Facts for Seen<'_> {
                     }
                     let now = destination(order, page);
                     // Without a pagemap nothing is known to be present.
-                    let is_present = |now| self.pagemap.is_some_and(|map| map.is_present(now).unwrap_or(false));
-                    if now.is_some_and(is_present) {
+                    let is_there = |now| self.pagemap.is_some_and(|map| map.is_there(now).unwrap_or(false));
+                    if now.is_some_and(is_there) {
                         return None;
                     }
                     digest =

@@ -14,10 +14,11 @@ use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_node::compressed::{Codec, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
-use spmem_sys::PAGE;
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
+use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
+use spmem_sys::{Errno, PAGE};
 
 /// One thread's tools for demotion.
 pub struct Demoter {
@@ -28,6 +29,7 @@ pub struct Demoter {
     uffd: ManuallyDrop<Uffd>,
     scratch: ManuallyDrop<Uffd>,
     trash: usize,
+    pagemap: Option<ManuallyDrop<Pagemap>>,
 }
 
 impl Demoter {
@@ -42,6 +44,7 @@ impl Demoter {
             uffd: borrow(runtime.uffd.load(Ordering::Acquire)),
             scratch: borrow(runtime.scratch.load(Ordering::Acquire)),
             trash: runtime.trash_start.load(Relaxed) + number * BATCH * PAGE,
+            pagemap: runtime.shared_pagemap(),
         }
     }
 
@@ -168,12 +171,11 @@ impl Demoter {
                 return false;
             }
             let from = space.holding.address(slot);
-            let mut progress = self.uffd.move_present(held.owner, from, PAGE);
-            if !matches!(progress.stopped, None | Some(spmem_sys::Errno::EAGAIN)) {
-                progress = self.uffd.copy_from(held.owner, from, PAGE);
-            }
+            let moved = self.pagemap.as_deref().map(|map| self.uffd.move_present(held.owner, from, PAGE, map));
+            let moved = moved.filter(|moved| matches!(moved.stopped, None | Some(Errno::EAGAIN)));
+            let progress = moved.unwrap_or_else(|| self.uffd.copy_from(held.owner, from, PAGE));
             // A page that is there already came back some other way.
-            if !matches!(progress.stopped, None | Some(spmem_sys::Errno::EEXIST)) {
+            if !matches!(progress.stopped, None | Some(Errno::EEXIST)) {
                 space.holding.release(slot);
                 return false;
             }

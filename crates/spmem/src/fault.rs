@@ -296,8 +296,11 @@ impl Server {
         let is_own = uffd.raw() == self.runtime.uffd.load(Relaxed);
         let mut is_moved = false;
         let mut progress = None;
-        if is_own && space.is_movable(slot) {
-            let moved = uffd.move_present(page, from, PAGE);
+        if is_own
+            && space.is_movable(slot)
+            && let Some(pagemap) = &self.pagemap
+        {
+            let moved = uffd.move_present(page, from, PAGE, pagemap);
             is_moved = moved.stopped.is_none();
             // Not to be moved (read-only mapping, shared since a fork): copied below.
             if is_moved || matches!(moved.stopped, Some(Errno::EAGAIN | Errno::EEXIST)) {

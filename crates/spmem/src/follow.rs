@@ -1,8 +1,8 @@
 //! Where the handler runs: on the processor whose thread faults, if it is one.
 //!
-//! A thread that waits for its page leaves its processor idle; the handler can begin at once there, without waking
-//! another, and the thread goes on with warm caches. With threads that fault on several processors in turn there is no
-//! such place, and the scheduler decides.
+//! A thread that waits for its page leaves its processor idle. There the handler can begin at once, without waking
+//! another processor, and the thread goes on with warm caches. With threads that fault on several processors in turn
+//! there is no such place, and the scheduler decides.
 
 use spmem_sys::thread::{Affinity, last_cpu};
 

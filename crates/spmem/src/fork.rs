@@ -563,7 +563,7 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
         let pagemap = Pagemap::open();
         space.settle_after_fork(|page| {
-            pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_present(page).unwrap_or(false))
+            pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_there(page).unwrap_or(false))
         });
         for index in 0..word(1) {
             let at = 2 + 4 * index;

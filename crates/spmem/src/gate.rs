@@ -137,7 +137,7 @@ impl GateKeeper {
             for page in (start..start + CHUNK).step_by(PAGE) {
                 let entry = space.table.get(page);
                 // Announced as dropped, and not seen missing since: it may still be about to be.
-                if entry.is_discarded() && self.pagemap.is_present(page).unwrap_or(true) {
+                if entry.is_discarded() && self.pagemap.is_there(page).unwrap_or(true) {
                     continue;
                 }
                 space.forget_copy(entry);

@@ -186,14 +186,14 @@ impl Holding {
     pub fn finish(&mut self, span: Span) {
         for slot in span.first..span.first + span.len {
             let state = &mut self.slots[slot as usize].state;
-            if *state != State::Held {
-                debug_assert!(*state == State::BusyDead);
+            // A released slot may have died since its span was looked over: its page is still there.
+            if *state == State::BusyDead {
                 *state = State::Free;
             }
         }
         self.advance_tail();
         // What was released in the span is at the tail now or will be: once nothing is unclaimed, start over there.
-        if self.unclaimed == 0 && self.held > 0 {
+        if self.unclaimed == 0 && self.used > 0 {
             let all_settled = (0..self.used).all(|i| {
                 let slot = (self.tail + i) % self.capacity();
                 !matches!(self.slots[slot as usize].state, State::Busy | State::BusyDead)
@@ -289,6 +289,24 @@ mod tests {
         assert!((again.first..again.first + again.len).contains(&3));
         demote_all(&mut holding, again);
         assert_eq!((holding.held(), holding.used()), (0, 0));
+    }
+
+    #[test]
+    fn a_released_slot_that_dies_before_its_span_is_finished_keeps_its_page() {
+        let mut holding = filled(2);
+        let span = holding.claim(2).expect("two are held");
+        holding.release(0);
+        holding.kill(1);
+        holding.kill(0);
+        holding.finish(span);
+        assert_eq!((holding.get(0).state, holding.get(1).state), (State::Dead, State::Free));
+        holding.push(9 * PAGE, None);
+        let again = holding.claim(PAGES).expect("a dead page and a held one");
+        assert_eq!(
+            (again.first, holding.get(0).state),
+            (0, State::BusyDead),
+            "its page is still to be given back"
+        );
     }
 
     #[test]

@@ -21,7 +21,7 @@ use spmem_sys::{PAGE, Result, process, thread};
 /// Pages of one batch.
 pub const BATCH: usize = 32;
 /// Copies of pages that have come back may take this part of the limit.
-const KEPT_SHARE: u64 = 16;
+const KEPT_SHARE: u64 = 256;
 /// Resident memory never taken away: this part of the limit, ...
 const FLOOR_SHARE: u64 = 8;
 /// ... but at least this, bytes, ...

@@ -191,13 +191,13 @@ impl<B: Backend> Space<B> {
     /// This is the forked child: what may be torn is thrown away, what the parent's threads had claimed is free.
     ///
     /// Pages that were promoted between the announcement and the fork are in their place, whatever their entries say;
-    /// `is_present` tells.
-    pub fn settle_after_fork(&mut self, is_present: impl Fn(usize) -> bool) {
+    /// `is_there` tells.
+    pub fn settle_after_fork(&mut self, is_there: impl Fn(usize) -> bool) {
         self.mode = Mode::Normal;
         self.table.recount();
         for index in 0..self.promoted.len() {
             let page = self.promoted[index];
-            if self.table.get(page).is_away() && is_present(page) {
+            if self.table.get(page).is_away() && is_there(page) {
                 self.note_returned(page);
             }
         }

@@ -13,11 +13,11 @@ use spmem_sys::fd::Fd;
 use spmem_sys::mapping::populate_write;
 use spmem_sys::maps::{Maps, Name, Vma};
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
-use spmem_sys::uffd::Uffd;
+use spmem_sys::uffd::{Progress, Uffd};
 use spmem_sys::{Errno, PAGE, Result, process};
 
 /// Pages moved under one hold of the lock: a fault may have to wait for it.
-const HOLD_PAGES: usize = 32;
+const HOLD_PAGES: usize = 4;
 
 /// A page that could not leave is tried again every so many rounds.
 const REFUSED_ROUNDS: usize = 32;
@@ -220,7 +220,7 @@ impl Sweeper {
             let Some((slot, count)) = space.holding.room(((end - at) / PAGE) as u32) else {
                 return (End::Full, moved);
             };
-            let progress = self.uffd.move_present(space.holding.address(slot), at, count as usize * PAGE);
+            let progress = self.move_out(space.holding.address(slot), at, count as usize * PAGE);
             for page in (at..at + progress.done).step_by(PAGE) {
                 let entry = space.table.get(page);
                 let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
@@ -261,6 +261,10 @@ impl Sweeper {
             chunk.left_ns = process::now_ns();
         }
         (End::Done, moved)
+    }
+
+    fn move_out(&self, to: usize, from: usize, len: usize) -> Progress {
+        self.uffd.move_present(to, from, len, &self.pagemap)
     }
 
     /// Makes sure that faults on the range come to us before a page of it leaves.
@@ -348,7 +352,7 @@ impl Sweeper {
         }
         let Some((slot, _)) = space.holding.room(1) else { return false };
         self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
-        let progress = self.uffd.move_present(space.holding.address(slot), page, PAGE);
+        let progress = self.move_out(space.holding.address(slot), page, PAGE);
         if progress.stopped.is_none() {
             let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
             let slot = space.holding.push(page, kept);

@@ -49,9 +49,18 @@ fn the_command_shares_process_group_and_session() {
 /// What `spm` was started with: `set_up` runs in a shell that then becomes spm.
 fn under(set_up: &str, script: &str) -> String {
     let spm = spm_sh(script);
-    let mut shell = Command::new("sh");
-    shell.arg("-c").arg(format!("{set_up}\nexec \"$@\"")).arg("sh").arg(spm.get_program()).args(spm.get_args());
+    let mut shell = shell();
+    shell.arg(format!("{set_up}\nexec \"$@\"")).arg("sh");
+    // Without the harness's env(1), which would undo what was set up.
+    shell.args(spm.get_args().skip_while(|&argument| argument != env!("CARGO_BIN_EXE_spm")));
     text(&finish(shell).stdout)
+}
+
+/// `sh -c`, no signal ignored.
+fn shell() -> Command {
+    let mut shell = Command::new("env");
+    shell.args(["--default-signal", "sh", "-c"]);
+    shell
 }
 
 /// Lines of /proc/self/status of a process that `spm` started directly.
@@ -63,8 +72,8 @@ fn status_lines(set_up: &str, pattern: &str) -> String {
 fn ignored_signals_stay_ignored_and_others_default() {
     for ignored in ["", "HUP", "PIPE", "CHLD", "INT QUIT", "TERM USR1"] {
         let set_up = if ignored.is_empty() { String::new() } else { format!("trap '' {ignored}") };
-        let mut bare = Command::new("sh");
-        bare.arg("-c").arg(format!("{set_up}\nexec sh -c 'exec grep -E SigIgn /proc/self/status'"));
+        let mut bare = shell();
+        bare.arg(format!("{set_up}\nexec sh -c 'exec grep -E SigIgn /proc/self/status'"));
         assert_eq!(status_lines(&set_up, "SigIgn"), text(&finish(bare).stdout), "{ignored}");
     }
 }

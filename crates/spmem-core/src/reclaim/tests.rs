@@ -74,7 +74,7 @@ proptest! {
         prop_assert!(plan.sleep_ns <= SLEEP_MAX_NS);
         let Some(limit) = facts.limit else { unreachable!() };
         let marks = Marks::of(limit);
-        if facts.tree_used <= marks.low && limit >= Bytes::mib(8) {
+        if facts.tree_used <= marks.gate && limit >= Bytes::mib(8) {
             let grown = u128::from(plan.sleep_ns) * u128::from(GROWTH_MAX_BYTES_PER_S) / 1_000_000_000;
             prop_assert!(u128::from(facts.tree_used.0) + grown <= u128::from(marks.close.0));
         }
@@ -92,8 +92,9 @@ proptest! {
         }
         let Some(limit) = facts.limit else { unreachable!() };
         let marks = Marks::of(limit);
-        prop_assert!(marks.high <= marks.low && marks.low <= marks.close && marks.close <= limit);
-        prop_assert_eq!(plan.gate == Gate::Open, facts.tree_used < marks.low);
+        prop_assert!(marks.gate <= marks.high && marks.high <= marks.low);
+        prop_assert!(marks.low <= marks.close && marks.close <= limit);
+        prop_assert_eq!(plan.gate == Gate::Open, facts.tree_used < marks.gate);
         let can_evict = facts.own_resident_pages + facts.holding_pages > 0;
         prop_assert_eq!(plan.gate == Gate::Closed, facts.tree_used >= marks.close && can_evict);
     }
@@ -119,15 +120,15 @@ proptest! {
 fn fast_growth_begins_eviction_before_the_low_mark() {
     let calm = Facts {
         limit: Some(Bytes::mib(512)),
-        tree_used: Bytes::mib(490),
-        own_used: Bytes::mib(490),
+        tree_used: Bytes::mib(509),
+        own_used: Bytes::mib(509),
         own_resident_pages: 1 << 20,
         since_last_ns: 1_000_000,
         ..Facts::default()
     };
     assert_eq!(plan(&calm).evict_pages, 0);
     let storm = Facts { growth: Bytes::mib(4), ..calm };
-    assert_eq!(plan(&storm).evict_pages, Bytes::mib(10).frames_ceil().0);
+    assert_eq!(plan(&storm).evict_pages, Bytes::mib(1).frames_ceil().0);
 }
 
 #[test]
