@@ -1,6 +1,6 @@
 //! Facts about the calling process: ids, memory in use, time; and its signal mask.
 
-use crate::fd::Fd;
+use crate::fd::{Fd, raw_fd};
 use crate::{Errno, PAGE, Result};
 use syscalls::{Sysno, syscall};
 
@@ -104,9 +104,20 @@ impl DescriptorLimit {
 
 /// Writes to the process's standard error, whichever descriptor table the calling thread has. Best effort.
 pub fn write_stderr(text: &[u8]) {
-    if let Ok(fd) = Fd::open(c"/proc/self/fd/2", libc::O_WRONLY | libc::O_APPEND) {
+    // A container's filter may forbid pidfd_getfd(2).
+    let fd = standard_error().or_else(|_| Fd::open(c"/proc/self/fd/2", libc::O_WRONLY | libc::O_APPEND));
+    if let Ok(fd) = fd {
         let _ = fd.write(text);
     }
+}
+
+/// The first thread's descriptor 2 itself, with its place in the file; opened anew it would overwrite or be overwritten.
+fn standard_error() -> Result<Fd> {
+    // SAFETY: takes no pointer.
+    let process = unsafe { syscall!(Sysno::pidfd_open, pid(), 0) }.map(raw_fd).map(Fd::from_raw)?;
+    // SAFETY: as above.
+    let fd = unsafe { syscall!(Sysno::pidfd_getfd, process.raw(), 2, 0) }?;
+    Ok(Fd::from_raw(raw_fd(fd)))
 }
 
 /// Ends the calling process as abort(3) does, without libc: SIGABRT with its default action.

@@ -32,7 +32,7 @@ const FLOOR_MAX: u64 = 64 << 20;
 pub(crate) const PATIENCE_NS: u64 = 20_000_000;
 /// How long there has to be no room at all before waiting counts as no help, ns.
 const HOPELESS_NS: u64 = 200_000_000;
-/// Pages that have to become free in that time for reclaim to count as making progress.
+/// Pages that have to become free in that time for reclaim to count as making progress; growth then goes at its pace.
 const PROGRESS_PAGES: u64 = 64;
 /// Longest wait then, ns: growth stays slow, and what cannot shrink goes on.
 const IMPATIENCE_NS: u64 = 200_000;
@@ -125,7 +125,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         had_room_ns: process::now_ns(),
         window_ns: 0,
         window_freed: 0,
-        is_progressing: true,
+        growth_patience_ns: PATIENCE_NS,
     };
     loop {
         monitor.round();
@@ -143,7 +143,7 @@ struct Monitor {
     had_room_ns: u64,
     window_ns: u64,
     window_freed: u64,
-    is_progressing: bool,
+    growth_patience_ns: u64,
 }
 
 /// What exists once pages may leave.
@@ -244,14 +244,18 @@ impl Monitor {
         }
         if now.saturating_sub(self.window_ns) > HOPELESS_NS {
             let freed = runtime.freed_pages.load(Relaxed);
-            self.is_progressing = freed - self.window_freed >= PROGRESS_PAGES;
+            let gained = freed - self.window_freed;
+            let pace = (now - self.window_ns) / gained.max(1);
+            let does_help = gained >= PROGRESS_PAGES;
+            self.growth_patience_ns =
+                if does_help { pace.clamp(IMPATIENCE_NS, PATIENCE_NS) } else { IMPATIENCE_NS };
             (self.window_ns, self.window_freed) = (now, freed);
         }
         let is_crowded = now.saturating_sub(self.had_room_ns) > HOPELESS_NS;
-        let patience = |helps: bool| if helps { PATIENCE_NS } else { IMPATIENCE_NS };
-        runtime.patience_ns.store(patience(!is_crowded), Relaxed);
-        // As long as reclaim makes room, growth goes at its pace.
-        runtime.growth_patience_ns.store(patience(!is_crowded || self.is_progressing), Relaxed);
+        let (patience, growth) =
+            if is_crowded { (IMPATIENCE_NS, self.growth_patience_ns) } else { (PATIENCE_NS, PATIENCE_NS) };
+        runtime.patience_ns.store(patience, Relaxed);
+        runtime.growth_patience_ns.store(growth, Relaxed);
         // A budget that cannot be kept is no reason to wait, unless the program runs away from it.
         let floor = self.gauge.floor_pages;
         let is_excused = self.gauge.is_hopeless && facts.own_resident_pages + facts.holding_pages < floor;

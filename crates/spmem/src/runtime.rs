@@ -58,16 +58,25 @@ pub struct Frames {
 const COMMIT: usize = 16 << 20;
 
 impl spmem_node::compressed::FrameBytes for Frames {
+    /// `false` at a limit of the process's (RLIMIT_DATA, RLIMIT_AS) or of a system that does not overcommit: to the store
+    /// that is a full node.
+    fn prepare(&mut self, offset: usize, len: usize) -> bool {
+        let end = offset + len;
+        if end > self.committed {
+            let steps = [end.next_multiple_of(COMMIT).min(self.mapping.len()), end];
+            let Some(committed) = steps.into_iter().find(|&step| self.mapping.commit(step).is_ok()) else {
+                return false;
+            };
+            self.committed = committed;
+        }
+        true
+    }
+
     fn bytes(&self, offset: usize, len: usize) -> &[u8] {
         self.mapping.bytes(offset, len)
     }
 
     fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        if offset + len > self.committed {
-            let wanted = (offset + len).next_multiple_of(COMMIT).min(self.mapping.len());
-            self.mapping.commit(wanted).expect("the kernel refuses memory it has reserved: out of page tables");
-            self.committed = wanted;
-        }
         self.mapping.bytes_mut(offset, len)
     }
 

@@ -35,6 +35,11 @@ pub trait FrameBlock {
 ///
 /// Nobody else writes them. Ranges that the store passes lie inside frames it holds.
 pub trait FrameBytes {
+    /// Gets frames ready that the store has just been given; whether it can use them now.
+    fn prepare(&mut self, _offset: usize, _len: usize) -> bool {
+        true
+    }
+
     /// `len` bytes from `offset` on.
     fn bytes(&self, offset: usize, len: usize) -> &[u8];
 

@@ -255,7 +255,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let order = Order::new(CLASSES[usize::from(class)].order).ok()?;
         let frames = match self.take_spare(order) {
             Some(spare) => spare,
-            None => self.frames.alloc(order)?,
+            None => self.new_frames(order)?,
         };
         match self.blocks.add(frames, class) {
             Ok(block) => Some(block),
@@ -315,11 +315,20 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         spare
     }
 
+    fn new_frames(&mut self, order: Order) -> Option<F::Block> {
+        let frames = self.frames.alloc(order)?;
+        let (offset, len) = range_of(&frames);
+        if self.memory.prepare(offset, len) {
+            return Some(frames);
+        }
+        self.frames.free(frames);
+        None
+    }
+
     /// Frames are zeroed before they are given back (R21).
     fn release(&mut self, frames: F::Block) {
-        let offset = usize::try_from(frames.first_frame().offset().0);
-        let len = usize::try_from(frames.order().bytes().0);
-        self.memory.discard(offset.expect(ADDRESSABLE), len.expect(ADDRESSABLE));
+        let (offset, len) = range_of(&frames);
+        self.memory.discard(offset, len);
         self.frames.free(frames);
     }
 
@@ -360,6 +369,13 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let Usage { capacity, used, .. } = self.usage();
         Full { node: self.frames.node(), wanted: Bytes(wanted as u64), used, capacity }
     }
+}
+
+/// Offset and length of a block, bytes.
+fn range_of(frames: &impl FrameBlock) -> (usize, usize) {
+    let offset = usize::try_from(frames.first_frame().offset().0);
+    let len = usize::try_from(frames.order().bytes().0);
+    (offset.expect(ADDRESSABLE), len.expect(ADDRESSABLE))
 }
 
 impl<F: FrameSource, M: FrameBytes> Backend for Store<F, M> {

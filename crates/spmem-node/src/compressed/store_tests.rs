@@ -7,7 +7,7 @@ use std::vec::Vec;
 use proptest::prelude::*;
 
 use super::store::Store;
-use super::{Codec, Encoded, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch};
+use super::{Codec, Encoded, FrameBytes, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch};
 use crate::backend::{Damage, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
 use crate::conformance::conformance;
 use crate::testing::{FirstFit, Ram, page_with_noise};
@@ -369,4 +369,52 @@ fn metadata_stays_under_two_percent_of_the_bytes_stored() {
     }
     let stats = store.stats();
     assert!(stats.metadata.0 * 50 < stats.payload.0, "{stats:?}");
+}
+
+/// Frames of which only the first few can be had, as under RLIMIT_DATA.
+struct Rationed {
+    ram: Ram,
+    ready: usize,
+}
+
+impl FrameBytes for Rationed {
+    fn prepare(&mut self, offset: usize, len: usize) -> bool {
+        offset + len <= self.ready
+    }
+
+    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        self.ram.bytes(offset, len)
+    }
+
+    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        assert!(offset + len <= self.ready, "only frames that are ready are written");
+        self.ram.bytes_mut(offset, len)
+    }
+
+    fn discard(&mut self, offset: usize, len: usize) {
+        self.ram.discard(offset, len);
+    }
+}
+
+#[test]
+fn frames_that_cannot_be_made_ready_are_a_full_store_and_nothing_is_lost() {
+    let memory = Rationed { ram: Ram::new(256), ready: 64 * PAGE_BYTES };
+    let mut store = Store::new(FirstFit::new(256), memory, 0x5eed);
+    let mut workspace = store.codec().workspace();
+    let mut stored = Vec::new();
+    for seed in 0..600 {
+        let page = page_with_noise(seed, 100);
+        let staged = store.codec().stage(&page, &mut workspace).unwrap();
+        if let Ok(handle) = store.insert(&staged) {
+            stored.push((seed, handle));
+        }
+    }
+    assert!(!stored.is_empty() && stored.len() < 600, "{} of 600 pages", stored.len());
+    let used = store.stats().frames_used.0;
+    assert!(used <= 64, "{used} frames are held");
+    for (seed, handle) in stored {
+        let mut page = [0; PAGE_BYTES];
+        store.load(handle, &mut page).unwrap();
+        assert_eq!(page, page_with_noise(seed, 100));
+    }
 }
