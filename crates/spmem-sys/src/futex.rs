@@ -50,7 +50,7 @@ impl<T> Lock<T> {
             spin_loop();
         }
         while self.word.swap(CONTENDED, Ordering::Acquire) != FREE {
-            wait(&self.word, CONTENDED, None);
+            wait(&self.word, CONTENDED, None, libc::FUTEX_PRIVATE_FLAG);
         }
     }
 
@@ -87,16 +87,20 @@ impl<T> Drop for Held<'_, T> {
     fn drop(&mut self) {
         // Release pairs with the Acquire in `lock`.
         if self.lock.word.swap(FREE, Ordering::Release) == CONTENDED {
-            wake(&self.lock.word, 1);
+            wake(&self.lock.word, 1, libc::FUTEX_PRIVATE_FLAG);
         }
     }
 }
 
-/// A word to wait on: somebody changes it and wakes, waiters sleep until it differs from what they saw.
+/// A word to wait on: somebody changes it and wakes, waiters sleep until it differs from what they saw. `SHARED`: in memory
+/// that several processes map.
+#[repr(transparent)]
 #[derive(Default)]
-pub struct Event(AtomicU32);
+pub struct Event<const SHARED: bool = false>(AtomicU32);
 
-impl Event {
+impl<const SHARED: bool> Event<SHARED> {
+    const FLAG: i32 = if SHARED { 0 } else { libc::FUTEX_PRIVATE_FLAG };
+
     /// An event nobody has signalled.
     pub const fn new() -> Self {
         Self(AtomicU32::new(0))
@@ -111,30 +115,28 @@ impl Event {
     /// Wakes all who wait.
     pub fn signal(&self) {
         self.0.fetch_add(1, Ordering::Release);
-        wake(&self.0, i32::MAX);
+        wake(&self.0, i32::MAX, Self::FLAG);
     }
 
     /// Sleeps until signalled after `ticket` was taken, or `timeout_ns` is over. May return early.
     pub fn wait(&self, ticket: u32, timeout_ns: Option<u64>) {
-        wait(&self.0, ticket, timeout_ns);
+        wait(&self.0, ticket, timeout_ns, Self::FLAG);
     }
 }
 
-fn wait(word: &AtomicU32, expected: u32, timeout_ns: Option<u64>) {
+fn wait(word: &AtomicU32, expected: u32, timeout_ns: Option<u64>, flag: i32) {
     let timeout = timeout_ns.map(|ns| libc::timespec {
         tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
         tv_nsec: i64::try_from(ns % 1_000_000_000).expect("below 2^30"),
     });
     let timeout = timeout.as_ref().map_or(core::ptr::null(), core::ptr::from_ref);
     // SAFETY: the word outlives the call; the timeout is null or a timespec on this stack.
-    let _ = unsafe {
-        syscall!(Sysno::futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, expected, timeout)
-    };
+    let _ = unsafe { syscall!(Sysno::futex, word.as_ptr(), libc::FUTEX_WAIT | flag, expected, timeout) };
 }
 
-fn wake(word: &AtomicU32, count: i32) {
+fn wake(word: &AtomicU32, count: i32, flag: i32) {
     // SAFETY: FUTEX_WAKE reads nothing through the pointer.
-    let _ = unsafe { syscall!(Sysno::futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, count) };
+    let _ = unsafe { syscall!(Sysno::futex, word.as_ptr(), libc::FUTEX_WAKE | flag, count) };
 }
 
 #[cfg(test)]
@@ -155,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_signal_between_ticket_and_wait_is_not_lost() {
-        let event = Event::new();
+        let event: Event = Event::new();
         let ticket = event.ticket();
         event.signal();
         event.wait(ticket, None);

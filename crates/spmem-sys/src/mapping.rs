@@ -152,6 +152,16 @@ impl Mapping {
         Ok(Self { base: core::ptr::with_exposed_provenance_mut(base), len })
     }
 
+    /// A forked child does not get it.
+    ///
+    /// # Errors
+    /// As madvise(2).
+    pub fn keep_from_children(&self) -> Result<()> {
+        // SAFETY: changes what fork does, nothing here.
+        unsafe { syscall!(Sysno::madvise, self.start(), self.len, libc::MADV_DONTFORK) }?;
+        Ok(())
+    }
+
     /// First byte.
     pub fn base(&self) -> *mut u8 {
         self.base

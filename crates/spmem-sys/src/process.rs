@@ -102,6 +102,36 @@ impl DescriptorLimit {
     }
 }
 
+/// Lets other threads that are ready have the processor (sched_yield(2)).
+pub fn give_way() {
+    // SAFETY: takes nothing.
+    let _ = unsafe { syscall!(Sysno::sched_yield) };
+}
+
+/// Most pages that [`read_pages`] reads at a time.
+pub const MAX_READ: usize = 16;
+
+/// Reads pages of another process (process_vm_readv(2)), one behind the other into `into`; how many were read before one
+/// that cannot be.
+///
+/// # Errors
+/// As process_vm_readv(2): `ESRCH` when it is gone, `EPERM` without the right to trace it.
+///
+/// # Panics
+/// With more than [`MAX_READ`] addresses, or more than `into` has room for.
+pub fn read_pages(pid: u32, addresses: &[usize], into: &mut [u8]) -> Result<usize> {
+    assert!(addresses.len() <= MAX_READ && addresses.len() * PAGE <= into.len(), "one buffer for all pages");
+    let local = [into.as_mut_ptr().expose_provenance(), addresses.len() * PAGE];
+    let mut remote = [[0, PAGE]; MAX_READ];
+    for (remote, address) in remote.iter_mut().zip(addresses) {
+        remote[0] = *address;
+    }
+    // SAFETY: both lists are arrays of struct iovec; the kernel writes within `into` only.
+    let read =
+        unsafe { syscall!(Sysno::process_vm_readv, pid, local.as_ptr(), 1, remote.as_ptr(), addresses.len(), 0) }?;
+    Ok(read / PAGE)
+}
+
 /// Writes to the process's standard error, whichever descriptor table the calling thread has. Best effort.
 pub fn write_stderr(text: &[u8]) {
     // A container's filter may forbid pidfd_getfd(2).

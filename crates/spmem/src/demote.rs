@@ -1,24 +1,30 @@
 //! Demotion: the oldest pages of the holding area are encoded, read back, compared and put on node 1; then their RAM
 //! is given back.
 //!
-//! The long part, encoding, runs without the lock on slots that are `Busy`: their pages stay where they are. A page
+//! The long part, encoding, runs without the lock on slots that are `Busy`: their pages stay where they are. The
+//! monitor has it done by the encoder ([`crate::encoder`]) where there is one; whoever has none does it here. A page
 //! that came back meanwhile keeps what was encoded as a copy. Copies still equal to their page cost no encoding.
 //! What cannot be stored goes back to the program (R19); when node 1 is full, demotion stops (R18).
 
+use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
 use crate::holding::{Span, State};
 use crate::reclaim::BATCH;
-use crate::runtime::Runtime;
+use crate::runtime::{Cram, Runtime};
+use crate::space::Space;
 use crate::table::{Copy, Entry};
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
-use spmem_node::compressed::{Codec, Workspace};
+use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE};
+
+/// Encodings stored under one hold of the lock: a fault may have to wait for it.
+const HOLD_SLOTS: usize = 8;
 
 /// One thread's tools for demotion.
 pub struct Demoter {
@@ -30,6 +36,9 @@ pub struct Demoter {
     scratch: ManuallyDrop<Uffd>,
     trash: usize,
     pagemap: Option<ManuallyDrop<Pagemap>>,
+    client: Option<Client>,
+    /// What is out with the encoder, oldest first.
+    out: [Option<Span>; LANES],
 }
 
 impl Demoter {
@@ -45,23 +54,123 @@ impl Demoter {
             scratch: borrow(runtime.scratch.load(Ordering::Acquire)),
             trash: runtime.trash_start.load(Relaxed) + number * BATCH * PAGE,
             pagemap: runtime.shared_pagemap(),
+            client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
+            out: [None; LANES],
         }
     }
 
     /// Demotes up to `wanted` pages, the oldest of the holding area; how many pages of RAM became free.
     pub(crate) fn run(&mut self, wanted: usize) -> usize {
-        let span = {
-            let mut space = self.runtime.space.lock();
-            space.as_mut().and_then(|space| space.holding.claim(wanted.min(BATCH) as u32))
-        };
+        if self.client.is_some() {
+            let freed = self.run_with_encoder(wanted);
+            let does_answer = self.client.as_ref().is_some_and(Client::has_room);
+            self.runtime.is_encoder_late.store(!does_answer, Relaxed);
+            if freed > 0 || does_answer {
+                return freed;
+            }
+        }
+        let span = self.claim(wanted.min(BATCH));
         let Some(span) = span else { return 0 };
         let mut freed = 0;
         for slot in span.first..span.first + span.len {
             freed += usize::from(self.demote(slot));
         }
         self.discard(span);
-        self.runtime.room_pages.fetch_add(freed as i64, Relaxed);
-        self.runtime.freed_pages.fetch_add(freed as u64, Relaxed);
+        self.runtime.free_pages(freed);
+        freed
+    }
+
+    fn claim(&self, wanted: usize) -> Option<Span> {
+        let mut space = self.runtime.space.lock();
+        space.as_mut().and_then(|space| space.holding.claim(wanted as u32))
+    }
+
+    /// Takes what the encoder has done and gives it more.
+    fn run_with_encoder(&mut self, wanted: usize) -> usize {
+        let mut freed = 0;
+        while self.client.as_ref().is_some_and(Client::is_done) {
+            freed += self.take_oldest();
+        }
+        while self.client.as_ref().is_some_and(Client::has_room)
+            && let Some(span) = self.claim(wanted.min(LANE_PAGES))
+        {
+            self.post(span);
+        }
+        // Whether there is anything to gain shows only once something was taken.
+        while freed == 0 && self.out[0].is_some() {
+            freed += self.take_oldest();
+        }
+        freed
+    }
+
+    /// Takes all that is out.
+    pub(crate) fn drain(&mut self) {
+        while self.out[0].is_some() {
+            self.take_oldest();
+        }
+    }
+
+    fn post(&mut self, span: Span) {
+        let mut addresses = [0; LANE_PAGES];
+        {
+            let space = self.runtime.space.lock();
+            let Some(space) = space.as_ref() else { return };
+            for (address, slot) in addresses.iter_mut().zip(span.first..span.first + span.len) {
+                let held = space.holding.get(slot);
+                // An older copy is tried first, here.
+                if held.state == State::Busy && held.kept.is_none() {
+                    *address = space.holding.address(slot);
+                }
+            }
+        }
+        let at = self.out.iter().position(Option::is_none);
+        if let (Some(client), Some(at)) = (&mut self.client, at) {
+            self.out[at] = Some(span);
+            client.post(addresses.into_iter().take(span.len as usize));
+        }
+    }
+
+    /// Stores what the encoder made of the oldest span that is out; what it does not deliver is encoded here. How many
+    /// pages of RAM became free.
+    fn take_oldest(&mut self) -> usize {
+        let (Some(span), Some(client)) = (self.out[0], &self.client) else { return 0 };
+        let lane = if client.wait() { client.oldest() } else { None };
+        let mut freed = 0;
+        for first in (0..span.len as usize).step_by(HOLD_SLOTS) {
+            let indices = first..(first + HOLD_SLOTS).min(span.len as usize);
+            let mut unsettled = [None; HOLD_SLOTS];
+            {
+                let mut space = self.runtime.space.lock();
+                let (Some(space), Some(client)) = (space.as_mut(), &mut self.client) else { return freed };
+                for (index, unsettled) in indices.clone().zip(&mut unsettled) {
+                    let answer = lane.map_or(Answer::Unread, |lane| client.answer(lane, index));
+                    let slot = span.first + index as u32;
+                    let staged = match (lane, answer) {
+                        (Some(lane), Answer::Encoded(label)) => client.take(&self.codec, lane, index, label),
+                        _ => None,
+                    };
+                    match staged {
+                        Some(staged) => freed += usize::from(Self::place(self.runtime, space, slot, &staged)),
+                        None => *unsettled = Some(answer),
+                    }
+                }
+            }
+            for (index, answer) in indices.zip(unsettled) {
+                let slot = span.first + index as u32;
+                freed += usize::from(match answer {
+                    None => false,
+                    Some(Answer::Unfit(unfit)) => self.give_back(slot, unfit),
+                    Some(_) => self.demote(slot),
+                });
+            }
+        }
+        if let Some(client) = &mut self.client {
+            client.retire();
+        }
+        self.out.rotate_left(1);
+        self.out[LANES - 1] = None;
+        self.discard(span);
+        self.runtime.free_pages(freed);
         freed
     }
 
@@ -87,25 +196,28 @@ impl Demoter {
         match self.codec.stage(page, &mut self.workspace) {
             Ok(staged) => {
                 let mut space = runtime.space.lock();
-                let Some(space) = space.as_mut() else { return false };
-                let held = space.holding.get(slot);
-                if held.state != State::Busy {
-                    return true; // dropped meanwhile
-                }
-                let Ok(handle) = space.store.store(&staged) else {
-                    runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
-                    space.holding.release(slot);
-                    return false;
-                };
-                if let Some(old) = space.holding.forget_kept(slot) {
-                    space.forget(old);
-                }
-                let is_same_filled = staged.is_same_filled();
-                Self::settle(runtime, space, slot, held.owner, handle, false, is_same_filled);
-                true
+                space.as_mut().is_some_and(|space| Self::place(runtime, space, slot, &staged))
             }
             Err(unfit) => self.give_back(slot, unfit),
         }
+    }
+
+    /// Puts what was staged of a busy slot's page on node 1; whether the page's RAM becomes free.
+    fn place(runtime: &Runtime, space: &mut Space<Cram>, slot: u32, staged: &Verified<'_>) -> bool {
+        let held = space.holding.get(slot);
+        if held.state != State::Busy {
+            return true; // dropped meanwhile
+        }
+        let Ok(handle) = space.store.store(staged) else {
+            runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
+            space.holding.release(slot);
+            return false;
+        };
+        if let Some(old) = space.holding.forget_kept(slot) {
+            space.forget(old);
+        }
+        Self::settle(runtime, space, slot, held.owner, handle, false, staged.is_same_filled());
+        true
     }
 
     /// A copy from before, still equal: certain, byte for byte.
@@ -129,7 +241,7 @@ impl Demoter {
     /// The page is on node 1: its slot is dead.
     fn settle(
         runtime: &Runtime,
-        space: &mut crate::space::Space<crate::runtime::Cram>,
+        space: &mut Space<Cram>,
         slot: u32,
         owner: usize,
         handle: Handle,

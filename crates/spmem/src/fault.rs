@@ -18,6 +18,7 @@ use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
+use core::sync::atomic::fence;
 use spmem_core::lru;
 use spmem_node::Handle;
 use spmem_sys::fd::{Fd, Poll, poll};
@@ -105,8 +106,14 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let zeros = Mapping::new(PAGE, c"spmem zeros");
     let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
     let pagemap = runtime.shared_pagemap();
-    let mut server =
-        Server { runtime, pages, zeros, streams: Streams::default(), follower: Follower::new(), pagemap };
+    let mut server = Server {
+        runtime,
+        pages,
+        zeros,
+        streams: Streams::default(),
+        follower: Follower::new(&runtime.home_cpu),
+        pagemap,
+    };
     server.run(&uffd)
 }
 
@@ -118,8 +125,11 @@ impl Server {
         let mut is_settled = true;
         let mut child = None;
         loop {
-            let mut entry = [Poll::readable(uffd.raw())];
-            let _ = poll(&mut entry, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
+            let mut entries = [Poll::readable(uffd.raw()), Poll::readable(runtime.room_bell.raw())];
+            let _ = poll(&mut entries, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
+            if entries[1].is_ready() {
+                runtime.room_bell.hush();
+            }
             {
                 // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
                 // read, and a sweep that got the lock in between would act on what is known no longer.
@@ -178,6 +188,12 @@ impl Server {
                     }
                 }
                 count = kept;
+                if count > 0 {
+                    runtime.is_room_awaited.store(true, Relaxed);
+                    fence(Ordering::SeqCst);
+                    // What was made since the faults were looked at.
+                    runtime.call_waiting();
+                }
             }
             if is_settled && let Some(child) = child.take() {
                 fork::nurse(runtime, self, uffd, child);

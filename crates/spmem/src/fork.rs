@@ -233,6 +233,8 @@ impl Runtime {
         for fd in [&self.device, &self.socket, &self.uffd, &self.scratch, &self.listener, &self.pagemap] {
             fd.store(-1, Ordering::Relaxed);
         }
+        self.room_bell.forget();
+        self.dismiss_encoder();
         spmem_sys::fd::set_proc(-1);
         self.leaving.store(0, Ordering::Relaxed);
         self.wish.reset();

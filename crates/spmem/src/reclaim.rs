@@ -7,6 +7,7 @@
 //! demote, and only while the gate is shut: then the program waits for memory, so its processors are free for it.
 
 use crate::demote::Demoter;
+use crate::follow::Shadow;
 use crate::gate::GateKeeper;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
@@ -74,7 +75,10 @@ pub(crate) extern "C" fn helper(argument: usize) -> ! {
     let mut demoter = Demoter::new(runtime, number);
     loop {
         let ticket = runtime.help.ticket();
-        if runtime.room_pages.load(Relaxed) > 0 || runtime.is_stuck.load(Relaxed) {
+        // Where there is an encoder, it encodes: this would only be one more processor to be interrupted.
+        let is_needless = runtime.room_pages.load(Relaxed) > 0 || runtime.is_stuck.load(Relaxed);
+        let has_encoder = runtime.exchange().is_some() && !runtime.is_encoder_late.load(Relaxed);
+        if is_needless || has_encoder {
             runtime.help.wait(ticket, None);
             continue;
         }
@@ -121,6 +125,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         runtime,
         gauge,
         tools: None,
+        shadow: Shadow::new(),
         idle_batches: 0,
         had_room_ns: process::now_ns(),
         window_ns: 0,
@@ -139,6 +144,7 @@ struct Monitor {
     runtime: &'static Runtime,
     gauge: Gauge,
     tools: Option<Tools>,
+    shadow: Shadow,
     idle_batches: u32,
     had_room_ns: u64,
     window_ns: u64,
@@ -174,7 +180,11 @@ impl Monitor {
             runtime.working(0, || tools.gate.register_all(start, end));
             runtime.wish.grant();
         }
+        if runtime.exchange().is_some() {
+            self.shadow.follow(runtime.home_cpu.load(Relaxed));
+        }
         if plan.evict_pages == 0 {
+            runtime.working(0, || tools.demoter.drain());
             runtime.demand.wait(ticket, Some(plan.sleep_ns.max(200_000)));
             return;
         }
@@ -190,6 +200,7 @@ impl Monitor {
         let is_stuck = self.idle_batches >= STUCK_BATCHES;
         runtime.is_stuck.store(is_stuck, Relaxed);
         if is_stuck {
+            runtime.working(0, || tools.demoter.drain());
             // Everything is pinned, incompressible or shared: look again later, less and less often.
             let patience = 1_000_000 << (self.idle_batches - STUCK_BATCHES).min(6);
             runtime.demand.wait(ticket, Some(patience));
@@ -261,6 +272,7 @@ impl Monitor {
         let is_excused = self.gauge.is_hopeless && facts.own_resident_pages + facts.holding_pages < floor;
         let is_open = (plan.gate != Gate::Closed || is_excused) && room <= 0;
         runtime.room_pages.store(if is_open { i64::MAX / 2 } else { room }, Relaxed);
+        runtime.call_waiting();
         if room <= 0 && !is_open {
             runtime.help.signal();
         }
@@ -298,13 +310,14 @@ impl Gauge {
     fn measure(&mut self, limit: u64) -> Facts {
         let now = process::now_ns();
         let runtime = self.runtime;
-        let used = self.read_used(now);
+        let exchange = runtime.exchange().map_or(0, |exchange| size_of_val(exchange) as u64);
+        let used = self.read_used(now) + exchange;
         let slot = runtime.own_slot();
         slot.used_bytes.store(used, Relaxed);
         let (mut holding, mut overhead, mut refused) = (0, 0, 0);
         if let Some(space) = runtime.space.lock().as_ref() {
             let usage = space.store.usage();
-            let metadata = space.metadata_bytes();
+            let metadata = space.metadata_bytes() + exchange;
             holding = u64::from(space.holding.held());
             refused = space.table.count_refused();
             // What the copies take: their number times the mean size of what is stored.

@@ -14,6 +14,7 @@
 )]
 
 use crate::control::{Control, Slot};
+use crate::encoder::Exchange;
 use crate::fault;
 use crate::fork;
 use crate::holding::Holding;
@@ -23,11 +24,11 @@ use crate::space::Space;
 use crate::table::CHUNK;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{GrantedFrames, Store};
-use spmem_sys::fd::Fd;
+use spmem_sys::fd::{Bell, Fd};
 use spmem_sys::futex::{Event, Lock};
 use spmem_sys::mapping::{self, Mapping};
 use spmem_sys::pagemap::Pagemap;
@@ -199,6 +200,16 @@ pub struct Runtime {
     pub(crate) working: [AtomicU32; MAX_RECLAIMERS],
     /// Reclaimers that have begun; each takes the next number.
     pub(crate) reclaimers: AtomicU32,
+    /// Wakes the handler when faults wait for room and some was made.
+    pub(crate) room_bell: Bell,
+    /// Address of what is shared with the encoder; 0 for none.
+    exchange: AtomicUsize,
+    /// It owes an answer for long: there is work for others.
+    pub(crate) is_encoder_late: AtomicBool,
+    /// Where the handler is bound, for the monitor to follow; negative for nowhere.
+    pub(crate) home_cpu: AtomicI32,
+    /// Faults wait for room.
+    pub(crate) is_room_awaited: AtomicBool,
     /// Wakes the monitor.
     pub(crate) demand: Event,
     /// What a program thread asks of the monitor.
@@ -254,6 +265,11 @@ impl Runtime {
             is_paused: AtomicBool::new(false),
             working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
             reclaimers: AtomicU32::new(0),
+            room_bell: Bell::none(),
+            exchange: AtomicUsize::new(0),
+            is_encoder_late: AtomicBool::new(false),
+            home_cpu: AtomicI32::new(-1),
+            is_room_awaited: AtomicBool::new(false),
             demand: Event::new(),
             wish: Wish::new(),
             help: Event::new(),
@@ -549,11 +565,58 @@ impl Runtime {
     pub(crate) fn start_helpers(&'static self) -> Result<()> {
         // A process that has changed its user may not open it: then its pages stay.
         self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
+        // Before the handler starts, which asks `spm` for things too. Without an encoder pages are encoded here.
+        let _ = self.hire_encoder();
+        // Without it waiting faults are looked at every so often.
+        let _ = self.room_bell.hang();
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         for number in 1..process::cpu_count().min(MAX_RECLAIMERS) {
             self.start_thread(number, Table::Shared, reclaim::helper)?;
         }
         Ok(())
+    }
+
+    /// Pages of RAM are free again.
+    pub(crate) fn free_pages(&self, count: usize) {
+        self.room_pages.fetch_add(count as i64, Ordering::Relaxed);
+        self.freed_pages.fetch_add(count as u64, Ordering::Relaxed);
+        self.call_waiting();
+    }
+
+    /// What this process shares with its encoder; `None` where it has none.
+    pub(crate) fn exchange(&self) -> Option<&'static Exchange> {
+        let at = self.exchange.load(Ordering::Acquire);
+        // SAFETY: `hire_encoder` stored the address of a mapping that is never unmapped, as long as an `Exchange`, which is
+        // atomics only.
+        (at != 0).then(|| unsafe { &*core::ptr::with_exposed_provenance(at) })
+    }
+
+    /// Asks `spm` for an encoder, where a processor is left for it.
+    fn hire_encoder(&self) -> Result<()> {
+        if process::cpu_count() < 2 {
+            return Ok(());
+        }
+        let memfd = self.ask_spm(Kind::Encoder, 0, &[])?[0].take().ok_or(Errno(libc::EPROTO))?;
+        let mapping = Mapping::shared(memfd.raw(), size_of::<Exchange>())?;
+        mapping.keep_from_children()?;
+        self.exchange.store(mapping.leak().expose_provenance(), Ordering::Release);
+        Ok(())
+    }
+
+    /// In a forked child: the parent's encoder works for the parent.
+    pub(crate) fn dismiss_encoder(&self) {
+        self.exchange.store(0, Ordering::Relaxed);
+        self.is_encoder_late.store(false, Ordering::Relaxed);
+        self.home_cpu.store(-1, Ordering::Relaxed);
+    }
+
+    /// Tells the handler when faults wait for room and there is some.
+    pub(crate) fn call_waiting(&self) {
+        // SeqCst, with the handler's: either it sees the room, or this sees that it waits.
+        fence(Ordering::SeqCst);
+        if self.room_pages.load(Ordering::Relaxed) > 0 && self.is_room_awaited.swap(false, Ordering::Relaxed) {
+            self.room_bell.ring();
+        }
     }
 
     /// The pagemap that agent threads share; `None` where it could not be opened.
@@ -564,14 +627,18 @@ impl Runtime {
 
     /// Asks `spm` to enable `uffd` with `features` (0: it is enabled) and to hold it.
     pub(crate) fn enlist(&self, uffd: &Uffd, features: u64) -> Result<()> {
+        self.ask_spm(Kind::Userfault, features, &[uffd.raw()]).map(|_| ())
+    }
+
+    fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
         let socket = self.socket.load(Ordering::Relaxed);
         if socket < 0 {
             return Err(Errno(libc::ENOTCONN));
         }
         let socket = Socket::from_fd(Fd::from_raw(socket));
-        let result = ask(&socket, Kind::Userfault, features, &[uffd.raw()]);
+        let result = ask(&socket, kind, value, fds);
         let _ = socket.into_fd().into_raw();
-        result.map(|_| ())
+        result
     }
 }
 
@@ -595,7 +662,10 @@ fn hello(name: &[u8]) -> Result<(Socket, Fd, Option<Fd>)> {
     Ok((socket, control, fds[1].take()))
 }
 
-fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<[Option<Fd>; spmem_sys::socket::MAX_FDS]> {
+/// What came with a reply.
+type Descriptors = [Option<Fd>; spmem_sys::socket::MAX_FDS];
+
+fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
     let request = Message { magic: MAGIC, kind: kind as u32, errno: 0, pid: process::pid(), pad: 0, value };
     socket.send(&request.to_bytes(), fds)?;
     let mut bytes = [0; size_of::<Message>()];

@@ -29,9 +29,10 @@ use spmem::control::Control;
 use spmem::protocol::{Kind, MAGIC, Message};
 use spmem_sys::uffd::Uffd;
 
-use super::control_page::{self, ControlPage};
+use super::encoder::Encoder;
 use super::kernel::{self, Userfaultfd};
 use super::proc;
+use super::shared::{self, ControlPage};
 
 /// Most connections at a time: every slot twice, since a process between two images may have two.
 const MAX_CONNECTIONS: usize = spmem::control::SLOTS * 2;
@@ -73,6 +74,7 @@ struct Connection {
     held: Vec<Uffd>,
     /// Those of forked children that have not connected themselves yet, oldest first.
     children: VecDeque<Uffd>,
+    encoder: Option<Encoder>,
 }
 
 struct Process {
@@ -103,7 +105,7 @@ impl Broker {
     /// # Errors
     /// No socket, or no randomness for its name.
     pub fn listen(userfaultfd: Userfaultfd, agent: &Path) -> anyhow::Result<Self> {
-        let address = format!("spmem-{}-{:016x}", std::process::id(), control_page::random()?);
+        let address = format!("spmem-{}-{:016x}", std::process::id(), shared::random()?);
         let listener = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -152,7 +154,13 @@ impl Broker {
                 self.next_token += 1;
                 self.connections.insert(
                     token,
-                    Connection { socket, process: None, held: Vec::new(), children: VecDeque::new() },
+                    Connection {
+                        socket,
+                        process: None,
+                        held: Vec::new(),
+                        children: VecDeque::new(),
+                        encoder: None,
+                    },
                 );
             }
         }
@@ -241,10 +249,15 @@ impl Broker {
             }
         } else if request.kind == Kind::Userfault as u32 {
             reply.errno = self.hold(token, descriptor, request.value);
+        } else if request.kind == Kind::Encoder as u32 {
+            reply.errno = self.hire(token, control.seed.load(Relaxed));
         } else {
             reply.errno = Errno::OPNOTSUPP.raw_os_error();
         }
         let Some(connection) = self.connections.get(&token) else { return Ok(()) };
+        if request.kind == Kind::Encoder as u32 {
+            descriptors.extend(connection.encoder.as_ref().map(|encoder| encoder.exchange().as_fd()));
+        }
         send(connection.socket.as_fd(), &reply, &descriptors)
     }
 
@@ -311,6 +324,16 @@ impl Broker {
         }
         connection.held.push(userfault);
         0
+    }
+
+    /// Gives the process an encoder. 0, or an errno.
+    fn hire(&mut self, token: u64, seed: u64) -> i32 {
+        let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
+        let Some(process) = &connection.process else { return libc::EPROTO };
+        if connection.encoder.is_none() {
+            connection.encoder = Encoder::start(process.pid, seed).ok();
+        }
+        if connection.encoder.is_some() { 0 } else { libc::EAGAIN }
     }
 
     fn hang_up(&mut self, token: u64, control: &Control) {

@@ -8,11 +8,12 @@
 
 mod agent_file;
 mod broker;
-mod control_page;
+mod encoder;
 mod kernel;
 mod proc;
 mod program;
 mod report;
+mod shared;
 mod signals;
 pub mod stdio;
 mod supervise;
@@ -36,9 +37,9 @@ use crate::config::Config;
 use crate::machine::Ram;
 use crate::remark::remark;
 use broker::Broker;
-pub use control_page::ControlPage;
 use report::Outputs;
 pub use report::Summary;
+pub use shared::ControlPage;
 use signals::Inherited;
 use supervise::Supervisor;
 
@@ -73,7 +74,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Err(reason) => bail!("refused: {reason:#}; or run it unmanaged with --best-effort"),
     };
 
-    let control = ControlPage::create(limit_bytes, config.store_capacity.bytes(ram_bytes))?;
+    let control = ControlPage::for_tree(limit_bytes, config.store_capacity.bytes(ram_bytes))?;
     let job = Job { program: &program, command: &options.command, control: &control };
     let (exit_code, elapsed) = match execute(&job, management, &mut |_| {})? {
         Outcome::Ended { exit_code, elapsed } => (exit_code, elapsed),

@@ -17,7 +17,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, WaitOptions};
 use spmem::control::Control;
 
 use super::broker::{self, Broker};
-use super::control_page::ControlPage;
+use super::shared::ControlPage;
 use super::signals::{self, Inherited};
 use super::witness::{Judge, Witness};
 

@@ -173,6 +173,36 @@ impl<'a> Encoded<'a> {
     }
 }
 
+/// What another process of the same machine was told of a [`Verified`] page, next to its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label {
+    /// Bytes of the encoding; 0 for a same-filled page.
+    pub len: usize,
+    /// The checksum, or the value that fills the page.
+    pub word: u64,
+}
+
+impl<'a> Verified<'a> {
+    /// What to send: label and bytes.
+    pub fn to_parcel(&self) -> (Label, &'a [u8]) {
+        match self.storable {
+            Storable::Fill(fill) => (Label { len: 0, word: fill.value() }, &[]),
+            Storable::Object { bytes, checksum } => (Label { len: bytes.len(), word: checksum }, bytes),
+        }
+    }
+
+    /// What [`Verified::to_parcel`] of a codec with the same seed sent. `None` if it cannot have; that it did not change on
+    /// its way is the sender's word, and is checked when the page is loaded (R20).
+    pub fn from_parcel(codec: &Codec, label: Label, bytes: &'a [u8]) -> Option<Self> {
+        let storable = match label.len {
+            0 => Storable::Fill(Fill::from_value(label.word)?),
+            len if len <= MAX_PAYLOAD_BYTES => Storable::Object { bytes: bytes.get(..len)?, checksum: label.word },
+            _ => return None,
+        };
+        Some(Self { storable, seed: codec.seed })
+    }
+}
+
 /// The buffers that staging a page needs: encoder and read-back.
 pub struct Workspace {
     scratch: Scratch,

@@ -46,6 +46,18 @@ impl Fill {
         fill.encode().map(|_| fill)
     }
 
+    /// The value.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+
+    /// The fill of that value, if a handle can carry it.
+    #[must_use]
+    pub fn from_value(value: u64) -> Option<Self> {
+        Self(value).encode().map(|_| Self(value))
+    }
+
     /// Writes the page.
     pub fn expand(self, page: &mut Page) {
         let (words, _) = page.as_chunks_mut::<8>();

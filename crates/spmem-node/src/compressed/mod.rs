@@ -49,7 +49,7 @@ mod store;
 #[cfg(test)]
 mod store_tests;
 
-pub use codec::{Codec, Encoded, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
+pub use codec::{Codec, Encoded, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
 pub use frames::{FrameBlock, FrameBytes, FrameSource};
 pub use granted::{GrantedFrames, Owners, SetupError};
 pub use handle::Fill;

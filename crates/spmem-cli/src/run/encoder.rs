@@ -1,0 +1,44 @@
+//! The encoder of one managed process (`spmem::encoder`): a thread of `spm`.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+
+use anyhow::Context;
+use spmem::encoder::{self, Exchange};
+use spmem_node::compressed::Codec;
+
+use super::shared::Shared;
+
+/// Works until this is dropped.
+pub struct Encoder {
+    exchange: Arc<Shared<Exchange>>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Encoder {
+    /// Starts one for process `pid`; `seed` is that of the tree's checksums.
+    ///
+    /// # Errors
+    /// No memory, no descriptor or no thread.
+    pub fn start(pid: u32, seed: u64) -> anyhow::Result<Self> {
+        let exchange = Arc::new(Shared::create("spmem-exchange")?);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
+        let work = move || encoder::serve(&its_exchange, Codec::new(seed), pid, &its_end);
+        std::thread::Builder::new().name("spm-encoder".into()).spawn(work).context("no thread for an encoder")?;
+        Ok(Self { exchange, is_over })
+    }
+
+    /// What the process maps to talk to it.
+    pub fn exchange(&self) -> &Shared<Exchange> {
+        &self.exchange
+    }
+}
+
+impl Drop for Encoder {
+    fn drop(&mut self) {
+        self.is_over.store(true, Relaxed);
+        self.exchange.wake();
+    }
+}

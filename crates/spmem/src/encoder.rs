@@ -1,0 +1,359 @@
+//! The encoder: a thread of `spm` that reads pages of a managed process, compresses them and hands the encodings back.
+//!
+//! Why another process: each time a page leaves, the kernel makes the processors that run the process forget where it
+//! was (TLB shoot-down), and waits for them. A compressing thread of the process itself would be one of them, and the
+//! dearest. Where the encoder works, the process runs on as few processors as its own threads need (ADR 10).
+//!
+//! An [`Exchange`] is memory that both map. It has lanes; each goes round: the agent fills in addresses and posts it
+//! ([`Client::post`]), the encoder reads the pages (process_vm_readv(2)), writes what became of them and says so
+//! ([`serve`]), the agent takes it ([`Client::take`]). The pages are in slots of the holding area that are `Busy`, so
+//! they do not change meanwhile. Nothing depends on an answer: a lane whose answer does not come stays out of use, and
+//! the agent encodes by itself.
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
+use spmem_node::compressed::{Codec, Label, Verified};
+use spmem_node::{Page, Stage, Unfit};
+use spmem_sys::futex::Event;
+use spmem_sys::{PAGE, process};
+
+/// Pages of a lane.
+pub const LANE_PAGES: usize = process::MAX_READ;
+/// One is encoded while the other is taken and filled.
+pub const LANES: usize = 2;
+/// Longest that the encoder spins for the next lane, ns: a wake-up costs both sides about a tenth of it. A processor
+/// that is not idle also attracts no thread of the program away from the handler that serves it.
+const SPIN_NS: u64 = 1_000_000;
+/// How often an encoder without work looks whether it is still wanted, ns.
+const IDLE_NS: u64 = 500_000_000;
+/// Longest that the agent waits for an answer, ns; then it works by itself until one comes.
+const PATIENCE_NS: u64 = 50_000_000;
+
+/// States of a lane; it is free in any other.
+const POSTED: u32 = 1;
+const DONE: u32 = 2;
+
+/// What became of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It was not read: the agent has to see to it.
+    Unread,
+    /// Encoded, read back and compared.
+    Encoded(Label),
+    /// It cannot be stored (R19).
+    Unfit(Unfit),
+}
+
+const UNREAD: u32 = 0;
+const ENCODED: u32 = 1;
+const INCOMPRESSIBLE: u32 = 2;
+const NOT_REPRODUCED: u32 = 3;
+
+/// What agent and encoder share. Atomics only: zeroed memory is a valid value, and any other as well.
+#[repr(C)]
+pub struct Exchange {
+    posted: Event<true>,
+    lanes: [Lane; LANES],
+}
+
+#[repr(C, align(64))]
+struct Lane {
+    state: AtomicU32,
+    count: AtomicU32,
+    done: Event<true>,
+    pages: [Item; LANE_PAGES],
+    bytes: [[AtomicU64; PAGE / 8]; LANE_PAGES],
+}
+
+#[repr(C)]
+struct Item {
+    /// Of the page; 0: leave it.
+    address: AtomicU64,
+    kind: AtomicU32,
+    len: AtomicU32,
+    word: AtomicU64,
+}
+
+impl Exchange {
+    /// Wakes the encoder, to look at its orders.
+    pub fn wake(&self) {
+        self.posted.signal();
+    }
+}
+
+impl Item {
+    fn answer(&self, answer: Answer) {
+        let (kind, len, word) = match answer {
+            Answer::Unread => (UNREAD, 0, 0),
+            Answer::Encoded(label) => (ENCODED, label.len, label.word),
+            Answer::Unfit(Unfit::Incompressible { encoded, limit }) => (INCOMPRESSIBLE, encoded, limit as u64),
+            Answer::Unfit(Unfit::NotReproduced) => (NOT_REPRODUCED, 0, 0),
+        };
+        self.kind.store(kind, Relaxed);
+        self.len.store(u32::try_from(len).unwrap_or(u32::MAX), Relaxed);
+        self.word.store(word, Relaxed);
+    }
+
+    fn answered(&self) -> Answer {
+        let (len, word) = (self.len.load(Relaxed) as usize, self.word.load(Relaxed));
+        match self.kind.load(Relaxed) {
+            ENCODED => Answer::Encoded(Label { len, word }),
+            INCOMPRESSIBLE => Answer::Unfit(Unfit::Incompressible { encoded: len, limit: word as usize }),
+            NOT_REPRODUCED => Answer::Unfit(Unfit::NotReproduced),
+            _ => Answer::Unread,
+        }
+    }
+}
+
+/// Encodes for process `pid` until `is_over`; the encoder's thread.
+pub fn serve(exchange: &Exchange, codec: Codec, pid: u32, is_over: &AtomicBool) {
+    let mut workspace = codec.workspace();
+    let mut pages = alloc::vec![0_u8; LANE_PAGES * PAGE];
+    let mut next = 0;
+    let mut spin_ns = SPIN_NS;
+    loop {
+        let lane = &exchange.lanes[next];
+        let ticket = exchange.posted.ticket();
+        // Acquire pairs with the Release in `Client::post`.
+        if lane.state.load(Ordering::Acquire) == POSTED {
+            lane.encode(&codec, &mut workspace, &mut pages, pid);
+            // Release: whoever sees it done sees the encodings.
+            lane.state.store(DONE, Ordering::Release);
+            lane.done.signal();
+            next = (next + 1) % LANES;
+            continue;
+        }
+        if is_over.load(Relaxed) {
+            return;
+        }
+        let since = process::now_ns();
+        let is_posted = || lane.state.load(Relaxed) == POSTED;
+        while spin_ns > 0 && !is_posted() && process::now_ns() - since < spin_ns {
+            // Whoever else has work for this processor goes first.
+            process::give_way();
+        }
+        if !is_posted() {
+            exchange.posted.wait(ticket, Some(IDLE_NS));
+            // Spinning pays only where work keeps coming.
+            let waited = process::now_ns() - since;
+            spin_ns = if waited < 4 * SPIN_NS { SPIN_NS } else { 0 };
+        }
+    }
+}
+
+impl Lane {
+    fn encode(&self, codec: &Codec, workspace: &mut <Codec as Stage>::Workspace, pages: &mut [u8], pid: u32) {
+        let count = (self.count.load(Relaxed) as usize).min(LANE_PAGES);
+        let mut addresses = [0; LANE_PAGES];
+        let mut wanted = 0;
+        for item in &self.pages[..count] {
+            item.answer(Answer::Unread);
+            if item.address.load(Relaxed) != 0 {
+                addresses[wanted] = item.address.load(Relaxed) as usize;
+                wanted += 1;
+            }
+        }
+        let read = process::read_pages(pid, &addresses[..wanted], pages).unwrap_or(0);
+        let items = self.pages[..count].iter().zip(&self.bytes);
+        let items = items.filter(|(item, _)| item.address.load(Relaxed) != 0);
+        let (pages, _) = pages.as_chunks::<PAGE>();
+        for ((item, bytes), page) in items.zip(&pages[..read]) {
+            let page: &Page = page;
+            item.answer(match codec.stage(page, workspace) {
+                Ok(verified) => {
+                    let (label, encoding) = verified.to_parcel();
+                    put(bytes, encoding);
+                    Answer::Encoded(label)
+                }
+                Err(unfit) => Answer::Unfit(unfit),
+            });
+        }
+    }
+}
+
+fn put(words: &[AtomicU64], bytes: &[u8]) {
+    let (whole, rest) = bytes.as_chunks::<8>();
+    for (word, bytes) in words.iter().zip(whole) {
+        word.store(u64::from_ne_bytes(*bytes), Relaxed);
+    }
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    if let Some(word) = words.get(whole.len()) {
+        word.store(u64::from_ne_bytes(last), Relaxed);
+    }
+}
+
+/// The agent's side: one reclaimer's.
+pub(crate) struct Client {
+    exchange: &'static Exchange,
+    /// Lane to post next; the oldest one that is out is `next - out`.
+    next: usize,
+    out: usize,
+    bytes: alloc::boxed::Box<Page>,
+}
+
+impl Client {
+    pub(crate) fn new(exchange: &'static Exchange) -> Self {
+        Self { exchange, next: 0, out: 0, bytes: alloc::boxed::Box::new([0; PAGE]) }
+    }
+
+    /// Whether a lane is free.
+    pub(crate) fn has_room(&self) -> bool {
+        self.out < LANES && self.exchange.lanes[self.next].state.load(Ordering::Acquire) != POSTED
+    }
+
+    /// Has these pages encoded; 0 stands for one that is not to be.
+    pub(crate) fn post(&mut self, addresses: impl Iterator<Item = usize>) {
+        let lane = &self.exchange.lanes[self.next];
+        let mut count = 0;
+        for (item, address) in lane.pages.iter().zip(addresses) {
+            item.address.store(address as u64, Relaxed);
+            count += 1;
+        }
+        lane.count.store(count, Relaxed);
+        // Release: the encoder that sees it posted sees the addresses.
+        lane.state.store(POSTED, Ordering::Release);
+        self.exchange.posted.signal();
+        self.next = (self.next + 1) % LANES;
+        self.out += 1;
+    }
+
+    /// Number of the oldest lane that is out.
+    pub(crate) fn oldest(&self) -> Option<usize> {
+        (self.out > 0).then_some((self.next + LANES - self.out) % LANES)
+    }
+
+    /// Whether the oldest lane is done.
+    pub(crate) fn is_done(&self) -> bool {
+        self.oldest().is_some_and(|lane| self.exchange.lanes[lane].state.load(Ordering::Acquire) == DONE)
+    }
+
+    /// Waits until the oldest lane is done; whether it is.
+    pub(crate) fn wait(&self) -> bool {
+        let Some(oldest) = self.oldest() else { return false };
+        let lane = &self.exchange.lanes[oldest];
+        let since = process::now_ns();
+        loop {
+            let ticket = lane.done.ticket();
+            if self.is_done() {
+                return true;
+            }
+            if process::now_ns() - since > PATIENCE_NS {
+                return false;
+            }
+            lane.done.wait(ticket, Some(PATIENCE_NS / 4));
+        }
+    }
+
+    /// The oldest lane is dealt with.
+    pub(crate) fn retire(&mut self) {
+        self.out -= 1;
+    }
+
+    /// What became of page `index` of a lane that is done.
+    pub(crate) fn answer(&self, lane: usize, index: usize) -> Answer {
+        self.exchange.lanes[lane].pages[index].answered()
+    }
+
+    /// An encoded page of a lane that is done.
+    pub(crate) fn take(&mut self, codec: &Codec, lane: usize, index: usize, label: Label) -> Option<Verified<'_>> {
+        let words = &self.exchange.lanes[lane].bytes[index];
+        let (bytes, _) = self.bytes.as_chunks_mut::<8>();
+        for (bytes, word) in bytes.iter_mut().zip(words).take(label.len.div_ceil(8)) {
+            *bytes = word.load(Relaxed).to_ne_bytes();
+        }
+        Verified::from_parcel(codec, label, &self.bytes[..])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use alloc::boxed::Box;
+    use alloc::vec::Vec;
+
+    fn exchange() -> &'static Exchange {
+        let item = || Item {
+            address: AtomicU64::new(0),
+            kind: AtomicU32::new(0),
+            len: AtomicU32::new(0),
+            word: AtomicU64::new(0),
+        };
+        let lane = || Lane {
+            state: AtomicU32::new(0),
+            count: AtomicU32::new(0),
+            done: Event::new(),
+            pages: core::array::from_fn(|_| item()),
+            bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; LANE_PAGES],
+        };
+        Box::leak(Box::new(Exchange { posted: Event::new(), lanes: core::array::from_fn(|_| lane()) }))
+    }
+
+    /// Page 0 compresses, 1 is same-filled, 2 is noise.
+    fn pages() -> Vec<Page> {
+        let mut pages = alloc::vec![[0; PAGE], [7; PAGE], [0; PAGE]];
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for index in 0..PAGE {
+            pages[0][index] = (index / 50) as u8;
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            pages[2][index] = (state >> 56) as u8;
+        }
+        pages
+    }
+
+    #[test]
+    fn every_page_comes_back_as_this_process_would_have_encoded_it() {
+        let (exchange, pages, codec) = (exchange(), pages(), Codec::new(5));
+        let is_over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+        let encoder = std::thread::spawn(move || serve(exchange, codec, process::pid(), is_over));
+        let mut client = Client::new(exchange);
+        let mut workspace = codec.workspace();
+        for round in 0..50 {
+            let address = |page: &Page| page.as_ptr().expose_provenance();
+            let addresses = [address(&pages[0]), 0, address(&pages[1]), address(&pages[2]), 0];
+            while client.has_room() {
+                client.post(addresses.into_iter());
+            }
+            assert!(client.wait(), "round {round}");
+            let lane = client.oldest().expect("two are out");
+            for (index, page) in [(0, &pages[0]), (2, &pages[1])] {
+                let Answer::Encoded(label) = client.answer(lane, index) else { panic!("page {index}") };
+                let parcel = codec.stage(page, &mut workspace).expect("it compresses").to_parcel();
+                let taken = client.take(&codec, lane, index, label).expect("of this codec");
+                assert_eq!(taken.to_parcel(), parcel);
+            }
+            assert!(matches!(client.answer(lane, 3), Answer::Unfit(Unfit::Incompressible { .. })));
+            assert_eq!((client.answer(lane, 1), client.answer(lane, 4)), (Answer::Unread, Answer::Unread));
+            client.retire();
+        }
+        is_over.store(true, Relaxed);
+        exchange.wake();
+        encoder.join().expect("the encoder");
+    }
+
+    #[test]
+    fn pages_that_cannot_be_read_are_left_to_the_agent() {
+        let exchange = exchange();
+        let pages = pages();
+        let codec = Codec::new(5);
+        let mut client = Client::new(exchange);
+        client.post(
+            [pages[0].as_ptr().expose_provenance(), PAGE, pages[1].as_ptr().expose_provenance()].into_iter(),
+        );
+        let lane = &exchange.lanes[0];
+        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], process::pid());
+        assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
+        assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
+    }
+
+    #[test]
+    fn without_an_encoder_the_agent_goes_on() {
+        let mut client = Client::new(exchange());
+        client.post([PAGE].into_iter());
+        assert!(!client.wait());
+        client.retire();
+        client.post([PAGE].into_iter());
+        client.retire();
+        assert!(!client.has_room(), "lanes that are out stay out of use");
+    }
+}
