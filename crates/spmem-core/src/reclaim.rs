@@ -29,7 +29,7 @@ pub const MARGIN_MAX: Bytes = Bytes::mib(16);
 /// The distance of the gate is so many times that of the low mark.
 const GATE_SHARE: u64 = 8;
 /// The holding area is aimed at this part of the limit.
-const HOLDING_SHARE: u64 = 32;
+const HOLDING_SHARE: u64 = 16;
 /// The holding area is aimed no smaller than this, pages, unless many processes share a small limit.
 pub const HOLDING_MIN_PAGES: u64 = 64;
 /// The holding area is never aimed larger than this, pages (256 MiB).

@@ -154,53 +154,6 @@ impl Poll {
     }
 }
 
-/// A descriptor that a thread in poll(2) is woken by (eventfd(2)). Where there is none, ringing does nothing.
-pub struct Bell(AtomicI32);
-
-impl Bell {
-    /// None yet.
-    pub const fn none() -> Self {
-        Self(AtomicI32::new(-1))
-    }
-
-    /// Makes one in the calling thread's descriptor table; an old one is forgotten.
-    ///
-    /// # Errors
-    /// As eventfd(2).
-    pub fn hang(&self) -> Result<()> {
-        // SAFETY: takes no pointer.
-        let fd = unsafe { syscall!(Sysno::eventfd2, 0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) }?;
-        self.0.store(raw_fd(fd), Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Forgets it: its descriptor table is not this process's.
-    pub fn forget(&self) {
-        self.0.store(-1, Ordering::Relaxed);
-    }
-
-    /// To be polled until it is readable; negative for none.
-    pub fn raw(&self) -> i32 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Whoever polls it wakes, now or next time.
-    pub fn ring(&self) {
-        let one = 1_u64;
-        let at = core::ptr::from_ref(&one);
-        // SAFETY: the kernel reads 8 bytes; a negative descriptor is refused.
-        let _ = unsafe { syscall!(Sysno::write, self.raw(), at, 8) };
-    }
-
-    /// Makes it silent.
-    pub fn hush(&self) {
-        let mut count = 0_u64;
-        let at = core::ptr::from_mut(&mut count);
-        // SAFETY: the kernel writes 8 bytes; a negative descriptor is refused.
-        let _ = unsafe { syscall!(Sysno::read, self.raw(), at, 8) };
-    }
-}
-
 /// ppoll(2): how many entries are ready; waits at most `timeout_ns`.
 ///
 /// # Errors

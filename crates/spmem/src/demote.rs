@@ -37,6 +37,8 @@ pub struct Demoter {
     trash: usize,
     pagemap: Option<ManuallyDrop<Pagemap>>,
     client: Option<Client>,
+    /// The encoder is not given any more.
+    is_useless: bool,
     /// What is out with the encoder, oldest first.
     out: [Option<Span>; LANES],
 }
@@ -55,6 +57,7 @@ impl Demoter {
             trash: runtime.trash_start.load(Relaxed) + number * BATCH * PAGE,
             pagemap: runtime.shared_pagemap(),
             client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
+            is_useless: false,
             out: [None; LANES],
         }
     }
@@ -91,7 +94,8 @@ impl Demoter {
         while self.client.as_ref().is_some_and(Client::is_done) {
             freed += self.take_oldest();
         }
-        while self.client.as_ref().is_some_and(Client::has_room)
+        while !self.is_useless
+            && self.client.as_ref().is_some_and(Client::has_room)
             && let Some(span) = self.claim(wanted.min(LANE_PAGES))
         {
             self.post(span);
@@ -135,6 +139,7 @@ impl Demoter {
     fn take_oldest(&mut self) -> usize {
         let (Some(span), Some(client)) = (self.out[0], &self.client) else { return 0 };
         let lane = if client.wait() { client.oldest() } else { None };
+        self.is_useless |= lane.is_some_and(|lane| client.is_useless(lane));
         let mut freed = 0;
         for first in (0..span.len as usize).step_by(HOLD_SLOTS) {
             let indices = first..(first + HOLD_SLOTS).min(span.len as usize);
@@ -171,6 +176,10 @@ impl Demoter {
         self.out[LANES - 1] = None;
         self.discard(span);
         self.runtime.free_pages(freed);
+        if self.is_useless && self.out[0].is_none() {
+            self.client = None;
+            self.runtime.dismiss_encoder();
+        }
         freed
     }
 

@@ -249,6 +249,14 @@ impl Client {
         self.out -= 1;
     }
 
+    /// Whether the encoder could read none of the pages of a lane that is done: it has no right to.
+    pub(crate) fn is_useless(&self, lane: usize) -> bool {
+        let lane = &self.exchange.lanes[lane];
+        let wanted = || lane.pages.iter().take(lane.count.load(Relaxed) as usize);
+        let mut asked = wanted().filter(|item| item.address.load(Relaxed) != 0).peekable();
+        asked.peek().is_some() && asked.all(|item| item.answered() == Answer::Unread)
+    }
+
     /// What became of page `index` of a lane that is done.
     pub(crate) fn answer(&self, lane: usize, index: usize) -> Answer {
         self.exchange.lanes[lane].pages[index].answered()
@@ -291,14 +299,13 @@ mod tests {
 
     /// Page 0 compresses, 1 is same-filled, 2 is noise.
     fn pages() -> Vec<Page> {
-        let mut pages = alloc::vec![[0; PAGE], [7; PAGE], [0; PAGE]];
+        let text = core::array::from_fn(|index| (index / 50) as u8);
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        for index in 0..PAGE {
-            pages[0][index] = (index / 50) as u8;
+        let noise = core::array::from_fn(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            pages[2][index] = (state >> 56) as u8;
-        }
-        pages
+            (state >> 56) as u8
+        });
+        alloc::vec![text, [7; PAGE], noise]
     }
 
     #[test]
@@ -344,6 +351,11 @@ mod tests {
         lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], process::pid());
         assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
         assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
+        assert!(!client.is_useless(0));
+        client.post([0, PAGE].into_iter());
+        let lane = &exchange.lanes[1];
+        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], process::pid());
+        assert!(client.is_useless(1));
     }
 
     #[test]

@@ -18,7 +18,6 @@ use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
-use core::sync::atomic::fence;
 use spmem_core::lru;
 use spmem_node::Handle;
 use spmem_sys::fd::{Fd, Poll, poll};
@@ -125,11 +124,8 @@ impl Server {
         let mut is_settled = true;
         let mut child = None;
         loop {
-            let mut entries = [Poll::readable(uffd.raw()), Poll::readable(runtime.room_bell.raw())];
-            let _ = poll(&mut entries, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
-            if entries[1].is_ready() {
-                runtime.room_bell.hush();
-            }
+            let mut entry = [Poll::readable(uffd.raw())];
+            let _ = poll(&mut entry, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
             {
                 // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
                 // read, and a sweep that got the lock in between would act on what is known no longer.
@@ -188,12 +184,6 @@ impl Server {
                     }
                 }
                 count = kept;
-                if count > 0 {
-                    runtime.is_room_awaited.store(true, Relaxed);
-                    fence(Ordering::SeqCst);
-                    // What was made since the faults were looked at.
-                    runtime.call_waiting();
-                }
             }
             if is_settled && let Some(child) = child.take() {
                 fork::nurse(runtime, self, uffd, child);

@@ -233,7 +233,6 @@ impl Runtime {
         for fd in [&self.device, &self.socket, &self.uffd, &self.scratch, &self.listener, &self.pagemap] {
             fd.store(-1, Ordering::Relaxed);
         }
-        self.room_bell.forget();
         self.dismiss_encoder();
         spmem_sys::fd::set_proc(-1);
         self.leaving.store(0, Ordering::Relaxed);

@@ -180,9 +180,8 @@ impl Monitor {
             runtime.working(0, || tools.gate.register_all(start, end));
             runtime.wish.grant();
         }
-        if runtime.exchange().is_some() {
-            self.shadow.follow(runtime.home_cpu.load(Relaxed));
-        }
+        let has_encoder = runtime.exchange().is_some();
+        self.shadow.follow(if has_encoder { runtime.home_cpu.load(Relaxed) } else { -1 });
         if plan.evict_pages == 0 {
             runtime.working(0, || tools.demoter.drain());
             runtime.demand.wait(ticket, Some(plan.sleep_ns.max(200_000)));
@@ -190,7 +189,7 @@ impl Monitor {
         }
         let done = runtime.working(0, || {
             let held = u64::from(runtime.space.lock().as_ref().map_or(0, |space| space.holding.held()));
-            let lacking = (plan.holding_target_pages.saturating_sub(held) as usize).min(2 * BATCH);
+            let lacking = (plan.holding_target_pages.saturating_sub(held) as usize).min(BATCH / 2);
             let moved = if lacking > 0 { tools.sweeper.run(lacking) } else { 0 };
             let is_filling = moved > 0 && held + (moved as u64) < plan.holding_target_pages / 2;
             // Filling is progress: what was moved is demoted next.
@@ -272,7 +271,6 @@ impl Monitor {
         let is_excused = self.gauge.is_hopeless && facts.own_resident_pages + facts.holding_pages < floor;
         let is_open = (plan.gate != Gate::Closed || is_excused) && room <= 0;
         runtime.room_pages.store(if is_open { i64::MAX / 2 } else { room }, Relaxed);
-        runtime.call_waiting();
         if room <= 0 && !is_open {
             runtime.help.signal();
         }

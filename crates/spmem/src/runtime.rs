@@ -24,11 +24,11 @@ use crate::space::Space;
 use crate::table::CHUNK;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{GrantedFrames, Store};
-use spmem_sys::fd::{Bell, Fd};
+use spmem_sys::fd::Fd;
 use spmem_sys::futex::{Event, Lock};
 use spmem_sys::mapping::{self, Mapping};
 use spmem_sys::pagemap::Pagemap;
@@ -200,16 +200,12 @@ pub struct Runtime {
     pub(crate) working: [AtomicU32; MAX_RECLAIMERS],
     /// Reclaimers that have begun; each takes the next number.
     pub(crate) reclaimers: AtomicU32,
-    /// Wakes the handler when faults wait for room and some was made.
-    pub(crate) room_bell: Bell,
     /// Address of what is shared with the encoder; 0 for none.
     exchange: AtomicUsize,
     /// It owes an answer for long: there is work for others.
     pub(crate) is_encoder_late: AtomicBool,
     /// Where the handler is bound, for the monitor to follow; negative for nowhere.
     pub(crate) home_cpu: AtomicI32,
-    /// Faults wait for room.
-    pub(crate) is_room_awaited: AtomicBool,
     /// Wakes the monitor.
     pub(crate) demand: Event,
     /// What a program thread asks of the monitor.
@@ -265,11 +261,9 @@ impl Runtime {
             is_paused: AtomicBool::new(false),
             working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
             reclaimers: AtomicU32::new(0),
-            room_bell: Bell::none(),
             exchange: AtomicUsize::new(0),
             is_encoder_late: AtomicBool::new(false),
             home_cpu: AtomicI32::new(-1),
-            is_room_awaited: AtomicBool::new(false),
             demand: Event::new(),
             wish: Wish::new(),
             help: Event::new(),
@@ -567,8 +561,6 @@ impl Runtime {
         self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
         // Before the handler starts, which asks `spm` for things too. Without an encoder pages are encoded here.
         let _ = self.hire_encoder();
-        // Without it waiting faults are looked at every so often.
-        let _ = self.room_bell.hang();
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         for number in 1..process::cpu_count().min(MAX_RECLAIMERS) {
             self.start_thread(number, Table::Shared, reclaim::helper)?;
@@ -580,7 +572,6 @@ impl Runtime {
     pub(crate) fn free_pages(&self, count: usize) {
         self.room_pages.fetch_add(count as i64, Ordering::Relaxed);
         self.freed_pages.fetch_add(count as u64, Ordering::Relaxed);
-        self.call_waiting();
     }
 
     /// What this process shares with its encoder; `None` where it has none.
@@ -603,20 +594,11 @@ impl Runtime {
         Ok(())
     }
 
-    /// In a forked child: the parent's encoder works for the parent.
+    /// From now on pages are encoded here. In a forked child: the parent's encoder works for the parent.
     pub(crate) fn dismiss_encoder(&self) {
         self.exchange.store(0, Ordering::Relaxed);
         self.is_encoder_late.store(false, Ordering::Relaxed);
         self.home_cpu.store(-1, Ordering::Relaxed);
-    }
-
-    /// Tells the handler when faults wait for room and there is some.
-    pub(crate) fn call_waiting(&self) {
-        // SeqCst, with the handler's: either it sees the room, or this sees that it waits.
-        fence(Ordering::SeqCst);
-        if self.room_pages.load(Ordering::Relaxed) > 0 && self.is_room_awaited.swap(false, Ordering::Relaxed) {
-            self.room_bell.ring();
-        }
     }
 
     /// The pagemap that agent threads share; `None` where it could not be opened.
