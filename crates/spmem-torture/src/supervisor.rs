@@ -12,9 +12,46 @@ pub const CASES: &[Case] = &[
         "the program goes on when the one that started it is killed (needs --out, see the suite)",
         orphan,
     ),
+    Case::new("supervisor-stopped", "a program whose supervisor is stopped, and continued, goes on", stopped),
     Case::new("siblings-killed", "siblings killed in the middle of their faults harm nobody", siblings),
     Case::new("sibling-leaves-late", "memory of a killed process does not appear in a new one", recycled),
 ];
+
+/// Stops `spm`, which encodes for this process, at the worst of times, works without it, lets it go on, and works with it.
+fn stopped(ctx: &Ctx) -> Outcome {
+    // SAFETY: no memory is involved.
+    let parent = unsafe { libc::getppid() };
+    let is_spm = sys::slurp(&format!("/proc/{parent}/comm")).trim() == "spm";
+    let signal = |signal| {
+        if is_spm {
+            // SAFETY: no memory is involved.
+            unsafe { libc::kill(parent, signal) };
+        }
+    };
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for round in ctx.rounds(2) {
+        let outcome = crate::harness::threads(2, |number| {
+            if number == 0 {
+                process::nap(1 + round % 7);
+                signal(libc::SIGSTOP);
+                process::nap(150);
+                return Ok(());
+            }
+            area.check_all("program whose supervisor is being stopped")
+        })
+        .and_then(|()| {
+            ballast.sweep()?;
+            area.scribble(&mut ctx.rng(round), 3);
+            area.check_all("program whose supervisor is stopped")
+        });
+        signal(libc::SIGCONT);
+        outcome?;
+        ballast.sweep()?;
+        area.check_all("program whose supervisor goes on")?;
+    }
+    Ok(())
+}
 
 /// Works until its parent changes (or, bare, for the time given), then for the time given again, forks and makes
 /// threads meanwhile, and writes its verdict to `--out`.
