@@ -5,7 +5,7 @@
 //! | `pthread_create` | a thread's control block must stay in place: the kernel writes to it when the thread exits |
 //! | `pthread_mutex_init` | a robust mutex must stay in place: the kernel unlocks it for a thread that dies |
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
-//! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): joined, then tried again |
+//! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): moved piece by piece |
 //! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words first; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
 
 use crate::RUNTIME;
@@ -203,9 +203,6 @@ fn errno() -> c_int {
     unsafe { at.read() }
 }
 
-/// Tries to move a mapping that registration has split: it may be split again before the next try.
-const MOVE_TRIES: usize = 8;
-
 /// Stands in front of mremap(2). `to` is there with MREMAP_FIXED or MREMAP_DONTUNMAP only, and passed on as it came.
 ///
 /// # Safety
@@ -221,14 +218,96 @@ pub unsafe extern "C" fn mremap(
     let next = MREMAP.find();
     // SAFETY: the address is that of the C library's mremap.
     let next: Mremap = unsafe { core::mem::transmute::<usize, Mremap>(next) };
-    for _ in 0..MOVE_TRIES {
-        // SAFETY: the caller's arguments.
-        let result = unsafe { next(from, len, new_len, flags, to) };
-        let may_be_split = result == libc::MAP_FAILED && errno() == libc::EFAULT;
-        if !may_be_split || !RUNTIME.join_mappings(from.addr(), len) {
+    let may_be_pieces = RUNTIME.is_managed() && len > 0 && new_len >= len && flags & !MOVES == 0;
+    let first = if may_be_pieces { piece(from.addr(), len) } else { None };
+    // SAFETY: the caller's arguments.
+    let result = unsafe { next(from, len, new_len, flags, to) };
+    if result != libc::MAP_FAILED || errno() != libc::EFAULT || first.is_none() {
+        return result;
+    }
+    // SAFETY: as above.
+    unsafe { move_pieces(next, from, len, new_len, flags, to) }
+}
+
+/// Flags of a call that can be done in pieces.
+const MOVES: c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+
+/// Bytes from `address` to the end of the mapping it is in, at most `len`.
+fn piece(address: usize, len: usize) -> Option<usize> {
+    let vma = Maps::open_by_path().ok()?.at_or_above(address).ok()??;
+    (vma.start <= address).then(|| len.min(vma.end - address))
+}
+
+/// What mremap(2) would have done with one mapping that registration has split, mapping by mapping.
+///
+/// Kernels before 6.17 move nothing of it; later ones stop (EFAULT) at the first piece that is registered, and what lies
+/// before it has moved by then.
+unsafe fn move_pieces(
+    next: Mremap,
+    from: *mut c_void,
+    len: usize,
+    new_len: usize,
+    flags: c_int,
+    to: *mut c_void,
+) -> *mut c_void {
+    let target = if flags & libc::MREMAP_FIXED != 0 {
+        to
+    } else if flags & libc::MREMAP_MAYMOVE != 0 {
+        let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping touches nothing that exists.
+        unsafe { libc::mmap(core::ptr::null_mut(), new_len, libc::PROT_NONE, how, -1, 0) }
+    } else {
+        // It grows where it is or not at all: its last piece does.
+        from
+    };
+    if target == libc::MAP_FAILED {
+        return target;
+    }
+    let mut done = 0;
+    // A piece may be split again before it is moved.
+    let mut tries = MOVE_TRIES;
+    while done < len {
+        let at = from.wrapping_byte_add(done);
+        let Some(piece) = piece(at.addr(), len - done) else {
+            let is_moved = flags & libc::MREMAP_FIXED != 0 && done == 0;
+            match first_behind(at.addr()) {
+                // What the kernel has moved already.
+                Some(first) if is_moved && first - at.addr() < len => done = first - at.addr(),
+                _ => return failed(),
+            }
+            continue;
+        };
+        let is_last = done + piece == len;
+        let new_piece = if is_last { piece + (new_len - len) } else { piece };
+        let result = if target != from {
+            // SAFETY: the caller's memory, and the place it is to move to.
+            unsafe { next(at, piece, new_piece, MOVES, target.wrapping_byte_add(done)) }
+        } else if is_last {
+            // SAFETY: the caller's memory.
+            unsafe { next(at, piece, new_piece, 0) }
+        } else {
+            at
+        };
+        if result != libc::MAP_FAILED {
+            done += piece;
+        } else if errno() != libc::EFAULT || tries == 0 {
             return result;
+        } else {
+            tries -= 1;
         }
     }
+    target
+}
+
+/// How often a piece is tried again.
+const MOVE_TRIES: usize = 64;
+
+/// Where the next mapping behind `address` begins.
+fn first_behind(address: usize) -> Option<usize> {
+    Some(Maps::open_by_path().ok()?.at_or_above(address).ok()??.start)
+}
+
+fn failed() -> *mut c_void {
     fail(libc::EFAULT);
     libc::MAP_FAILED
 }

@@ -108,28 +108,23 @@ pub fn give_way() {
     let _ = unsafe { syscall!(Sysno::sched_yield) };
 }
 
-/// Most pages that [`read_pages`] reads at a time.
-pub const MAX_READ: usize = 16;
-
-/// Reads pages of another process (process_vm_readv(2)), one behind the other into `into`; how many were read before one
-/// that cannot be.
-///
-/// # Errors
-/// As process_vm_readv(2): `ESRCH` when it is gone, `EPERM` without the right to trace it.
+/// Reads pages of the process whose /proc/PID/mem `memory` is, one behind the other into `into`; how many were read before
+/// one that cannot be. It is the address space at the time of the opening, whatever the process executes later.
 ///
 /// # Panics
-/// With more than [`MAX_READ`] addresses, or more than `into` has room for.
-pub fn read_pages(pid: u32, addresses: &[usize], into: &mut [u8]) -> Result<usize> {
-    assert!(addresses.len() <= MAX_READ && addresses.len() * PAGE <= into.len(), "one buffer for all pages");
-    let local = [into.as_mut_ptr().expose_provenance(), addresses.len() * PAGE];
-    let mut remote = [[0, PAGE]; MAX_READ];
-    for (remote, address) in remote.iter_mut().zip(addresses) {
-        remote[0] = *address;
+/// When `into` has not room for all.
+pub fn read_pages(memory: &Fd, addresses: &[usize], into: &mut [u8]) -> usize {
+    let mut done = 0;
+    while done < addresses.len() {
+        let neighbours = addresses[done..].windows(2).take_while(|pair| pair[0] + PAGE == pair[1]).count() + 1;
+        let run = &mut into[done * PAGE..(done + neighbours) * PAGE];
+        let read = memory.read_at(run, addresses[done] as u64).unwrap_or(0) / PAGE;
+        done += read;
+        if read < neighbours {
+            break;
+        }
     }
-    // SAFETY: both lists are arrays of struct iovec; the kernel writes within `into` only.
-    let read =
-        unsafe { syscall!(Sysno::process_vm_readv, pid, local.as_ptr(), 1, remote.as_ptr(), addresses.len(), 0) }?;
-    Ok(read / PAGE)
+    done
 }
 
 /// Writes to the process's standard error, whichever descriptor table the calling thread has. Best effort.

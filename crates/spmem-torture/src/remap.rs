@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
     Case::new("remap-move", "a cold range moved keeps its bytes; its old place is free", moves),
     Case::new("remap-pieces", "pieces cut out of a cold range and moved keep their bytes", pieces),
     Case::new("remap-fixed", "MREMAP_FIXED over another cold range replaces it", fixed),
+    Case::new("remap-border", "a range of which a part is new and the rest cold moves as one", border),
     Case::new("remap-dontunmap", "MREMAP_DONTUNMAP moves the pages and leaves zeros", dontunmap),
     Case::new("remap-swap", "two cold ranges that change places keep their bytes", swap),
     Case::new("remap-race", "threads that remap their ranges at once do not meet", race),
@@ -141,6 +142,27 @@ fn fixed(ctx: &Ctx) -> Outcome {
         ballast.sweep()?;
         area.check_all("range moved over a cold one, cold again")?;
         sys::unmap(target.base, 200 + area.len())?;
+    }
+    Ok(())
+}
+
+/// Registration splits what the program knows as one mapping: kernels before 6.17 move none of it (EFAULT), later ones
+/// the first part.
+fn border(ctx: &Ctx) -> Outcome {
+    let mut ballast = Ballast::new(ctx)?;
+    for round in ctx.rounds(4) {
+        let mut area = Area::filled(ctx.seed + round, ctx.pages() / 2)?;
+        let new = area.len() / 2;
+        ballast.sweep()?;
+        sys::map(area.base, new, RW, ANON | libc::MAP_FIXED)?;
+        area.zeroed(0..new);
+        (0..new).step_by(2).for_each(|page| area.write(page));
+        let to = place(area.len())?;
+        move_to(&mut area, to)?;
+        area.check_all("range moved, a part of it new")?;
+        ballast.sweep()?;
+        area.check_all("range moved, a part of it new, cold again")?;
+        sys::unmap(area.base, area.len())?;
     }
     Ok(())
 }

@@ -100,6 +100,8 @@ pub struct Slot {
     pub store_used_bytes: AtomicU64,
     /// Tables of the agent, bytes.
     pub metadata_bytes: AtomicU64,
+    /// Of the memory in use: pages that could not leave when last tried, bytes.
+    pub refused_bytes: AtomicU64,
 }
 
 /// Buckets of a [`Histogram`]: eight to each power of two of nanoseconds, up to 2^40.
@@ -199,6 +201,7 @@ impl Control {
                 &slot.stored_bytes,
                 &slot.store_used_bytes,
                 &slot.metadata_bytes,
+                &slot.refused_bytes,
             ] {
                 field.store(0, Relaxed);
             }

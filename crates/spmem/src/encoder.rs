@@ -5,7 +5,7 @@
 //! dearest. Where the encoder works, the process runs on as few processors as its own threads need (ADR 10).
 //!
 //! An [`Exchange`] is memory that both map. It has lanes; each goes round: the agent fills in addresses and posts it
-//! ([`Client::post`]), the encoder reads the pages (process_vm_readv(2)), writes what became of them and says so
+//! ([`Client::post`]), the encoder reads the pages (/proc/PID/mem, which the agent has opened: nobody gets more by it than he has), writes what became of them and says so
 //! ([`serve`]), the agent takes it ([`Client::take`]). The pages are in slots of the holding area that are `Busy`, so
 //! they do not change meanwhile. Nothing depends on an answer: a lane whose answer does not come stays out of use, and
 //! the agent encodes by itself.
@@ -13,11 +13,12 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 use spmem_node::compressed::{Codec, Label, Verified};
 use spmem_node::{Page, Stage, Unfit};
+use spmem_sys::fd::Fd;
 use spmem_sys::futex::Event;
 use spmem_sys::{PAGE, process};
 
 /// Pages of a lane.
-pub const LANE_PAGES: usize = process::MAX_READ;
+pub const LANE_PAGES: usize = 16;
 /// One is encoded while the other is taken and filled.
 pub const LANES: usize = 2;
 /// Longest that the encoder spins for the next lane, ns: a wake-up costs both sides about a tenth of it. A processor
@@ -104,8 +105,8 @@ impl Item {
     }
 }
 
-/// Encodes for process `pid` until `is_over`; the encoder's thread.
-pub fn serve(exchange: &Exchange, codec: Codec, pid: u32, is_over: &AtomicBool) {
+/// Encodes for the process whose /proc/PID/mem `memory` is, until `is_over`; the encoder's thread.
+pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBool) {
     let mut workspace = codec.workspace();
     let mut pages = alloc::vec![0_u8; LANE_PAGES * PAGE];
     let mut next = 0;
@@ -115,7 +116,7 @@ pub fn serve(exchange: &Exchange, codec: Codec, pid: u32, is_over: &AtomicBool) 
         let ticket = exchange.posted.ticket();
         // Acquire pairs with the Release in `Client::post`.
         if lane.state.load(Ordering::Acquire) == POSTED {
-            lane.encode(&codec, &mut workspace, &mut pages, pid);
+            lane.encode(&codec, &mut workspace, &mut pages, memory);
             // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
             lane.done.signal();
@@ -141,7 +142,7 @@ pub fn serve(exchange: &Exchange, codec: Codec, pid: u32, is_over: &AtomicBool) 
 }
 
 impl Lane {
-    fn encode(&self, codec: &Codec, workspace: &mut <Codec as Stage>::Workspace, pages: &mut [u8], pid: u32) {
+    fn encode(&self, codec: &Codec, workspace: &mut <Codec as Stage>::Workspace, pages: &mut [u8], memory: &Fd) {
         let count = (self.count.load(Relaxed) as usize).min(LANE_PAGES);
         let mut addresses = [0; LANE_PAGES];
         let mut wanted = 0;
@@ -152,7 +153,7 @@ impl Lane {
                 wanted += 1;
             }
         }
-        let read = process::read_pages(pid, &addresses[..wanted], pages).unwrap_or(0);
+        let read = process::read_pages(memory, &addresses[..wanted], pages);
         let items = self.pages[..count].iter().zip(&self.bytes);
         let items = items.filter(|(item, _)| item.address.load(Relaxed) != 0);
         let (pages, _) = pages.as_chunks::<PAGE>();
@@ -249,7 +250,7 @@ impl Client {
         self.out -= 1;
     }
 
-    /// Whether the encoder could read none of the pages of a lane that is done: it has no right to.
+    /// Whether the encoder could read none of the pages of a lane that is done.
     pub(crate) fn is_useless(&self, lane: usize) -> bool {
         let lane = &self.exchange.lanes[lane];
         let wanted = || lane.pages.iter().take(lane.count.load(Relaxed) as usize);
@@ -297,6 +298,10 @@ mod tests {
         Box::leak(Box::new(Exchange { posted: Event::new(), lanes: core::array::from_fn(|_| lane()) }))
     }
 
+    fn memory() -> Fd {
+        Fd::open(c"/proc/self/mem", libc::O_RDONLY).expect("/proc")
+    }
+
     /// Page 0 compresses, 1 is same-filled, 2 is noise.
     fn pages() -> Vec<Page> {
         let text = core::array::from_fn(|index| (index / 50) as u8);
@@ -312,7 +317,7 @@ mod tests {
     fn every_page_comes_back_as_this_process_would_have_encoded_it() {
         let (exchange, pages, codec) = (exchange(), pages(), Codec::new(5));
         let is_over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-        let encoder = std::thread::spawn(move || serve(exchange, codec, process::pid(), is_over));
+        let encoder = std::thread::spawn(move || serve(exchange, codec, &memory(), is_over));
         let mut client = Client::new(exchange);
         let mut workspace = codec.workspace();
         for round in 0..50 {
@@ -348,13 +353,13 @@ mod tests {
             [pages[0].as_ptr().expose_provenance(), PAGE, pages[1].as_ptr().expose_provenance()].into_iter(),
         );
         let lane = &exchange.lanes[0];
-        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], process::pid());
+        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
         assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
         assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
         assert!(!client.is_useless(0));
         client.post([0, PAGE].into_iter());
         let lane = &exchange.lanes[1];
-        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], process::pid());
+        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
         assert!(client.is_useless(1));
     }
 

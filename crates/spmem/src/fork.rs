@@ -236,7 +236,6 @@ impl Runtime {
         self.dismiss_encoder();
         spmem_sys::fd::set_proc(-1);
         self.leaving.store(0, Ordering::Relaxed);
-        self.wish.reset();
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
         self.is_shared.store(true, Ordering::Relaxed);

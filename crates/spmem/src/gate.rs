@@ -61,22 +61,22 @@ impl GateKeeper {
         self.shut_ns = now;
         if now - self.looked_ns >= LOOK_NS {
             self.looked_ns = now;
-            self.register_all(0, 1 << 47);
+            self.register_all();
         }
     }
 
-    /// Registers all that can be of a range. The kernel makes one mapping of neighbours that no longer differ.
-    pub(crate) fn register_all(&mut self, start: usize, end: usize) {
+    /// Registers all that can be.
+    fn register_all(&mut self) {
         // Ranges that were unmapped may be other ranges now.
         let epoch = self.runtime.unmaps.load(Ordering::Relaxed);
         if epoch != self.epoch {
             self.ranges.clear();
             self.epoch = epoch;
         }
-        let mut at = start;
+        let mut at = 0;
         while let Ok(Some(vma)) = self.maps.at_or_above(at) {
             at = vma.end;
-            if vma.start >= end {
+            if vma.start >= 1 << 47 {
                 break;
             }
             if !is_eligible(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {

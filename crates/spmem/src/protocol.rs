@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | `Hello` | - | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
-//! | `Encoder` | - | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
+//! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
 
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";

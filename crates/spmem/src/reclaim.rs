@@ -133,9 +133,12 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         growth_patience_ns: PATIENCE_NS,
     };
     loop {
-        monitor.round();
+        let sleep = monitor.round();
         if core::mem::take(&mut is_fresh_child) {
             runtime.end_fork_in_child();
+        }
+        if let Some((ticket, ns)) = sleep {
+            runtime.demand.wait(ticket, Some(ns));
         }
     }
 }
@@ -160,32 +163,26 @@ struct Tools {
 }
 
 impl Monitor {
-    fn round(&mut self) {
+    /// One look, and what it calls for. How long to sleep then, ns, and from which ticket of the demand on.
+    fn round(&mut self) -> Option<(u32, u64)> {
         let runtime = self.runtime;
         let ticket = runtime.demand.ticket();
         let limit = runtime.shared().limit_bytes.load(Relaxed);
         let facts = self.gauge.measure(limit);
         let plan = plan(&facts);
         if facts.limit.is_some() && facts.tree_used.0 > limit / 4 && !self.prepare(limit) {
-            runtime.demand.wait(ticket, Some(100_000_000));
-            return;
+            return Some((ticket, 100_000_000));
         }
         self.open_or_shut(&facts, &plan);
         let Some(tools) = &mut self.tools else {
-            runtime.demand.wait(ticket, Some(plan.sleep_ns.max(100_000)));
-            return;
+            return Some((ticket, plan.sleep_ns.max(100_000)));
         };
         runtime.working(0, || tools.gate.keep(plan.gate));
-        if let Some((start, end)) = runtime.wish.get() {
-            runtime.working(0, || tools.gate.register_all(start, end));
-            runtime.wish.grant();
-        }
         let has_encoder = runtime.exchange().is_some();
         self.shadow.follow(if has_encoder { runtime.home_cpu.load(Relaxed) } else { -1 });
         if plan.evict_pages == 0 {
             runtime.working(0, || tools.demoter.drain());
-            runtime.demand.wait(ticket, Some(plan.sleep_ns.max(200_000)));
-            return;
+            return Some((ticket, plan.sleep_ns.max(200_000)));
         }
         let done = runtime.working(0, || {
             let held = u64::from(runtime.space.lock().as_ref().map_or(0, |space| space.holding.held()));
@@ -202,8 +199,9 @@ impl Monitor {
             runtime.working(0, || tools.demoter.drain());
             // Everything is pinned, incompressible or shared: look again later, less and less often.
             let patience = 1_000_000 << (self.idle_batches - STUCK_BATCHES).min(6);
-            runtime.demand.wait(ticket, Some(patience));
+            return Some((ticket, patience));
         }
+        None
     }
 
     /// Gets everything ready that moving pages takes; whether it is.
@@ -284,7 +282,7 @@ struct Gauge {
     /// By how much plain counting exceeds proportional counting, bytes.
     shared_bytes: u64,
     proportional_ns: u64,
-    /// What is stored fills the budget alone.
+    /// What cannot be made less fills the budget alone.
     is_hopeless: bool,
     floor_pages: u64,
     last_ns: u64,
@@ -332,6 +330,7 @@ impl Gauge {
         let tree_used = runtime.shared().observe();
         // Below the floor the program would only chase its own pages: it runs over budget instead.
         let resident = used.saturating_sub(overhead) / PAGE as u64;
+        slot.refused_bytes.store(refused.min(resident) * PAGE as u64, Relaxed);
         let floor = self.floor_bytes(limit) / PAGE as u64;
         self.floor_pages = floor;
         let movable = (resident + holding).saturating_sub(floor + refused);
@@ -352,12 +351,14 @@ impl Gauge {
         facts
     }
 
-    /// How much stays resident. A budget that what is stored fills alone cannot be kept, whatever is resident: then half
-    /// of it stays, because a resident page costs little more than a stored one and a thrashing program costs a lot.
+    /// How much stays resident. A budget that is filled by what is stored and by what cannot leave is not to be kept,
+    /// whatever is resident: then half of it stays, because a resident page costs little more than a stored one and a
+    /// thrashing program costs a lot.
     fn floor_bytes(&mut self, limit: u64) -> u64 {
-        let stored = self.runtime.shared().sum(|slot| &slot.store_used_bytes);
+        let shared = self.runtime.shared();
+        let fixed = shared.sum(|slot| &slot.store_used_bytes) + shared.sum(|slot| &slot.refused_bytes);
         let mark = if self.is_hopeless { limit / 8 * 5 } else { limit / 8 * 7 };
-        self.is_hopeless = stored > mark;
+        self.is_hopeless = fixed > mark;
         if self.is_hopeless {
             (limit / 2).max(FLOOR_MIN)
         } else {

@@ -86,67 +86,6 @@ impl spmem_node::compressed::FrameBytes for Frames {
     }
 }
 
-/// A range that a program thread wants to be one mapping again: one wish at a time.
-pub(crate) struct Wish {
-    state: AtomicU32,
-    start: AtomicUsize,
-    end: AtomicUsize,
-    changed: Event,
-}
-
-/// States of a [`Wish`].
-const NO_WISH: u32 = 0;
-const WISHING: u32 = 1;
-const WISHED: u32 = 2;
-const GRANTED: u32 = 3;
-/// Longest that a program thread waits for its wish, and for another's to be over, ns.
-const WISH_NS: u64 = 200_000_000;
-
-impl Wish {
-    const fn new() -> Self {
-        Self {
-            state: AtomicU32::new(NO_WISH),
-            start: AtomicUsize::new(0),
-            end: AtomicUsize::new(0),
-            changed: Event::new(),
-        }
-    }
-
-    /// Waits until the state is `from` and makes it `to`; whether it came to that.
-    fn advance(&self, from: u32, to: u32) -> bool {
-        let start = process::now_ns();
-        loop {
-            let ticket = self.changed.ticket();
-            // AcqRel: whoever sees the state sees the range that goes with it.
-            if self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                return true;
-            }
-            if process::now_ns() - start > WISH_NS {
-                return false;
-            }
-            self.changed.wait(ticket, Some(10_000_000));
-        }
-    }
-
-    /// In a forked child: whoever wished does not exist here.
-    pub(crate) fn reset(&self) {
-        self.state.store(NO_WISH, Ordering::Relaxed);
-    }
-
-    /// What is wished, for the monitor.
-    pub(crate) fn get(&self) -> Option<(usize, usize)> {
-        let is_wished = self.state.load(Ordering::Acquire) == WISHED;
-        is_wished.then(|| (self.start.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed)))
-    }
-
-    /// It was done, or found impossible.
-    pub(crate) fn grant(&self) {
-        // It may have been taken back.
-        let _ = self.state.compare_exchange(WISHED, GRANTED, Ordering::AcqRel, Ordering::Relaxed);
-        self.changed.signal();
-    }
-}
-
 /// How far a process has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 #[repr(u32)]
@@ -208,8 +147,6 @@ pub struct Runtime {
     pub(crate) home_cpu: AtomicI32,
     /// Wakes the monitor.
     pub(crate) demand: Event,
-    /// What a program thread asks of the monitor.
-    pub(crate) wish: Wish,
     /// Wakes the helpers.
     pub(crate) help: Event,
     /// Wakes whoever waits for reclaimers to pause, or to go on.
@@ -265,7 +202,6 @@ impl Runtime {
             is_encoder_late: AtomicBool::new(false),
             home_cpu: AtomicI32::new(-1),
             demand: Event::new(),
-            wish: Wish::new(),
             help: Event::new(),
             pause: Event::new(),
             fork_turn: fork::Turn::new(),
@@ -445,25 +381,6 @@ impl Runtime {
             .min()
     }
 
-    /// Makes one mapping again of what registration has split: registers all of it. Whether it may be one now. Called by
-    /// program threads.
-    pub fn join_mappings(&self, start: usize, len: usize) -> bool {
-        let end = start.saturating_add(len).next_multiple_of(PAGE);
-        if self.stage() != Stage::Active || start >= end || !self.wish.advance(NO_WISH, WISHING) {
-            return false;
-        }
-        self.wish.start.store(start & !(PAGE - 1), Ordering::Relaxed);
-        self.wish.end.store(end, Ordering::Relaxed);
-        self.wish.state.store(WISHED, Ordering::Release);
-        self.demand.signal();
-        let is_granted = self.wish.advance(GRANTED, NO_WISH);
-        if !is_granted {
-            self.wish.state.store(NO_WISH, Ordering::Release);
-        }
-        self.wish.changed.signal();
-        is_granted
-    }
-
     fn pins(&self) -> impl Iterator<Item = &'static AtomicU64> {
         let pins = self.pins.load(Ordering::Acquire);
         let count = if pins.is_null() { 0 } else { self.pin_count.load(Ordering::SeqCst).min(MAX_PINS) };
@@ -587,7 +504,8 @@ impl Runtime {
         if process::cpu_count() < 2 {
             return Ok(());
         }
-        let memfd = self.ask_spm(Kind::Encoder, 0, &[])?[0].take().ok_or(Errno(libc::EPROTO))?;
+        let memory = Fd::open_in_proc(c"/proc/self/mem")?;
+        let memfd = self.ask_spm(Kind::Encoder, 0, &[memory.raw()])?[0].take().ok_or(Errno(libc::EPROTO))?;
         let mapping = Mapping::shared(memfd.raw(), size_of::<Exchange>())?;
         mapping.keep_from_children()?;
         self.exchange.store(mapping.leak().expose_provenance(), Ordering::Release);

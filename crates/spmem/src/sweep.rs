@@ -19,8 +19,12 @@ use spmem_sys::{Errno, PAGE, Result, process};
 /// Pages moved under one hold of the lock: a fault may have to wait for it.
 const HOLD_PAGES: usize = 4;
 
-/// A page that could not leave is tried again every so many rounds.
-const REFUSED_ROUNDS: usize = 32;
+/// Pages that could not leave are tried again in so many parts, one a round, ...
+const RETRY_PARTS: usize = 32;
+/// ... with so much time after each page tried, ns: a page that stays costs about a tenth of it, ...
+const RETRY_PAUSE_NS: u64 = 150_000;
+/// ... and at least so much after each part.
+const RETRY_PAUSE_MIN_NS: u64 = 10_000_000;
 
 /// The clock hand.
 pub(crate) struct Sweeper {
@@ -29,11 +33,41 @@ pub(crate) struct Sweeper {
     maps: Maps,
     pagemap: core::mem::ManuallyDrop<Pagemap>,
     hand: usize,
-    /// Rounds done.
-    round: usize,
+    retry: Retry,
     /// Pages the kernel would not move (EBUSY), to be looked at without the lock.
     busy: [usize; HOLD_PAGES],
     busy_count: usize,
+}
+
+/// Which of the pages that could not leave are tried again in this round. All of them in each would take a processor:
+/// most will not leave this time either.
+struct Retry {
+    /// The part that was tried last, or is.
+    part: usize,
+    is_on: bool,
+    /// Pages tried in this round.
+    tried: u64,
+    /// When the next part may be tried, ns.
+    next_ns: u64,
+}
+
+impl Retry {
+    /// The hand begins a round.
+    fn begin_round(&mut self) {
+        let now = process::now_ns();
+        if self.is_on {
+            self.next_ns = now + (self.tried * RETRY_PAUSE_NS).max(RETRY_PAUSE_MIN_NS);
+        }
+        self.tried = 0;
+        self.is_on = now >= self.next_ns;
+        self.part = self.part.wrapping_add(usize::from(self.is_on));
+    }
+
+    fn is_turn(&mut self, page: usize) -> bool {
+        let is_turn = self.is_on && (page / PAGE + self.part).is_multiple_of(RETRY_PARTS);
+        self.tried += u64::from(is_turn);
+        is_turn
+    }
 }
 
 /// Why a run ended.
@@ -67,7 +101,7 @@ impl Sweeper {
             maps: Maps::open()?,
             pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
             hand: 0,
-            round: 0,
+            retry: Retry { part: 0, is_on: false, tried: 0, next_ns: 0 },
             busy: [0; HOLD_PAGES],
             busy_count: 0,
         })
@@ -81,7 +115,7 @@ impl Sweeper {
             let Ok(vma) = self.maps.at_or_above(self.hand) else { break };
             let Some(vma) = vma.filter(|vma| vma.start < 1 << 47) else {
                 self.hand = 0;
-                self.round += 1;
+                self.retry.begin_round();
                 wraps += 1;
                 continue;
             };
@@ -191,10 +225,9 @@ impl Sweeper {
     }
 
     /// The policy's verdict on one page, whose age it changes.
-    fn lets_go(&self, space: &mut Space<Cram>, page: usize) -> bool {
+    fn lets_go(&mut self, space: &mut Space<Cram>, page: usize) -> bool {
         let entry = space.table.get(page);
-        let is_turn = !entry.is_refused() || (page / PAGE + self.round).is_multiple_of(REFUSED_ROUNDS);
-        if !space.may_leave(entry) || !is_turn {
+        if !space.may_leave(entry) || entry.is_refused() && !self.retry.is_turn(page) {
             return false;
         }
         match lru::on_sweep(entry.age()) {
@@ -330,7 +363,7 @@ impl Sweeper {
             let may_retry = is_exclusive && populate_write(page, PAGE).is_ok();
             let mut space = self.runtime.space.lock();
             let Some(space) = space.as_mut() else { return };
-            if may_retry && self.retry(space, page) {
+            if may_retry && self.try_again(space, page) {
                 *moved += 1;
                 continue;
             }
@@ -340,7 +373,7 @@ impl Sweeper {
         }
     }
 
-    fn retry(&self, space: &mut Space<Cram>, page: usize) -> bool {
+    fn try_again(&self, space: &mut Space<Cram>, page: usize) -> bool {
         let entry = space.table.get(page);
         let is_registered = space.table.find(page).is_some_and(|chunk| chunk.is_registered(page, page + PAGE));
         if !space.is_settled()

@@ -250,7 +250,7 @@ impl Broker {
         } else if request.kind == Kind::Userfault as u32 {
             reply.errno = self.hold(token, descriptor, request.value);
         } else if request.kind == Kind::Encoder as u32 {
-            reply.errno = self.hire(token, control.seed.load(Relaxed));
+            reply.errno = self.hire(token, descriptor, control.seed.load(Relaxed));
         } else {
             reply.errno = Errno::OPNOTSUPP.raw_os_error();
         }
@@ -327,11 +327,14 @@ impl Broker {
     }
 
     /// Gives the process an encoder. 0, or an errno.
-    fn hire(&mut self, token: u64, seed: u64) -> i32 {
+    fn hire(&mut self, token: u64, memory: Option<OwnedFd>, seed: u64) -> i32 {
         let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
-        let Some(process) = &connection.process else { return libc::EPROTO };
+        if connection.process.is_none() {
+            return libc::EPROTO;
+        }
+        let Some(memory) = memory else { return libc::EBADF };
         if connection.encoder.is_none() {
-            connection.encoder = Encoder::start(process.pid, seed).ok();
+            connection.encoder = Encoder::start(memory, seed).ok();
         }
         if connection.encoder.is_some() { 0 } else { libc::EAGAIN }
     }

@@ -1,5 +1,6 @@
 //! The encoder of one managed process (`spmem::encoder`): a thread of `spm`.
 
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
@@ -7,6 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use anyhow::Context;
 use spmem::encoder::{self, Exchange};
 use spmem_node::compressed::Codec;
+use spmem_sys::fd::Fd;
 
 use super::shared::Shared;
 
@@ -17,15 +19,16 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Starts one for process `pid`; `seed` is that of the tree's checksums.
+    /// Starts one for the process whose /proc/PID/mem `memory` is; `seed` is that of the tree's checksums.
     ///
     /// # Errors
     /// No memory, no descriptor or no thread.
-    pub fn start(pid: u32, seed: u64) -> anyhow::Result<Self> {
+    pub fn start(memory: OwnedFd, seed: u64) -> anyhow::Result<Self> {
         let exchange = Arc::new(Shared::create("spmem-exchange")?);
         let is_over = Arc::new(AtomicBool::new(false));
         let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
-        let work = move || encoder::serve(&its_exchange, Codec::new(seed), pid, &its_end);
+        let memory = Fd::from_raw(memory.into_raw_fd());
+        let work = move || encoder::serve(&its_exchange, Codec::new(seed), &memory, &its_end);
         std::thread::Builder::new().name("spm-encoder".into()).spawn(work).context("no thread for an encoder")?;
         Ok(Self { exchange, is_over })
     }
