@@ -44,7 +44,7 @@ pub enum Action {
 pub struct RunArguments {
     /// RAM that the managed memory of COMMAND and all its children may take: 512M, 2G, 25% of the machine's, or max
     /// [default: max]
-    #[arg(long, value_name = "SIZE|PCT%|max")]
+    #[arg(long, value_name = "SIZE|PCT%|max", allow_hyphen_values = true)]
     pub sysram: Option<SysramLimit>,
     /// Print a table at the end, on stderr or into FILE
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "")]

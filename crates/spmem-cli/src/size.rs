@@ -15,9 +15,12 @@ pub enum SysramLimit {
     Max,
     /// A share of the machine's RAM, 1 to 100.
     Percent(u8),
-    /// Bytes, at least 1.
+    /// Bytes, at least [`LEAST_BYTES`].
     Bytes(u64),
 }
+
+/// The smallest budget: less is a forgotten suffix.
+const LEAST_BYTES: u64 = 1 << 20;
 
 impl SysramLimit {
     /// The limit in bytes on a machine with `total_bytes` of RAM; `None` for no limit.
@@ -37,8 +40,10 @@ pub enum SizeError {
     NotASize(String),
     /// More than 2^64 - 1 bytes.
     TooLarge(String),
-    /// `0`: a budget of nothing lets no program run.
+    /// `0` for what has to have a size.
     Zero,
+    /// A budget of less than [`LEAST_BYTES`].
+    TooSmall(String),
     /// A percentage outside 1 to 100.
     PercentRange(String),
 }
@@ -50,7 +55,13 @@ impl fmt::Display for SizeError {
                 write!(f, "`{text}` is not a size: write bytes, or a whole number with K, M, G or T, such as 512M")
             }
             Self::TooLarge(text) => write!(f, "`{text}` is more than 2^64 - 1 bytes"),
-            Self::Zero => write!(f, "a size of 0 leaves no room to run in"),
+            Self::Zero => write!(f, "a size of 0 holds nothing"),
+            Self::TooSmall(text) => {
+                write!(
+                    f,
+                    "`{text}` is less than 1M (without K, M, G or T it is bytes): no program can run in that"
+                )
+            }
             Self::PercentRange(text) => write!(f, "`{text}` is not a whole percentage from 1% to 100%"),
         }
     }
@@ -72,7 +83,7 @@ impl FromStr for SysramLimit {
             };
         }
         match parse_bytes(text)? {
-            0 => Err(SizeError::Zero),
+            0..LEAST_BYTES => Err(SizeError::TooSmall(text.to_owned())),
             bytes => Ok(Self::Bytes(bytes)),
         }
     }
@@ -130,8 +141,8 @@ mod tests {
     #[test]
     fn sizes_are_powers_of_two() {
         for (text, bytes) in [
-            ("4096", 4096),
-            ("512K", 512 << 10),
+            ("4194304", 4 << 20),
+            ("2048K", 2 << 20),
             ("512M", 512 << 20),
             ("2g", 2 << 30),
             ("1T", 1 << 40),
@@ -139,6 +150,7 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(SysramLimit::Bytes(bytes)), "{text}");
         }
+        assert_eq!((parse_bytes("4096"), parse_bytes("512K")), (Ok(4096), Ok(512 << 10)));
         assert_eq!("max".parse(), Ok(SysramLimit::Max));
         assert_eq!("25%".parse(), Ok(SysramLimit::Percent(25)));
         assert_eq!(SysramLimit::Percent(25).bytes(1000), Some(250));
@@ -147,8 +159,10 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in ["", "M", "-1", "+1", "1.5G", "512MB", "5X", "1 G", "0", "0M", "0%", "101%", "+5%", "%", "MAX"]
-        {
+        for text in [
+            "", "M", "-1", "+1", "1.5G", "512MB", "5X", "1 G", "0", "0M", "512", "512K", "0%", "101%", "+5%", "%",
+            "MAX",
+        ] {
             assert!(text.parse::<SysramLimit>().is_err(), "{text}");
         }
         assert_eq!(parse_bytes("99999999T"), Err(SizeError::TooLarge("99999999T".to_owned())));

@@ -148,6 +148,18 @@ impl Socket {
     /// # Errors
     /// As sendmsg(2); `EINVAL` for too many descriptors.
     pub fn send(&self, bytes: &[u8], fds: &[i32]) -> Result<()> {
+        self.send_with(bytes, fds, 0)
+    }
+
+    /// The same, but does not wait for room.
+    ///
+    /// # Errors
+    /// As [`Socket::send`]; `EAGAIN` when the other side reads nothing.
+    pub fn send_now(&self, bytes: &[u8], fds: &[i32]) -> Result<()> {
+        self.send_with(bytes, fds, libc::MSG_DONTWAIT)
+    }
+
+    fn send_with(&self, bytes: &[u8], fds: &[i32], flags: i32) -> Result<()> {
         let mut control = Control::default();
         if fds.len() > MAX_FDS {
             return Err(Errno::EINVAL);
@@ -162,7 +174,7 @@ impl Socket {
         loop {
             let header = core::ptr::from_ref(&header);
             // SAFETY: the header points to the bytes and the control block, which outlive the call.
-            match unsafe { syscall!(Sysno::sendmsg, self.raw(), header, libc::MSG_NOSIGNAL) } {
+            match unsafe { syscall!(Sysno::sendmsg, self.raw(), header, libc::MSG_NOSIGNAL | flags) } {
                 Err(syscalls::Errno::EINTR) => {}
                 other => {
                     other?;

@@ -13,21 +13,51 @@ pub const CASES: &[Case] = &[
         orphan,
     ),
     Case::new("supervisor-stopped", "a program whose supervisor is stopped, and continued, goes on", stopped),
+    Case::new(
+        "supervisor-stopped-fork",
+        "while a fork waits for a stopped supervisor the other threads go on",
+        stopped_in_fork,
+    ),
     Case::new("siblings-killed", "siblings killed in the middle of their faults harm nobody", siblings),
     Case::new("sibling-leaves-late", "memory of a killed process does not appear in a new one", recycled),
 ];
 
-/// Stops `spm`, which encodes for this process, at the worst of times, works without it, lets it go on, and works with it.
-fn stopped(ctx: &Ctx) -> Outcome {
+/// Sends a signal to this process's parent if that is `spm`.
+fn signal(signal: i32) {
     // SAFETY: no memory is involved.
     let parent = unsafe { libc::getppid() };
-    let is_spm = sys::slurp(&format!("/proc/{parent}/comm")).trim() == "spm";
-    let signal = |signal| {
-        if is_spm {
-            // SAFETY: no memory is involved.
-            unsafe { libc::kill(parent, signal) };
-        }
-    };
+    if sys::slurp(&format!("/proc/{parent}/comm")).trim() == "spm" {
+        // SAFETY: no memory is involved.
+        unsafe { libc::kill(parent, signal) };
+    }
+}
+
+/// One thread forks while `spm` is stopped; another, which lets `spm` go on only when it has seen all of its data, would
+/// wait for ever if it had to wait for the fork.
+fn stopped_in_fork(ctx: &Ctx) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for round in ctx.rounds(2) {
+        ballast.sweep()?;
+        crate::harness::threads(2, |number| {
+            if number == 0 {
+                signal(libc::SIGSTOP);
+                let child = process::fork(|| area.check_all("child made while the supervisor is stopped"))?;
+                return process::succeed("child made while the supervisor is stopped", child);
+            }
+            process::nap(5 + round % 20);
+            let outcome = area.check_all("thread beside a fork that waits");
+            signal(libc::SIGCONT);
+            outcome
+        })?;
+        area.scribble(&mut ctx.rng(round), 3);
+        area.check_all("program that has forked")?;
+    }
+    Ok(())
+}
+
+/// Stops `spm`, which encodes for this process, at the worst of times, works without it, lets it go on, and works with it.
+fn stopped(ctx: &Ctx) -> Outcome {
     let mut area = Area::filled(ctx.seed, ctx.pages())?;
     let mut ballast = Ballast::new(ctx)?;
     for round in ctx.rounds(2) {

@@ -313,7 +313,7 @@ pub(crate) fn begin_nursing(runtime: &Runtime) {
 /// are not read: whoever causes one waits these milliseconds.
 pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) {
     // From here on the child's missing pages survive this process.
-    let _ = runtime.enlist(&child, 0);
+    runtime.entrust(Some(&child));
     let listener = runtime.listener.load(Ordering::Relaxed);
     let mut overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
     let mut own_event = None;
@@ -364,6 +364,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         }
     }
     drop(child);
+    runtime.entrust(None);
     if let Some(space) = runtime.space.lock().as_mut() {
         // Of a raw fork: before anything changes that its child still needs.
         if let Some(Event::Fork { child }) = own_event {

@@ -3,12 +3,13 @@
 //! `spm` listens on the abstract address in [`SOCKET_ENV`] (the text after the leading NUL). An agent connects when
 //! its process starts or is forked, says [`Kind::Hello`] and keeps the connection for as long as the process lives
 //! in this program: the hang-up tells `spm` that it exited or called exec. Each request gets one reply with the
-//! same kind. Descriptors travel as SCM_RIGHTS (unix(7)).
+//! same kind, but for `Child`: a fork must not wait for `spm`. Descriptors travel as SCM_RIGHTS (unix(7)).
 //!
 //! | kind | request carries | reply carries |
 //! |---|---|---|
-//! | `Hello` | - | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
+//! | `Hello` | `value` 1: a forked child, which is managed even without a connection | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
+//! | `Child` | the userfaultfd of a forked child that its parent serves; `spm` holds it in place of an earlier one. None: the child stands alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
 
 /// Environment variable that names the socket.
@@ -26,6 +27,8 @@ pub enum Kind {
     Userfault = 2,
     /// Encode pages for this process.
     Encoder = 3,
+    /// Hold a forked child's userfaultfd, or let go of it. No reply.
+    Child = 4,
 }
 
 /// One message, either way.
@@ -42,7 +45,7 @@ pub struct Message {
     pub pid: u32,
     /// Unused, zero.
     pub pad: u32,
-    /// `Userfault`: UFFDIO_API feature bits wanted.
+    /// `Userfault`: UFFDIO_API feature bits wanted. `Hello`: whether it is managed already.
     pub value: u64,
 }
 

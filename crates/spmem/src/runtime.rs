@@ -254,7 +254,7 @@ impl Runtime {
     /// Why it stays unmanaged: `ECONNREFUSED` when `spm` is gone, `ENOSPC` when the tree has too many processes.
     pub fn attach(&'static self, spm_name: &[u8]) -> Result<()> {
         let pid = process::pid();
-        let (socket, control, device) = hello(spm_name)?;
+        let (socket, control, device) = hello(spm_name, 0)?;
         let mapping = Mapping::shared(control.raw(), size_of::<Control>())?;
         self.control.store(mapping.leak().cast(), Ordering::Release);
         let shared = self.shared();
@@ -391,7 +391,7 @@ impl Runtime {
     /// Connects to `spm` again (a forked child) and hands it a userfaultfd to hold.
     pub(crate) fn hello_again(&self) -> Result<(Socket, Option<Fd>)> {
         let name = self.spm_name.lock();
-        hello(&name.0[..name.1]).map(|(socket, _control, device)| (socket, device))
+        hello(&name.0[..name.1], 1).map(|(socket, _control, device)| (socket, device))
     }
 
     /// A userfaultfd of this process with the features that managing takes, held by `spm` too.
@@ -530,13 +530,25 @@ impl Runtime {
         self.ask_spm(Kind::Userfault, features, &[uffd.raw()]).map(|_| ())
     }
 
+    /// Gives `spm` the userfaultfd of a forked child to hold, in place of an earlier one; `None`: the child stands alone.
+    /// Does not wait: should `spm` be stopped, the message keeps the descriptor.
+    pub(crate) fn entrust(&self, child: Option<&Uffd>) {
+        let fds = child.map(Uffd::raw);
+        // Nothing else holds it if that fails, and nothing else could.
+        let _ = self.with_socket(|socket| socket.send_now(&request(Kind::Child, 0).to_bytes(), fds.as_slice()));
+    }
+
     fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
+        self.with_socket(|socket| ask(socket, kind, value, fds))
+    }
+
+    fn with_socket<T>(&self, work: impl FnOnce(&Socket) -> Result<T>) -> Result<T> {
         let socket = self.socket.load(Ordering::Relaxed);
         if socket < 0 {
             return Err(Errno(libc::ENOTCONN));
         }
         let socket = Socket::from_fd(Fd::from_raw(socket));
-        let result = ask(&socket, kind, value, fds);
+        let result = work(&socket);
         let _ = socket.into_fd().into_raw();
         result
     }
@@ -554,10 +566,10 @@ fn new_userfaultfd(device: i32) -> Result<Uffd> {
     Uffd::from_syscall()
 }
 
-/// Says hello: the connection, the control page's memfd and /dev/userfaultfd.
-fn hello(name: &[u8]) -> Result<(Socket, Fd, Option<Fd>)> {
+/// Says hello: the connection, the control page's memfd and /dev/userfaultfd. `is_managed`: 1 in a forked child.
+fn hello(name: &[u8], is_managed: u64) -> Result<(Socket, Fd, Option<Fd>)> {
     let socket = Socket::connect(name)?;
-    let mut fds = ask(&socket, Kind::Hello, 0, &[])?;
+    let mut fds = ask(&socket, Kind::Hello, is_managed, &[])?;
     let control = fds[0].take().ok_or(Errno(libc::EPROTO))?;
     Ok((socket, control, fds[1].take()))
 }
@@ -565,9 +577,12 @@ fn hello(name: &[u8]) -> Result<(Socket, Fd, Option<Fd>)> {
 /// What came with a reply.
 type Descriptors = [Option<Fd>; spmem_sys::socket::MAX_FDS];
 
+fn request(kind: Kind, value: u64) -> Message {
+    Message { magic: MAGIC, kind: kind as u32, errno: 0, pid: process::pid(), pad: 0, value }
+}
+
 fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
-    let request = Message { magic: MAGIC, kind: kind as u32, errno: 0, pid: process::pid(), pad: 0, value };
-    socket.send(&request.to_bytes(), fds)?;
+    socket.send(&request(kind, value).to_bytes(), fds)?;
     let mut bytes = [0; size_of::<Message>()];
     let received = socket.receive(&mut bytes)?;
     let reply = Message::from_bytes(&bytes);

@@ -9,7 +9,7 @@
 //! Holes: one that becomes unmanageable and ends within a few milliseconds may be missed in that count. A process in
 //! another pid namespace than `spm`'s is refused, since its number means nothing here.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,7 +24,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::{Pid, PidfdFlags, Resource};
 use spmem::control::Control;
 use spmem::protocol::{Kind, MAGIC, Message};
 use spmem_sys::uffd::Uffd;
@@ -34,13 +34,16 @@ use super::kernel::{self, Userfaultfd};
 use super::proc;
 use super::shared::{self, ControlPage};
 
-/// Most connections at a time: every slot twice, since a process between two images may have two.
-const MAX_CONNECTIONS: usize = spmem::control::SLOTS * 2;
+/// Most processes connected at a time: every slot twice, since a process between two images may have two.
+const MAX_CONNECTED: usize = spmem::control::SLOTS * 2;
+/// Descriptors that a process takes here: socket, pidfd, userfaultfd, a forked child's, and its encoder's two.
+const DESCRIPTORS_EACH: u64 = 6;
+/// Descriptors that are not for processes, and for those that have ended a moment ago.
+const DESCRIPTORS_OTHER: u64 = 32;
+/// Connections that are taken beyond the most, to be told so.
+const MAX_REFUSED: usize = 8;
 /// Most userfaultfds of its own that a process may have held.
 const MAX_HELD: usize = 64;
-/// Most forked children of one process that are on their way to a connection of their own. The agent takes one fork
-/// after the other, so the oldest have long arrived.
-const MAX_CHILDREN: usize = 64;
 /// How often slots are looked through for processes without a connection.
 const SCAN_PERIOD: Duration = Duration::from_millis(200);
 /// How long the image that an exec started may take until its agent says hello.
@@ -57,6 +60,10 @@ pub struct Broker {
     next_token: u64,
     /// The agent's file, by which a process that will still connect is known.
     agent: PathBuf,
+    /// Most connections that may say hello.
+    max_connected: usize,
+    /// No connection is taken until the next sweep.
+    is_paused: bool,
     /// Connections of each process: two for a moment when it executes another program.
     connected: HashMap<u32, usize>,
     /// Processes without a connection that may get one, or have ended.
@@ -72,9 +79,15 @@ struct Connection {
     process: Option<Process>,
     /// Second holder of what the program could close.
     held: Vec<Uffd>,
-    /// Those of forked children that have not connected themselves yet, oldest first.
-    children: VecDeque<Uffd>,
+    /// That of the forked child that the process serves.
+    child: Option<Uffd>,
     encoder: Option<Encoder>,
+}
+
+impl Connection {
+    fn new(socket: OwnedFd) -> Self {
+        Self { socket, process: None, held: Vec::new(), child: None, encoder: None }
+    }
 }
 
 struct Process {
@@ -117,6 +130,9 @@ impl Broker {
             SocketAddrUnix::new_abstract_name(address.as_bytes()).context("no name for the agents' socket")?;
         rustix::net::bind(&listener, &name).context("the agents' socket cannot be bound")?;
         rustix::net::listen(&listener, 1024).context("the agents' socket cannot listen")?;
+        // Not raised yet, but it will be (run/mod.rs).
+        let descriptors = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        let max_connected = descriptors.saturating_sub(DESCRIPTORS_OTHER) / DESCRIPTORS_EACH;
         Ok(Self {
             listener,
             address,
@@ -124,6 +140,8 @@ impl Broker {
             connections: HashMap::new(),
             next_token: FIRST_TOKEN,
             agent: agent.to_owned(),
+            max_connected: usize::try_from(max_connected).unwrap_or(usize::MAX).clamp(1, MAX_CONNECTED),
+            is_paused: false,
             connected: HashMap::new(),
             waiting: Vec::new(),
             next_scan: Instant::now(),
@@ -141,29 +159,27 @@ impl Broker {
         self.has_greeted
     }
 
-    /// Takes the connections that wait, and watches them with `epoll`.
+    /// Takes the connections that wait, and watches them with `epoll`. Where there are too many, or no descriptor is left,
+    /// the others wait until [`Broker::sweep`].
     pub fn accept(&mut self, epoll: BorrowedFd<'_>) {
-        while let Ok(socket) =
-            rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
-        {
-            let token = self.next_token;
-            // Dropping the socket tells the agent to go on unmanaged; it counts itself where it still can.
-            if self.connections.len() < MAX_CONNECTIONS
-                && epoll::add(epoll, &socket, EventData::new_u64(token), EventFlags::IN).is_ok()
-            {
-                self.next_token += 1;
-                self.connections.insert(
-                    token,
-                    Connection {
-                        socket,
-                        process: None,
-                        held: Vec::new(),
-                        children: VecDeque::new(),
-                        encoder: None,
-                    },
-                );
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while self.connections.len() < self.max_connected + MAX_REFUSED {
+            match rustix::net::accept_with(&self.listener, flags) {
+                Ok(socket) => {
+                    let token = self.next_token;
+                    // Dropping the socket tells the agent to go on without us.
+                    if epoll::add(epoll, &socket, EventData::new_u64(token), EventFlags::IN).is_ok() {
+                        self.next_token += 1;
+                        self.connections.insert(token, Connection::new(socket));
+                    }
+                }
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(_) => break,
             }
         }
+        let listener = EventData::new_u64(super::supervise::BROKER);
+        self.is_paused = epoll::modify(epoll, &self.listener, listener, EventFlags::empty()).is_ok();
     }
 
     /// Answers what connection `token` asks, or takes note that it hung up.
@@ -186,8 +202,12 @@ impl Broker {
 
     /// Gives the slots of processes that have ended back, and gives up on those that became unmanageable. Called every
     /// few milliseconds; looks through all slots now and then, since a forked child has one before it connects.
-    pub fn sweep(&mut self, control: &Control) {
+    pub fn sweep(&mut self, control: &Control, epoll: BorrowedFd<'_>) {
         let now = Instant::now();
+        if self.is_paused {
+            let listener = EventData::new_u64(super::supervise::BROKER);
+            self.is_paused = epoll::modify(epoll, &self.listener, listener, EventFlags::IN).is_err();
+        }
         if now >= self.next_scan {
             self.next_scan = now + SCAN_PERIOD;
             self.find_unconnected(control, now);
@@ -234,6 +254,12 @@ impl Broker {
         descriptor: Option<OwnedFd>,
         control: &ControlPage,
     ) -> Result<(), Errno> {
+        if request.kind == Kind::Child as u32 {
+            if let Some(connection) = self.connections.get_mut(&token).filter(|known| known.process.is_some()) {
+                connection.child = descriptor.map(kernel::adopt);
+            }
+            return Ok(());
+        }
         let mut reply = Message { errno: 0, pad: 0, value: 0, ..request };
         let mut descriptors: Vec<BorrowedFd<'_>> = Vec::new();
         if request.kind == Kind::Hello as u32 {
@@ -243,7 +269,8 @@ impl Broker {
                     descriptors.extend(self.userfaultfd.device.as_ref().map(AsFd::as_fd));
                 }
                 Err(errno) => {
-                    control.counters.unmanaged_processes.fetch_add(1, Relaxed);
+                    let is_managed = request.value != 0;
+                    control.counters.unmanaged_processes.fetch_add(u64::from(!is_managed), Relaxed);
                     reply.errno = errno.raw_os_error();
                 }
             }
@@ -274,6 +301,9 @@ impl Broker {
         if connection.process.is_some() {
             return Err(Errno::ISCONN);
         }
+        if self.connected.values().sum::<usize>() >= self.max_connected {
+            return Err(Errno::MFILE);
+        }
         let process = Process::open(pid)?;
         if let Some(connection) = self.connections.get_mut(&token) {
             connection.process = Some(process);
@@ -298,21 +328,14 @@ impl Broker {
         self.connected.contains_key(&pid)
     }
 
-    /// Becomes second holder of a userfaultfd, and enables it unless it is enabled already (no `features`). The first
-    /// is the process's own; one that comes enabled later is a forked child's. 0, or an errno.
+    /// Becomes second holder of a userfaultfd, and enables it unless it is enabled already (no `features`). 0, or an
+    /// errno.
     fn hold(&mut self, token: u64, descriptor: Option<OwnedFd>, features: u64) -> i32 {
         let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
         if connection.process.is_none() {
             return libc::EPROTO;
         }
         let Some(descriptor) = descriptor else { return libc::EBADF };
-        if features == 0 && !connection.held.is_empty() {
-            if connection.children.len() == MAX_CHILDREN {
-                connection.children.pop_front();
-            }
-            connection.children.push_back(kernel::adopt(descriptor));
-            return 0;
-        }
         if connection.held.len() == MAX_HELD {
             return libc::EMFILE;
         }

@@ -28,7 +28,8 @@ const BATCH: usize = 64;
 
 const SIGNALS: u64 = 0;
 const WITNESS: u64 = 1;
-const BROKER: u64 = 2;
+/// The epoll token of the agents' listening socket.
+pub const BROKER: u64 = 2;
 
 /// The loop's state.
 pub struct Supervisor<'a> {
@@ -77,7 +78,7 @@ impl Supervisor<'_> {
         loop {
             let now = Instant::now();
             if now >= next_tick {
-                self.tick();
+                self.tick(epoll);
                 next_tick = now + TICK;
             }
             for signal in judge.due(now) {
@@ -107,16 +108,16 @@ impl Supervisor<'_> {
                 }
             }
             if let Some(exit_code) = self.take_signals(witness, judge)? {
-                self.tick();
+                self.tick(epoll);
                 return Ok(exit_code);
             }
         }
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self, epoll: &OwnedFd) {
         self.control.observe();
         if let Some(broker) = &mut self.broker {
-            broker.sweep(self.control);
+            broker.sweep(self.control, epoll.as_fd());
         }
         (self.on_tick)(self.control);
     }

@@ -102,6 +102,12 @@ fn closed_standard_descriptors_stay_closed() {
 }
 
 #[test]
+fn more_processes_than_spm_has_descriptors_for_run_all_the_same() {
+    let script = "for i in $(seq 40); do sh -c 'sleep 0.3; echo ok' & done; wait";
+    assert_eq!(under("ulimit -n 64", script), "ok\n".repeat(40));
+}
+
+#[test]
 fn what_was_preloaded_before_still_is() {
     let mut spm = spm_run(&[]);
     spm.args(["sh", "-c", "exit 6"]).env("LD_PRELOAD", "libc.so.6");
