@@ -289,6 +289,11 @@ fn print_rows(rows: &[Row<'_>], options: &Options) {
     for row in rows {
         let ratio = |pick: fn(&Figures) -> f64| middle(&row.spm, pick) / middle(&row.kernel, pick);
         let (rate, p99) = (ratio(|f| f.rate), ratio(|f| f.p99_us));
+        if rate.is_nan() {
+            let none = || "-".into();
+            table.row(vec![row.name.clone(), none(), "no figure".into(), none(), "no figure".into(), none()]);
+            continue;
+        }
         let verdict = |is_kept| if is_kept { "kept" } else { "missed" };
         table.row(vec![
             row.name.clone(),
