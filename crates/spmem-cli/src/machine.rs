@@ -1,6 +1,7 @@
 //! This machine: its RAM, and the nodes that a configuration makes of it.
 
 use anyhow::Context;
+use spmem_core::frames::Metadata;
 use spmem_core::units::Bytes;
 use spmem_node::compressed::GrantedFrames;
 
@@ -39,5 +40,6 @@ impl Ram {
 /// The memory manager refuses, for example a capacity of more frames than it can number.
 pub fn set_up_nodes(config: &Config, ram: Ram) -> anyhow::Result<GrantedFrames> {
     let capacity = Bytes(config.store_capacity.bytes(ram.total_bytes)).frames_ceil();
-    GrantedFrames::embedded(capacity).map_err(|error| anyhow::anyhow!("{error}"))
+    let lent = Metadata::from_heap(capacity)?;
+    GrantedFrames::embedded(capacity, lent).map_err(|error| anyhow::anyhow!("{error}"))
 }

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use spmem_core::frames::Frames;
+use spmem_core::frames::{Cache, Frames, Metadata, PerCpu};
 use spmem_core::grant::Rights;
 use spmem_core::mm::MemoryManager;
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
@@ -33,8 +33,53 @@ fn main() {
         shuffle(&mut blocks, &mut Random(7));
         timed(PAIRS, || blocks.drain(..).for_each(|f| frames.free_block(f, Order::ZERO).expect("allocated")))
     });
+    cached(&frames);
     managed_pairs();
     println!("huge frames recovered {:.1} %", huge_recovery() * 100.0);
+}
+
+/// The paths with caches, and batches.
+fn cached(frames: &Frames) {
+    let mut cache = Cache::new();
+    row("pair order 0, owner-cached", || {
+        timed(PAIRS, || {
+            for _ in 0..PAIRS {
+                let frame = cache.alloc(black_box(frames)).expect("free");
+                cache.free(frames, black_box(frame)).expect("allocated");
+            }
+        })
+    });
+    let mut blocks = Vec::with_capacity(PAIRS);
+    row("bulk order 0, owner-cached, alloc", || {
+        blocks.drain(..).for_each(|f| cache.free(frames, f).expect("allocated"));
+        timed(PAIRS, || blocks.extend((0..PAIRS).map_while(|_| cache.alloc(frames).ok())))
+    });
+    blocks.drain(..).for_each(|f| cache.free(frames, f).expect("allocated"));
+    row("bulk order 0, owner-cached, free in random order", || {
+        blocks.extend((0..PAIRS).map_while(|_| cache.alloc(frames).ok()));
+        shuffle(&mut blocks, &mut Random(7));
+        timed(PAIRS, || blocks.drain(..).for_each(|f| cache.free(frames, f).expect("allocated")))
+    });
+    cache.drain(frames);
+    let caches = PerCpu::new(2).expect("memory");
+    row("pair order 0, shared", || {
+        timed(PAIRS, || {
+            for _ in 0..PAIRS {
+                let frame = caches.alloc(black_box(frames), 0, Order::ZERO).expect("free");
+                caches.free_block(frames, 0, black_box(frame), Order::ZERO).expect("allocated");
+            }
+        })
+    });
+    caches.drain(frames);
+    let mut batch = vec![FrameNumber(0); 512];
+    row("batch of 512, a frame, alloc + free", || {
+        timed(PAIRS, || {
+            for _ in 0..PAIRS / 512 {
+                assert_eq!(frames.alloc_batch(black_box(&mut batch)), 512);
+                frames.free_batch(black_box(&batch)).expect("allocated");
+            }
+        })
+    });
 }
 
 /// The same pair through policy, wall, grant and watermark.
@@ -48,7 +93,7 @@ fn managed_pairs() {
     };
     let mut mm = MemoryManager::new();
     let owner = mm.register_node(NodeId::ONE, spec.clone()).expect("a fresh node");
-    mm.add_range(&owner, &spec, FrameCount(FRAMES)).expect("fits");
+    mm.add_range(&owner, &spec, FrameCount(FRAMES), lent()).expect("fits");
     let grant = mm.table_mut().grant(&[&owner], Rights::ALLOC, FrameCount(FRAMES).bytes()).expect("owned");
     let (root, grants) = (Domain::root(), [&grant]);
     let request = Request::on(&root, NodeId::ONE, &grants);
@@ -84,9 +129,13 @@ fn release(frames: &mut Frames, held: &mut Vec<FrameNumber>, count: u64) {
     }
 }
 
+fn lent() -> Metadata {
+    Metadata::from_heap(FrameCount(FRAMES)).expect("memory")
+}
+
 fn fresh() -> Frames {
     let mut frames = Frames::new();
-    frames.add_range(FrameCount(FRAMES)).expect("fits");
+    frames.add_range(FrameCount(FRAMES), lent()).expect("fits");
     frames
 }
 

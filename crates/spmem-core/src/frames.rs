@@ -1,42 +1,55 @@
-//! Frames: which frames of a node are free. A buddy allocator, orders 0 (4 KiB) to 10 (4 MiB).
+//! Frames: which frames of a node are free. A buddy allocator, orders 0 (4 KiB) to 10 (4 MiB), and contiguous ranges.
 //!
-//! [`Frames`] belongs to one node and is called by [`MemoryManager`](crate::mm::MemoryManager), which decides who may
-//! ask. An order-k block is 2^k frames, aligned to 2^k. The lowest place that fits is taken: low huge frames fill up,
-//! high ones drain and become whole (measured: see `examples/frames.rs`). Neighbours are one block as soon as both
-//! are free; "free" in the statistics therefore means that allocation succeeds.
+//! [`Frames`] belongs to one node. An order-k block is 2^k frames, aligned to 2^k. Neighbours are one block as soon as
+//! both are free; "free" in the statistics therefore means that allocation succeeds. Three paths, fastest first:
 //!
-//! Two levels, both bit arithmetic in one word: 64 frames make a row, 16 rows a tree (4 MiB). An index an order says
-//! which rows, or trees, have a free block that large. Metadata is two bits a frame and an eighth of a bit of index,
-//! in plain vectors, reserved when a range is added.
+//! | path | who | an operation costs |
+//! |---|---|---|
+//! | [`Cache`] | one owner, order 0 | plain loads and stores |
+//! | [`PerCpu`] | everybody, order 0 through a slot a processor | one locked instruction |
+//! | [`Frames`] | everybody, all orders | one lock of a 1 GiB zone; batches share it |
 //!
-//! Takes no lock. Hole: one caller at a time; there is no per-CPU cache.
+//! Caches are filled a row (64 neighbours) at a time from the lowest place that has any, and give back what they
+//! cannot hold: so what they hold keeps few huge frames in pieces.
+//!
+//! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and an eighth a frame, 0.03 % of the memory.
+//! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
+//!
+//! Hole: a frame that two threads free in the same instant through caches is found out only when the second of them
+//! reaches its zone.
 
-mod bitmap;
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "a node has at most 2^32 frames, as add_range checks, and usize has 64 bits"
+)]
+
+mod cache;
 mod word;
+mod zone;
 
-use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::{AtomicU8, AtomicU64};
 
-use self::bitmap::Bitmap;
-use self::word::WORD_ORDER;
+use self::zone::{ROW_FRAMES, States, TREE_FRAMES, ZONE_FRAMES, ZONE_WORDS, Zone};
 use crate::units::{FrameCount, FrameNumber, Order};
 
-/// Frames in a block of the highest order: ranges begin at a multiple of this, so no block spans two ranges.
-const TREE_FRAMES: usize = 1 << 10;
-const ROW_FRAMES: usize = 64;
-const TREE_ROWS: usize = TREE_FRAMES / ROW_FRAMES;
-/// The order of a full row.
-const ROW_ORDER: usize = WORD_ORDER;
+pub use self::cache::{Cache, PerCpu};
+
+const _: () = assert!(usize::BITS >= 64);
+
 /// Ranges a node may have.
 pub const MAX_RANGES: usize = 256;
 /// Frames a node may have, holes between its ranges included: 16 TiB.
 pub const MAX_FRAMES: u64 = 1 << 32;
+/// The longest contiguous range: 1 GiB.
+pub const MAX_CONTIGUOUS: u64 = ZONE_FRAMES as u64;
 
-/// A run of frames that was added to a node in one piece.
+/// A run of frames: one that was added to a node in one piece, or one that was given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRange {
-    /// First frame; a multiple of 1024.
+    /// First frame; of a range that was added a multiple of 1024.
     pub first: FrameNumber,
     /// Frames, at least 1.
     pub count: FrameCount,
@@ -107,8 +120,15 @@ pub enum FramesError {
         /// Frames the node has, holes included.
         frames: u64,
     },
-    /// No memory for the metadata of the new range.
+    /// The metadata lent for a range is too small, or there is no memory for it.
     NoMetadata,
+    /// A contiguous range of so many frames is never given: 0, or more than [`MAX_CONTIGUOUS`].
+    Contiguous {
+        /// As given.
+        count: FrameCount,
+    },
+    /// The cache holds frames of another node.
+    OtherCache,
 }
 
 impl fmt::Display for FramesError {
@@ -141,32 +161,140 @@ impl fmt::Display for FramesError {
                 "the node has {ranges} ranges and {frames} frames; at most {MAX_RANGES} and {MAX_FRAMES} fit"
             ),
             Self::NoMetadata => f.write_str("no memory for the metadata of the range"),
+            Self::Contiguous { count } => {
+                write!(f, "{count} frames cannot be contiguous: 1 to {MAX_CONTIGUOUS} can")
+            }
+            Self::OtherCache => f.write_str("the cache holds frames of another node"),
         }
     }
 }
 
 impl core::error::Error for FramesError {}
 
-impl From<TryReserveError> for FramesError {
-    fn from(_: TryReserveError) -> Self {
-        Self::NoMetadata // the cause carries no facts
+/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed.
+#[derive(Clone, Copy, Debug)]
+pub struct Metadata {
+    words: &'static [AtomicU64],
+    states: &'static [AtomicU8],
+}
+
+impl Metadata {
+    /// Words and bytes that `count` frames take.
+    ///
+    /// ```
+    /// use spmem_core::{frames::Metadata, units::FrameCount};
+    /// let (words, bytes) = Metadata::size(FrameCount(1 << 18)); // 1 GiB
+    /// assert!((words * 8 + bytes) as u64 * 1000 < 1 << 30);
+    /// ```
+    pub const fn size(count: FrameCount) -> (usize, usize) {
+        let zones = count.0.div_ceil(ZONE_FRAMES as u64) as usize;
+        (zones * ZONE_WORDS + hint_words(zones) * Order::COUNT, count.0 as usize)
+    }
+
+    /// From memory that is all zero, for up to as many frames as it has room for.
+    pub const fn new(words: &'static [AtomicU64], states: &'static [AtomicU8]) -> Self {
+        Self { words, states }
+    }
+
+    /// From the heap, for tests, tools and simulation: it is never given back to it.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`].
+    pub fn from_heap(count: FrameCount) -> Result<Self, FramesError> {
+        let (words, states) = Self::size(count);
+        Ok(Self { words: leak_zeros(words)?, states: leak_zeros(states)? })
+    }
+
+    /// Bytes lent.
+    pub const fn bytes(&self) -> usize {
+        size_of_val(self.words) + size_of_val(self.states)
     }
 }
 
-/// 64 frames. One is free (`free` bit), the first of an allocated block (`head` bit), or neither: inside a block. A
-/// block ends where the next bit in either word is set, which is how its order is known without being stored.
-#[derive(Clone, Copy, Debug, Default)]
-struct Row {
-    free: u64,
-    head: u64,
+fn leak_zeros<T: Default>(len: usize) -> Result<&'static [T], FramesError> {
+    let mut zeros = Vec::new();
+    zeros.try_reserve_exact(len).map_err(|_| FramesError::NoMetadata)?;
+    zeros.resize_with(len, T::default);
+    Ok(zeros.leak())
+}
+
+/// Words of the hints of one order.
+const fn hint_words(zones: usize) -> usize {
+    zones.div_ceil(64)
+}
+
+/// A range with its metadata: first the hints of all orders, then the zones.
+#[derive(Debug)]
+struct Range {
+    span: FrameRange,
+    lent: Metadata,
+    zones: usize,
+}
+
+impl Range {
+    fn zone_words(&self, zone: usize) -> &'static [AtomicU64] {
+        let start = hint_words(self.zones) * Order::COUNT + zone * ZONE_WORDS;
+        &self.lent.words[start..start + ZONE_WORDS]
+    }
+
+    fn states(&self) -> States<'static> {
+        States(self.lent.states)
+    }
+
+    /// A word of 64 zones, a bit each: it has no free block of the order.
+    fn hint(&self, order: usize, word: usize) -> &AtomicU64 {
+        &self.lent.words[order * hint_words(self.zones) + word]
+    }
+
+    /// The first zone from `from` on that may have a free block of the order.
+    fn next_zone(&self, order: usize, from: usize) -> Option<usize> {
+        let mut skipped = (1 << (from % 64)) - 1;
+        for at in from / 64..hint_words(self.zones) {
+            let none = self.hint(order, at).load(Acquire) | skipped;
+            if none != u64::MAX {
+                let zone = at * 64 + none.trailing_ones() as usize;
+                return (zone < self.zones).then_some(zone);
+            }
+            skipped = 0;
+        }
+        None
+    }
+
+    /// Where a frame is in the range, if it is in its zone `zone`.
+    fn offset_in_zone(&self, frame: FrameNumber, zone: usize) -> Option<usize> {
+        let offset = frame.0.wrapping_sub(self.span.first.0) as usize;
+        (offset / ZONE_FRAMES == zone && (offset as u64) < self.span.count.0).then_some(offset)
+    }
+
+    fn number(&self, offset: usize) -> FrameNumber {
+        FrameNumber(self.span.first.0 + u32::try_from(offset).expect("a node has at most 2^32 frames"))
+    }
+}
+
+/// Where a frame is.
+#[derive(Clone, Copy)]
+struct Place {
+    range: usize,
+    offset: usize,
+}
+
+impl Place {
+    const fn zone(self) -> usize {
+        self.offset / ZONE_FRAMES
+    }
+
+    const fn in_zone(self) -> usize {
+        self.offset % ZONE_FRAMES
+    }
 }
 
 /// The frames of one node.
 ///
 /// ```
-/// use spmem_core::{frames::Frames, units::{FrameCount, FrameNumber, Order}};
+/// use spmem_core::frames::{Frames, Metadata};
+/// use spmem_core::units::{FrameCount, FrameNumber, Order};
 /// let mut frames = Frames::new();
-/// frames.add_range(FrameCount(1024)).unwrap();
+/// frames.add_range(FrameCount(1024), Metadata::from_heap(FrameCount(1024)).unwrap()).unwrap();
 /// let frame = frames.alloc(Order::ZERO).unwrap();
 /// assert_eq!(frame, FrameNumber(0));
 /// assert_eq!(frames.used(), FrameCount(1));
@@ -174,118 +302,103 @@ struct Row {
 /// assert!(frames.free_block(frame, Order::ZERO).is_err());
 /// assert!(frames.alloc(Order::MAX).is_ok());
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Frames {
-    rows: Vec<Row>,
-    /// For each tree, bit r set when its row r is all free.
-    trees: Vec<u16>,
-    /// Bit set when the row (below [`ROW_ORDER`]) or the tree (from it on) has a free block of that order or larger.
-    index: [Bitmap; Order::COUNT],
-    ranges: Vec<FrameRange>,
+    ranges: Vec<Range>,
     capacity: u64,
-    free: u64,
+    /// Raised after a block of some order has become free in a zone that had none.
+    epoch: AtomicU64,
+    relax: fn(),
+    /// Tells it from every other; 0 before it has a range.
+    id: u64,
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl Default for Frames {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Frames {
     /// No frames yet.
-    pub fn new() -> Self {
-        Self::default()
+    pub const fn new() -> Self {
+        Self::with_relax(core::hint::spin_loop)
+    }
+
+    /// No frames yet. `relax` is called while a lock is waited for whose holder may be without a processor.
+    pub const fn with_relax(relax: fn()) -> Self {
+        Self { ranges: Vec::new(), capacity: 0, epoch: AtomicU64::new(0), relax, id: 0 }
     }
 
     /// Adds `count` free frames; they begin at the next multiple of 1024 behind the last range.
     ///
     /// # Errors
-    /// [`FramesError::EmptyRange`], [`FramesError::TooMany`], [`FramesError::NoMetadata`].
-    pub fn add_range(&mut self, count: FrameCount) -> Result<FrameRange, FramesError> {
-        let first = self.rows.len() * ROW_FRAMES;
-        let too_many = FramesError::TooMany { ranges: self.ranges.len(), frames: first as u64 };
+    /// [`FramesError::EmptyRange`], [`FramesError::TooMany`]; [`FramesError::NoMetadata`] when less was lent than
+    /// [`Metadata::size`] says.
+    pub fn add_range(&mut self, count: FrameCount, lent: Metadata) -> Result<FrameRange, FramesError> {
+        let first = self.ranges.last().map_or(0, |last| {
+            (u64::from(last.span.first.0) + last.span.count.0).next_multiple_of(TREE_FRAMES as u64)
+        });
+        let too_many = FramesError::TooMany { ranges: self.ranges.len(), frames: first };
         if count.0 == 0 {
             return Err(FramesError::EmptyRange);
         }
-        if self.ranges.len() >= MAX_RANGES || count.0 > MAX_FRAMES - first as u64 {
+        if self.ranges.len() >= MAX_RANGES || first > MAX_FRAMES || count.0 > MAX_FRAMES - first {
             return Err(too_many);
         }
-        let (Ok(first_frame), Ok(frames)) = (u32::try_from(first), usize::try_from(count.0)) else {
-            return Err(too_many);
+        let Ok(first) = u32::try_from(first) else { return Err(too_many) };
+        let (words, states) = Metadata::size(count);
+        let (Some(words), Some(states)) = (lent.words.get(..words), lent.states.get(..states)) else {
+            return Err(FramesError::NoMetadata);
         };
-        let rows = (first + frames).next_multiple_of(TREE_FRAMES) / ROW_FRAMES;
-        self.rows.try_reserve_exact(rows - self.rows.len())?;
-        self.trees.try_reserve_exact(rows / TREE_ROWS - self.trees.len())?;
-        self.ranges.try_reserve(1)?;
-        self.resize_index(rows)?;
-        self.rows.resize(rows, Row::default());
-        self.trees.resize(rows / TREE_ROWS, 0);
-
-        let range = FrameRange { first: FrameNumber(first_frame), count };
+        self.ranges.try_reserve(1).map_err(|_| FramesError::NoMetadata)?;
+        let span = FrameRange { first: FrameNumber(first), count };
+        let zones = (count.0 as usize).div_ceil(ZONE_FRAMES);
+        let range = Range { span, lent: Metadata { words, states }, zones };
+        let rest = count.0 as usize % ZONE_FRAMES;
+        if rest > 0 {
+            let zone = Zone::lock(range.zone_words(zones - 1), self.relax);
+            zone.truncate(rest);
+            self.settle(&range, zones - 1, &zone);
+        }
+        if self.id == 0 {
+            self.id = NEXT_ID.fetch_add(1, Relaxed);
+        }
         self.ranges.push(range);
         self.capacity += count.0;
-        self.free += count.0;
-        let (full, rest) = (frames / ROW_FRAMES, frames % ROW_FRAMES);
-        for row in first / ROW_FRAMES..first / ROW_FRAMES + full {
-            self.set_free(row, u64::MAX);
-        }
-        if rest > 0 {
-            self.set_free(first / ROW_FRAMES + full, (1 << rest) - 1);
-        }
-        if frames % TREE_FRAMES > 0 {
-            // The frame behind the range: marks where its last block ends.
-            let end = first + frames;
-            self.rows[end / ROW_FRAMES].head |= 1 << (end % ROW_FRAMES);
-        }
-        Ok(range)
+        Ok(span)
     }
 
-    /// Takes away the range that begins at `first`, all of whose frames must be free.
+    /// Takes away the range that begins at `first`, all of whose frames must be free: none in use, none in a cache.
     ///
     /// # Errors
     /// [`FramesError::RangeInUse`] with the number of frames in use, 0 when there is no such range.
-    pub fn remove_range(&mut self, first: FrameNumber) -> Result<FrameRange, FramesError> {
-        let unknown = FramesError::RangeInUse { first, used: FrameCount(0) };
-        let at = self.ranges.binary_search_by_key(&first, |range| range.first).map_err(|_| unknown)?;
-        let range = self.ranges[at];
-        let rows = range_rows(&range);
-        let free: u64 = self.rows[rows.clone()].iter().map(|r| u64::from(r.free.count_ones())).sum();
-        if free < range.count.0 {
-            return Err(FramesError::RangeInUse { first, used: FrameCount(range.count.0 - free) });
+    pub fn remove_range(&mut self, first: FrameNumber) -> Result<(FrameRange, Metadata), FramesError> {
+        let at = self
+            .ranges
+            .binary_search_by_key(&first, |range| range.span.first)
+            .map_err(|_| FramesError::RangeInUse { first, used: FrameCount(0) })?;
+        let used = self.count_used(&self.ranges[at]);
+        if used > 0 {
+            return Err(FramesError::RangeInUse { first, used: FrameCount(used) });
         }
-        for row in rows {
-            self.set_free(row, 0);
-            self.rows[row].head = 0;
-        }
-        self.ranges.remove(at);
-        self.capacity -= range.count.0;
-        self.free -= range.count.0;
-        let rows = self.ranges.last().map_or(0, |last| range_rows(last).end);
-        self.resize_index(rows)?; // shrinks: reserves nothing, cannot fail
-        self.rows.truncate(rows);
-        self.trees.truncate(rows / TREE_ROWS);
-        Ok(range)
+        let range = self.ranges.remove(at);
+        self.capacity -= range.span.count.0;
+        range.lent.words.iter().for_each(|word| word.store(0, Relaxed));
+        Ok((range.span, range.lent))
     }
 
-    /// Takes a free block, in the lowest row (below order 6) or tree that has one.
+    /// Takes a free block, in the lowest row (below order 6) or tree of the lowest zone that has one.
     ///
     /// # Errors
-    /// [`FramesError::Exhausted`]; never while [`Frames::largest_free`] is `order` or above.
-    pub fn alloc(&mut self, order: Order) -> Result<FrameNumber, FramesError> {
-        let k = order.index();
-        let Some(at) = self.index[k].first() else {
-            return Err(FramesError::Exhausted { order, free: self.free(), largest: self.largest_free() });
-        };
-        let (row, bit) = if k < ROW_ORDER {
-            let free = self.rows[at].free;
-            let bit = word::place(free, k).expect("the index says that the row has such a block");
-            self.set_free(at, free & !word::mask(bit, k));
-            (at, bit)
-        } else {
-            let full = u64::from(self.trees[at]);
-            let first = word::place(full, k - ROW_ORDER).expect("the index says that the tree has such a block");
-            let row = at * TREE_ROWS + first;
-            self.set_rows(row, k - ROW_ORDER, Fill::Used);
-            (row, 0)
-        };
-        self.rows[row].head |= 1 << bit;
-        self.free -= order.frames().0;
-        Ok(frame_number(row * ROW_FRAMES + bit))
+    /// [`FramesError::Exhausted`]; never while a block of that order stays free.
+    pub fn alloc(&self, order: Order) -> Result<FrameNumber, FramesError> {
+        let taken = self.search(order, |zone| zone.take(order.index()));
+        let Some((range, offset)) = taken else { return Err(self.exhausted(order)) };
+        range.states().set(offset, Some(order));
+        Ok(range.number(offset))
     }
 
     /// Gives a block back and merges it with its free buddies.
@@ -293,20 +406,159 @@ impl Frames {
     /// # Errors
     /// [`FramesError::Foreign`], [`FramesError::NotAllocated`] (a double free), [`FramesError::NotFirst`],
     /// [`FramesError::WrongOrder`]; nothing has changed then.
-    pub fn free_block(&mut self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
-        let allocated = self.allocated_order(frame)?;
-        if allocated != order {
-            return Err(FramesError::WrongOrder { frame, order, allocated });
+    pub fn free_block(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
+        let place = self.find(frame)?;
+        let range = &self.ranges[place.range];
+        // Checked under the lock: of two threads that free the same block one is refused.
+        let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
+        check(range, place.offset, frame, order)?;
+        range.states().set(place.offset, None);
+        zone.put(place.in_zone(), order.index());
+        self.settle(range, place.zone(), &zone);
+        Ok(())
+    }
+
+    /// Takes single frames, whole rows of neighbours where there are: fills `into` from the front; how many.
+    pub fn alloc_batch(&self, into: &mut [FrameNumber]) -> usize {
+        let mut done = 0;
+        while done < into.len() {
+            let mut rows = [(0, 0_u64); 8];
+            let mut count = 0;
+            let wanted = into.len() - done;
+            let taken = self.search(Order::ZERO, |zone| {
+                let mut left = wanted;
+                while count < rows.len() && left > 0 {
+                    let Some(row) = zone.take_row(left) else { break };
+                    left -= row.1.count_ones() as usize;
+                    rows[count] = row;
+                    count += 1;
+                }
+                (count > 0).then_some(0)
+            });
+            let Some((range, zone)) = taken else { break };
+            for &(first, bits) in &rows[..count] {
+                each_bit(bits, |bit| {
+                    let offset = zone + first + bit;
+                    range.states().set(offset, Some(Order::ZERO));
+                    into[done] = range.number(offset);
+                    done += 1;
+                });
+            }
         }
-        let (row, bit) = split_number(frame);
-        self.rows[row].head &= !(1 << bit);
-        let k = order.index();
-        if k < ROW_ORDER {
-            self.set_free(row, self.rows[row].free | word::mask(bit, k));
-        } else {
-            self.set_rows(row, k - ROW_ORDER, Fill::Free);
+        done
+    }
+
+    /// Gives single frames back, one lock a zone for runs of frames that share it.
+    ///
+    /// # Errors
+    /// As [`Frames::free_block`], and which of them: those before it are free, it and those behind it are not.
+    pub fn free_batch(&self, frames: &[FrameNumber]) -> Result<(), (usize, FramesError)> {
+        let mut at = 0;
+        while at < frames.len() {
+            let place = self.find(frames[at]).map_err(|cause| (at, cause))?;
+            let range = &self.ranges[place.range];
+            let states = range.states();
+            let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
+            let mut result = Ok(());
+            // The frames of one row go back together.
+            let (mut row, mut bits) = (place.in_zone() / ROW_FRAMES, 0_u64);
+            while let Some(&frame) = frames.get(at) {
+                let Some(offset) = range.offset_in_zone(frame, place.zone()) else { break };
+                if let Err(cause) = check(range, offset, frame, Order::ZERO) {
+                    result = Err((at, cause));
+                    break;
+                }
+                states.set(offset, None);
+                let in_zone = offset % ZONE_FRAMES;
+                if in_zone / ROW_FRAMES != row {
+                    zone.put_in_row(row * ROW_FRAMES, bits);
+                    (row, bits) = (in_zone / ROW_FRAMES, 0);
+                }
+                bits |= 1 << (in_zone % ROW_FRAMES);
+                at += 1;
+            }
+            zone.put_in_row(row * ROW_FRAMES, bits);
+            self.settle(range, place.zone(), &zone);
+            result?;
         }
-        self.free += order.frames().0;
+        Ok(())
+    }
+
+    /// Takes `count` neighbouring frames, up to 1 GiB; from 4 MiB on they begin at a multiple of 4 MiB, below that at a
+    /// multiple of the next power of two. Looks at every tree: slow.
+    ///
+    /// # Errors
+    /// [`FramesError::Contiguous`] for a length that is never given; [`FramesError::Exhausted`], with the smallest order
+    /// that holds it, when no such run is free.
+    pub fn alloc_contiguous(&self, count: FrameCount) -> Result<FrameRange, FramesError> {
+        if count.0 == 0 || count.0 > MAX_CONTIGUOUS {
+            return Err(FramesError::Contiguous { count });
+        }
+        let len = count.0 as usize;
+        let order = Order::fitting(count.bytes()).unwrap_or(Order::MAX);
+        for range in &self.ranges {
+            let step = TREE_FRAMES.min(1 << order.get());
+            let total = range.span.count.0 as usize;
+            let mut first = 0;
+            while first + len <= total {
+                let zones = first / ZONE_FRAMES..=(first + len - 1) / ZONE_FRAMES;
+                // Two at most, the lower one first: nobody waits for a lower one while holding a higher one.
+                let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
+                let high =
+                    (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
+                let parts = [Some(&low), high.as_ref()];
+                // As long as it stays in the zones that are locked.
+                while first + len <= total
+                    && (first + len - 1) / ZONE_FRAMES == *zones.end()
+                    && first / ZONE_FRAMES == *zones.start()
+                {
+                    if is_run_free(&parts, first, len) {
+                        each_piece(first, len, |piece, order| {
+                            let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
+                            zone.take_at(piece % ZONE_FRAMES, order.index());
+                            range.states().set(piece, Some(order));
+                            Ok(())
+                        })?;
+                        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
+                            self.settle(range, number, zone);
+                        }
+                        return Ok(FrameRange { first: range.number(first), count });
+                    }
+                    first += step;
+                }
+            }
+        }
+        Err(self.exhausted(order))
+    }
+
+    /// Gives back what [`Frames::alloc_contiguous`] gave, all of it.
+    ///
+    /// # Errors
+    /// As [`Frames::free_block`], for the first piece that is not as it was given; nothing has changed then.
+    pub fn free_contiguous(&self, run: FrameRange) -> Result<(), FramesError> {
+        if run.count.0 == 0 || run.count.0 > MAX_CONTIGUOUS {
+            return Err(FramesError::Contiguous { count: run.count });
+        }
+        let place = self.find(run.first)?;
+        let range = &self.ranges[place.range];
+        let (first, len) = (place.offset, run.count.0 as usize);
+        if first + len > range.span.count.0 as usize {
+            return Err(FramesError::Foreign { frame: range.number(range.span.count.0 as usize - 1) });
+        }
+        let zones = place.zone()..=(first + len - 1) / ZONE_FRAMES;
+        let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
+        let high = (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
+        let parts = [Some(&low), high.as_ref()];
+        each_piece(first, len, |piece, order| check(range, piece, range.number(piece), order))?;
+        each_piece(first, len, |piece, order| {
+            range.states().set(piece, None);
+            let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
+            zone.put(piece % ZONE_FRAMES, order.index());
+            Ok(())
+        })?;
+        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
+            self.settle(range, number, zone);
+        }
         Ok(())
     }
 
@@ -315,25 +567,9 @@ impl Frames {
     /// # Errors
     /// [`FramesError::Foreign`], [`FramesError::NotAllocated`], [`FramesError::NotFirst`].
     pub fn allocated_order(&self, frame: FrameNumber) -> Result<Order, FramesError> {
-        let behind = self.ranges.partition_point(|range| range.first <= frame);
-        if !self.ranges[..behind].last().is_some_and(|range| range.contains(frame)) {
-            return Err(FramesError::Foreign { frame });
-        }
-        let (row, bit) = split_number(frame);
-        if self.rows[row].free >> bit & 1 != 0 {
-            return Err(FramesError::NotAllocated { frame });
-        }
-        if self.rows[row].head >> bit & 1 == 0 {
-            return Err(FramesError::NotFirst { frame });
-        }
-        // No block is larger than its alignment, and it ends at the first boundary.
-        let ends = |order: &Order| {
-            let end = row * ROW_FRAMES + bit + (1 << order.get());
-            end.trailing_zeros() > u32::from(order.get())
-                || end.is_multiple_of(TREE_FRAMES)
-                || is_boundary(self.rows[end / ROW_FRAMES], end % ROW_FRAMES)
-        };
-        Ok(Order::all().find(ends).unwrap_or(Order::MAX))
+        let place = self.find(frame)?;
+        let states = self.ranges[place.range].states();
+        states.get(place.offset).ok_or_else(|| not_allocated(&states, place.offset, frame))
     }
 
     /// Frames in all ranges.
@@ -341,125 +577,154 @@ impl Frames {
         FrameCount(self.capacity)
     }
 
-    /// Free frames.
-    pub const fn free(&self) -> FrameCount {
-        FrameCount(self.free)
+    /// Free frames, those in caches not among them. Looks at every zone.
+    pub fn free(&self) -> FrameCount {
+        FrameCount(self.capacity - self.used().0)
     }
 
-    /// Frames in use.
-    pub const fn used(&self) -> FrameCount {
-        FrameCount(self.capacity - self.free)
+    /// Frames in use or in a cache. Looks at every zone.
+    pub fn used(&self) -> FrameCount {
+        FrameCount(self.ranges.iter().map(|range| self.count_used(range)).sum())
     }
 
     /// The ranges, lowest first.
-    pub fn ranges(&self) -> &[FrameRange] {
-        &self.ranges
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = FrameRange> + '_ {
+        self.ranges.iter().map(|range| range.span)
     }
 
     /// The order of the largest free block: what the next allocation can have.
     pub fn largest_free(&self) -> Option<Order> {
-        Order::all().rev().find(|order| !self.index[order.index()].is_empty())
+        let has = |order: &Order| self.ranges.iter().any(|range| range.next_zone(order.index(), 0).is_some());
+        Order::all().rev().find(has)
     }
 
     /// Free blocks by order, each counted once at the highest order it reaches. Looks at every row.
     pub fn count_free_blocks(&self) -> [u64; Order::COUNT] {
         let mut counts = [0; Order::COUNT];
-        let (in_rows, in_trees) = counts.split_at_mut(ROW_ORDER);
-        for row in self.rows.iter().filter(|row| row.free != u64::MAX) {
-            word::count_blocks(row.free, in_rows);
-        }
-        for &full in &self.trees {
-            word::count_blocks(u64::from(full), in_trees);
+        for range in &self.ranges {
+            for zone in 0..range.zones {
+                Zone::lock(range.zone_words(zone), self.relax).count_free_blocks(&mut counts);
+            }
         }
         counts
     }
 
-    /// Heap bytes of the metadata: about a quarter of a byte a frame.
+    /// Bytes of metadata lent: about a byte and an eighth a frame.
     pub fn metadata_bytes(&self) -> usize {
-        self.rows.capacity() * size_of::<Row>()
-            + self.trees.capacity() * size_of::<u16>()
-            + self.ranges.capacity() * size_of::<FrameRange>()
-            + self.index.iter().map(Bitmap::heap_bytes).sum::<usize>()
+        self.ranges.iter().map(|range| range.lent.bytes()).sum()
     }
 
-    /// Replaces the free bits of a row and brings the indices up to date.
-    fn set_free(&mut self, row: usize, free: u64) {
-        let was = core::mem::replace(&mut self.rows[row].free, free);
-        self.reindex(0, row, levels(was).min(ROW_ORDER), levels(free).min(ROW_ORDER));
-        if (was == u64::MAX) != (free == u64::MAX) {
-            let tree = row / TREE_ROWS;
-            self.set_full(tree, self.trees[tree] ^ 1 << (row % TREE_ROWS));
-        }
+    const fn id(&self) -> u64 {
+        self.id
     }
 
-    /// Makes 2^`order` whole rows from `first` on used or free; they must have been the other.
-    fn set_rows(&mut self, first: usize, order: usize, fill: Fill) {
-        let run = word::mask(0, order);
-        for row in &mut self.rows[first..first + (1 << order)] {
-            row.free = if fill == Fill::Free { u64::MAX } else { 0 };
-        }
-        for index in &mut self.index[..ROW_ORDER] {
-            match fill {
-                Fill::Free => index.set_run(first, run),
-                Fill::Used => index.clear_run(first, run),
+    /// Tries `take` on the zones that may have a free block of `order`, lowest first: the range, and what it gave counted
+    /// from the range's beginning.
+    fn search(&self, order: Order, mut take: impl FnMut(&Zone<'_>) -> Option<usize>) -> Option<(&Range, usize)> {
+        loop {
+            let epoch = self.epoch.load(Acquire);
+            for range in &self.ranges {
+                let mut from = 0;
+                while let Some(number) = range.next_zone(order.index(), from) {
+                    let zone = Zone::lock(range.zone_words(number), self.relax);
+                    let taken = take(&zone);
+                    if let Some(first) = taken {
+                        self.settle(range, number, &zone);
+                        return Some((range, number * ZONE_FRAMES + first));
+                    }
+                    from = number + 1;
+                }
+            }
+            // A block may have become free behind our back: then there is one.
+            if self.epoch.load(Acquire) == epoch {
+                return None;
             }
         }
-        let tree = first / TREE_ROWS;
-        let rows = u16::try_from(word::mask(first % TREE_ROWS, order)).expect("a tree has 16 rows");
-        self.set_full(tree, self.trees[tree] ^ rows);
     }
 
-    /// Replaces the full rows of a tree and brings the indices up to date.
-    fn set_full(&mut self, tree: usize, full: u16) {
-        let was = core::mem::replace(&mut self.trees[tree], full);
-        self.reindex(ROW_ORDER, tree, levels(was.into()), levels(full.into()));
-    }
-
-    /// Row or tree `at` had blocks of `was` orders from `base` on, and now has them of `now`.
-    fn reindex(&mut self, base: usize, at: usize, was: usize, now: usize) {
-        for k in now..was {
-            self.index[base + k].clear(at);
+    /// Says what the zone has now, where that has changed. Before its lock is let go.
+    fn settle(&self, range: &Range, number: usize, zone: &Zone<'_>) {
+        let (before, now) = zone.update_levels();
+        let bit = 1 << (number % 64);
+        for order in now..before {
+            range.hint(order, number / 64).fetch_or(bit, Release);
         }
-        for k in was..now {
-            self.index[base + k].set(at);
+        for order in before..now {
+            range.hint(order, number / 64).fetch_and(!bit, Release);
+        }
+        if now > before {
+            // Behind the hint: who sees no change here has seen the hint.
+            self.epoch.fetch_add(1, Release);
         }
     }
 
-    fn resize_index(&mut self, rows: usize) -> Result<(), TryReserveError> {
-        for (k, index) in self.index.iter_mut().enumerate() {
-            index.resize(if k < ROW_ORDER { rows } else { rows / TREE_ROWS })?;
+    fn find(&self, frame: FrameNumber) -> Result<Place, FramesError> {
+        let behind = self.ranges.partition_point(|range| range.span.first <= frame);
+        let range = behind.checked_sub(1).ok_or(FramesError::Foreign { frame })?;
+        let span = self.ranges[range].span;
+        if !span.contains(frame) {
+            return Err(FramesError::Foreign { frame });
         }
-        Ok(())
+        Ok(Place { range, offset: (frame.0 - span.first.0) as usize })
+    }
+
+    fn count_used(&self, range: &Range) -> u64 {
+        let used: u64 = (0..range.zones).map(|zone| zone::read_used(range.zone_words(zone))).sum();
+        // Those that do not exist are counted as used.
+        used.saturating_sub((range.zones * ZONE_FRAMES) as u64 - range.span.count.0)
+    }
+
+    fn exhausted(&self, order: Order) -> FramesError {
+        FramesError::Exhausted { order, free: self.free(), largest: self.largest_free() }
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fill {
-    Free,
-    Used,
+/// Whether a block of `order` begins there.
+fn check(range: &Range, offset: usize, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
+    let states = range.states();
+    match states.get(offset) {
+        Some(allocated) if allocated == order => Ok(()),
+        Some(allocated) => Err(FramesError::WrongOrder { frame, order, allocated }),
+        None => Err(not_allocated(&states, offset, frame)),
+    }
 }
 
-/// How many orders the word has a free block of.
-fn levels(free: u64) -> usize {
-    word::largest(free).map_or(0, |order| order + 1)
+fn not_allocated(states: &States<'_>, offset: usize, frame: FrameNumber) -> FramesError {
+    if states.is_inside(offset) { FramesError::NotFirst { frame } } else { FramesError::NotAllocated { frame } }
 }
 
-/// Whether a block ends before this frame: it is free or begins another block.
-fn is_boundary(row: Row, bit: usize) -> bool {
-    (row.free | row.head) >> bit & 1 != 0
+/// Whether `len` frames from `first` on are free; the zones they lie in are locked.
+fn is_run_free(parts: &[Option<&Zone<'_>>; 2], first: usize, len: usize) -> bool {
+    let base = first / ZONE_FRAMES * ZONE_FRAMES;
+    let (start, end) = (first - base, first - base + len);
+    let in_zone = |number: usize| {
+        let (from, to) = (start.max(number * ZONE_FRAMES), end.min((number + 1) * ZONE_FRAMES));
+        let zone = parts[number];
+        from >= to || zone.is_some_and(|zone| zone.is_free(from - number * ZONE_FRAMES, to - number * ZONE_FRAMES))
+    };
+    in_zone(0) && in_zone(1)
 }
 
-/// The rows of a range, whole trees.
-fn range_rows(range: &FrameRange) -> core::ops::Range<usize> {
-    let first = range.first.0 as usize / ROW_FRAMES;
-    let count = usize::try_from(range.count.0).expect("checked when the range was added");
-    first..first + count.div_ceil(TREE_FRAMES) * TREE_ROWS
+/// The blocks that `len` frames from `first` on are made of: the largest that fit, in order.
+fn each_piece(
+    first: usize,
+    len: usize,
+    mut piece: impl FnMut(usize, Order) -> Result<(), FramesError>,
+) -> Result<(), FramesError> {
+    let (mut at, end) = (first, first + len);
+    while at < end {
+        let fits = |order: &Order| at.is_multiple_of(1 << order.get()) && at + (1 << order.get()) <= end;
+        let order = Order::all().rev().find(fits).unwrap_or(Order::ZERO);
+        piece(at, order)?;
+        at += 1 << order.get();
+    }
+    Ok(())
 }
 
-fn frame_number(frame: usize) -> FrameNumber {
-    FrameNumber(u32::try_from(frame).expect("a node has at most 2^32 frames"))
-}
-
-const fn split_number(frame: FrameNumber) -> (usize, usize) {
-    (frame.0 as usize / ROW_FRAMES, frame.0 as usize % ROW_FRAMES)
+fn each_bit(bits: u64, mut look: impl FnMut(usize)) {
+    let mut left = bits;
+    while left != 0 {
+        look(left.trailing_zeros() as usize);
+        left &= left - 1;
+    }
 }

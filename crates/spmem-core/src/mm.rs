@@ -8,7 +8,7 @@
 
 use core::fmt;
 
-use crate::frames::{FrameRange, FramesError};
+use crate::frames::{FrameRange, FramesError, Metadata};
 use crate::grant::{Grant, GrantError, Rights};
 use crate::node::{Node, NodeError, NodeSpec, NodeTable, Owner};
 use crate::units::{Bytes, FrameCount, FrameNumber, NodeId, Order};
@@ -148,13 +148,14 @@ pub struct NodeStats {
 ///
 /// ```
 /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
-/// use spmem_core::{grant::Rights, mm::MemoryManager, wall::{Domain, Request}};
+/// use spmem_core::{frames::Metadata, grant::Rights, mm::MemoryManager, wall::{Domain, Request}};
 /// use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
 /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
 /// #     guard: Guard::Hard, owner: "cram".into() };
 /// let mut mm = MemoryManager::new();
 /// let owner = mm.register_node(NodeId::ONE, spec.clone()).unwrap();
-/// mm.add_range(&owner, &spec, FrameCount(1024)).unwrap();
+/// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
+/// mm.add_range(&owner, &spec, FrameCount(1024), lent).unwrap();
 /// let grant = mm.table_mut().grant(&[&owner], Rights::ALLOC, Bytes(8192)).unwrap();
 ///
 /// let (root, grants) = (Domain::root(), [&grant]);
@@ -204,8 +205,9 @@ impl MemoryManager {
         owner: &Owner,
         spec: &NodeSpec,
         count: FrameCount,
+        lent: Metadata,
     ) -> Result<FrameRange, NodeError> {
-        self.table.add_range(owner, spec, count)
+        self.table.add_range(owner, spec, count, lent)
     }
 
     /// Allocates a block on one of the nodes that the wall allows, charging the grant that opened an SPM node.

@@ -12,7 +12,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use bitflags::bitflags;
 
-use crate::frames::{FrameRange, Frames, FramesError};
+use crate::frames::{FrameRange, Frames, FramesError, Metadata};
 use crate::grant::Grants;
 use crate::nodemask::NodeMask;
 use crate::units::{FrameCount, FrameNumber, NodeId};
@@ -302,6 +302,7 @@ pub(crate) struct Node {
 /// The register of nodes, and of the grants on them.
 ///
 /// ```
+/// use spmem_core::frames::Metadata;
 /// use spmem_core::node::{Class, Guard, NodeSpec, NodeTable, NodeType, Services};
 /// use spmem_core::units::{FrameCount, NodeId};
 /// let cram = NodeSpec {
@@ -313,7 +314,8 @@ pub(crate) struct Node {
 /// };
 /// let mut table = NodeTable::new();
 /// let owner = table.register(NodeId::ONE, cram.clone()).unwrap();
-/// table.add_range(&owner, &cram, FrameCount(1024)).unwrap();
+/// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
+/// table.add_range(&owner, &cram, FrameCount(1024), lent).unwrap();
 /// assert!(table.spm().contains(NodeId::ONE) && !table.sysram().contains(NodeId::ONE));
 /// assert!(table.register(NodeId::ONE, cram).is_err());
 /// ```
@@ -386,7 +388,7 @@ impl NodeTable {
         Ok(Owner { table: self.id, serial, node })
     }
 
-    /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3).
+    /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3). `lent` is sysram (R7).
     ///
     /// # Errors
     /// [`NodeError::NotOwner`], [`NodeError::Conflict`], [`NodeError::Frames`].
@@ -395,19 +397,24 @@ impl NodeTable {
         owner: &Owner,
         spec: &NodeSpec,
         count: FrameCount,
+        lent: Metadata,
     ) -> Result<FrameRange, NodeError> {
         let node = self.owned(owner)?;
         if let Some(property) = node.spec.conflict(spec) {
             return Err(NodeError::Conflict { node: owner.node, property });
         }
-        Ok(node.frames.add_range(count)?)
+        Ok(node.frames.add_range(count, lent)?)
     }
 
-    /// Takes a range away from a node; none of its frames may be in use.
+    /// Takes a range away from a node; none of its frames may be in use. What was lent for it comes back.
     ///
     /// # Errors
     /// [`NodeError::NotOwner`], [`NodeError::Frames`].
-    pub fn remove_range(&mut self, owner: &Owner, first: FrameNumber) -> Result<FrameRange, NodeError> {
+    pub fn remove_range(
+        &mut self,
+        owner: &Owner,
+        first: FrameNumber,
+    ) -> Result<(FrameRange, Metadata), NodeError> {
         Ok(self.owned(owner)?.frames.remove_range(first)?)
     }
 

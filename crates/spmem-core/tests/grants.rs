@@ -2,12 +2,17 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
+use spmem_core::frames::Metadata;
 use spmem_core::grant::{Charge, Grant, GrantError, Rights, Wider};
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
 use spmem_core::wall::{Domain, Request};
+
+fn lent(frames: u64) -> Metadata {
+    Metadata::from_heap(FrameCount(frames)).unwrap()
+}
 
 const NODES: u16 = 3;
 const FRAMES: u64 = 1024;
@@ -92,7 +97,7 @@ impl Model {
         let mut owners = Vec::new();
         for node in 0..NODES {
             let owner = mm.register_node(NodeId::new(node).unwrap(), spec.clone()).unwrap();
-            mm.add_range(&owner, &spec, FrameCount(FRAMES)).unwrap();
+            mm.add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES)).unwrap();
             owners.push(owner);
         }
         Self { mm, owners, grants: Vec::new(), held: Vec::new() }
@@ -274,13 +279,13 @@ proptest! {
 fn a_grant_on_a_node_does_not_open_its_successor() {
     let mut model = Model::new();
     model.grant(&[1], 63, 100_000);
-    let first = model.mm.table().frames(NodeId::ONE).unwrap().ranges()[0].first;
+    let first = model.mm.table().frames(NodeId::ONE).unwrap().ranges().next().unwrap().first;
     let owner = model.owners.remove(1);
     let spec = model.mm.table().spec(NodeId::ONE).unwrap().clone();
     model.mm.table_mut().remove_range(&owner, first).unwrap();
     model.mm.table_mut().unregister(&owner).unwrap();
     let anew = model.mm.register_node(NodeId::ONE, spec.clone()).unwrap();
-    model.mm.add_range(&anew, &spec, FrameCount(8)).unwrap();
+    model.mm.add_range(&anew, &spec, FrameCount(8), lent(8)).unwrap();
     let (domain, shown) = (Domain::root(), [model.grants[0].value.as_ref().unwrap()]);
     assert!(model.mm.alloc(&Request::on(&domain, NodeId::ONE, &shown), Order::ZERO).is_err());
 }

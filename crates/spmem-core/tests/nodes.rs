@@ -4,11 +4,16 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use spmem_core::frames::Metadata;
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
 use spmem_core::wall::{Domain, Request, Strictness, allowed};
+
+fn lent(frames: u64) -> Metadata {
+    Metadata::from_heap(FrameCount(frames)).unwrap()
+}
 
 fn spec() -> impl Strategy<Value = NodeSpec> {
     let types = prop_oneof![Just(NodeType::Sysram), Just(NodeType::Spm)];
@@ -95,7 +100,7 @@ impl Model {
         let Some(known) = self.nodes.get_mut(&node) else { return };
         let spec = spec.unwrap_or_else(|| NodeSpec { owner: "other".into(), ..known.spec.clone() });
         let is_alike = NodeSpec { owner: "test".into(), ..spec.clone() } == known.spec;
-        match self.mm.add_range(&known.owner, &spec, FrameCount(count)) {
+        match self.mm.add_range(&known.owner, &spec, FrameCount(count), lent(count)) {
             Ok(range) => {
                 assert!(is_alike);
                 known.ranges.push(range.first);
@@ -132,7 +137,7 @@ impl Model {
         let Some(known) = self.nodes.get_mut(&node) else { return };
         let Some(&first) = known.ranges.last() else { return };
         match self.mm.table_mut().remove_range(&known.owner, first) {
-            Ok(range) => assert_eq!(known.ranges.pop(), Some(range.first)),
+            Ok((range, _)) => assert_eq!(known.ranges.pop(), Some(range.first)),
             Err(_) => assert!(known.used > 0),
         }
     }
@@ -228,6 +233,6 @@ fn a_token_of_another_table_owns_nothing() {
     let owner = mine.register_node(NodeId::ONE, spec.clone()).unwrap();
     theirs.register_node(NodeId::ONE, spec.clone()).unwrap();
     let refused = NodeError::NotOwner { node: NodeId::ONE };
-    assert_eq!(theirs.add_range(&owner, &spec, FrameCount(1)), Err(refused));
+    assert_eq!(theirs.add_range(&owner, &spec, FrameCount(1), lent(1)), Err(refused));
     assert_eq!(theirs.table_mut().unregister(&owner), Err(refused));
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
+use spmem_core::frames::Metadata;
 use spmem_core::grant::{Grant, Rights};
 use spmem_core::mm::{AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
@@ -11,6 +12,10 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
 use spmem_core::wall::{Domain, Reason, Request, Reserve, Strictness, allowed};
 use spmem_core::watermark::Watermarks;
+
+fn lent(frames: u64) -> Metadata {
+    Metadata::from_heap(FrameCount(frames)).unwrap()
+}
 
 type Set = BTreeSet<u16>;
 
@@ -122,7 +127,7 @@ impl World {
             };
             let owner = mm.register_node(id(node), spec.clone()).unwrap();
             if frames > 0 {
-                mm.add_range(&owner, &spec, FrameCount(frames)).unwrap();
+                mm.add_range(&owner, &spec, FrameCount(frames), lent(frames)).unwrap();
             }
             owners.push(owner);
         }

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 use samples::{Ram, collect_samples};
+use spmem_core::frames::Metadata;
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{Codec, Encoded, GrantedFrames, Scratch, Store};
 use spmem_node::{Handle, PAGE_BYTES, Page, Stage};
@@ -69,7 +70,9 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
         }
     }
     let frames = kept.len() + 1024;
-    let mut store = Store::new(GrantedFrames::embedded(FrameCount(frames as u64))?, Ram::new(frames), 0x5eed);
+    let capacity = FrameCount(frames as u64);
+    let mut store =
+        Store::new(GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?, Ram::new(frames), 0x5eed);
     let mut rounds = Rounds::default();
     for _ in 0..ROUNDS {
         time_codec(&mut rounds, codec, &kept, &encoded);

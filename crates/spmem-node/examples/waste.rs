@@ -10,6 +10,7 @@ mod samples;
 use std::error::Error;
 
 use samples::{Ram, Random, Sample, collect_samples};
+use spmem_core::frames::Metadata;
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::compressed::{GrantedFrames, Stats, Store};
 use spmem_node::{Handle, Page, Stage};
@@ -51,7 +52,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
     let frames = pages.len() + 1024;
-    let granted = GrantedFrames::embedded(FrameCount(frames as u64))?;
+    let capacity = FrameCount(frames as u64);
+    let granted = GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?;
     let mut store = Store::new(granted, Ram::new(frames), 0x5eed);
     let mut handles = Vec::new();
     for page in pages {

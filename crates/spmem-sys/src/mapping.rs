@@ -2,7 +2,7 @@
 
 use crate::{PAGE, Result};
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use syscalls::{Sysno, syscall};
 
 /// Every live [`Mapping`] of this process, so that nobody takes spmem's own memory for the program's. Names in
@@ -187,6 +187,26 @@ impl Mapping {
         let base = self.base;
         core::mem::forget(self);
         base
+    }
+
+    /// A new mapping of so many words, all zero, for ever. Takes RAM only where it is written.
+    ///
+    /// # Errors
+    /// As [`Mapping::new`].
+    pub fn leak_words(words: usize, name: &CStr) -> Result<&'static [AtomicU64]> {
+        let base = Self::new((words * size_of::<AtomicU64>()).max(1), name)?.leak();
+        // SAFETY: mapped for ever, page-aligned, long enough, zero; nobody else knows the address.
+        Ok(unsafe { core::slice::from_raw_parts(base.cast(), words) })
+    }
+
+    /// The same of bytes.
+    ///
+    /// # Errors
+    /// As [`Mapping::new`].
+    pub fn leak_bytes(bytes: usize, name: &CStr) -> Result<&'static [AtomicU8]> {
+        let base = Self::new(bytes.max(1), name)?.leak();
+        // SAFETY: as in `leak_words`.
+        Ok(unsafe { core::slice::from_raw_parts(base.cast(), bytes) })
     }
 
     /// `len` bytes from `offset`.

@@ -26,6 +26,7 @@ use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
+use spmem_core::frames::Metadata;
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{GrantedFrames, Store};
 use spmem_sys::fd::Fd;
@@ -424,15 +425,13 @@ impl Runtime {
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
-        let granted = GrantedFrames::embedded(FrameCount(capacity / PAGE as u64)).map_err(|_| Errno::ENOMEM)?;
-        let store = Store::new(
-            granted,
-            Frames { mapping: frames, committed: 0 },
-            self.shared().seed.load(Ordering::Relaxed),
-        );
         let uffd = self.make_userfaultfd()?;
         // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
         uffd.register(holding.start(), holding.len())?;
+        let capacity = FrameCount(capacity / PAGE as u64);
+        let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;
+        let frames = Frames { mapping: frames, committed: 0 };
+        let store = Store::new(granted, frames, self.shared().seed.load(Ordering::Relaxed));
         *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
         self.holding_start.store(holding.start(), Ordering::Relaxed);
         self.trash_start.store(trash.start(), Ordering::Relaxed);
@@ -552,6 +551,15 @@ impl Runtime {
         let _ = socket.into_fd().into_raw();
         result
     }
+}
+
+/// Memory for what is known of node 1's frames, on sysram (R7).
+fn lend_metadata(capacity: FrameCount) -> Result<Metadata> {
+    let (words, bytes) = Metadata::size(capacity);
+    Ok(Metadata::new(
+        Mapping::leak_words(words, c"spmem frames")?,
+        Mapping::leak_bytes(bytes, c"spmem frame states")?,
+    ))
 }
 
 fn new_userfaultfd(device: i32) -> Result<Uffd> {

@@ -37,6 +37,19 @@ pub(super) fn largest(free: u64) -> Option<usize> {
     Some(WORD_ORDER - 1)
 }
 
+/// The order of the largest free block that holds the free block of `order` at `bit`.
+pub(super) fn merged(free: u64, bit: usize, order: usize) -> usize {
+    let mut order = order;
+    while order + 1 < WORD_ORDER {
+        let mask = mask(bit >> (order + 1) << (order + 1), order + 1);
+        if free & mask != mask {
+            return order;
+        }
+        order += 1;
+    }
+    if free == u64::MAX { WORD_ORDER } else { order }
+}
+
 /// Free blocks by order, each counted once at the highest order it reaches.
 pub(super) fn count_blocks(free: u64, counts: &mut [u64]) {
     let mut runs = free;

@@ -6,6 +6,7 @@
 //!
 //! Owns the memory manager: whoever holds the store's lock holds the manager's.
 
+use spmem_core::frames::Metadata;
 use spmem_core::grant::{Grant, GrantError, Rights};
 use spmem_core::mm::{self, AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Services};
@@ -64,7 +65,7 @@ impl core::error::Error for SetupError {
 
 impl GrantedFrames {
     /// The embedded default machine: node 0 is sysram (class 1), node 1 is SPM (class 4, owner
-    /// "cram", guard hard) with `capacity` frames, all of them under one grant.
+    /// "cram", guard hard) with `capacity` frames, all of them under one grant. `lent` is for their metadata.
     ///
     /// Node 0 gets no frames here: the kernel gives out this machine's RAM.
     ///
@@ -72,19 +73,21 @@ impl GrantedFrames {
     /// [`SetupError`] with what the memory manager refused, a capacity of zero for one.
     ///
     /// ```
+    /// use spmem_core::frames::Metadata;
     /// use spmem_core::units::{FrameCount, NodeId, Order};
     /// use spmem_node::compressed::{FrameSource, GrantedFrames};
-    /// let mut frames = GrantedFrames::embedded(FrameCount(64))?;
+    /// let lent = Metadata::from_heap(FrameCount(64)).expect("a little memory");
+    /// let mut frames = GrantedFrames::embedded(FrameCount(64), lent)?;
     /// let block = frames.alloc(Order::ZERO).expect("64 frames are free");
     /// assert_eq!(block.node(), NodeId::ONE);
     /// frames.free(block);
     /// # Ok::<(), spmem_node::compressed::SetupError>(())
     /// ```
-    pub fn embedded(capacity: FrameCount) -> Result<Self, SetupError> {
+    pub fn embedded(capacity: FrameCount, lent: Metadata) -> Result<Self, SetupError> {
         let mut mm = MemoryManager::new();
         let sysram = mm.register_node(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
         let cram = mm.register_node(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
-        mm.add_range(&cram, &cram_spec(), capacity).map_err(SetupError::Node)?;
+        mm.add_range(&cram, &cram_spec(), capacity, lent).map_err(SetupError::Node)?;
         let grant = mm
             .table_mut()
             .grant(&[&cram], Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM, capacity.bytes())
@@ -207,8 +210,13 @@ mod tests {
     use crate::conformance::conformance;
     use crate::testing::Ram;
 
+    fn embedded(frames: u64) -> GrantedFrames {
+        let lent = Metadata::from_heap(FrameCount(frames)).unwrap();
+        GrantedFrames::embedded(FrameCount(frames), lent).unwrap()
+    }
+
     fn new_store(frames: usize) -> Store<GrantedFrames, Ram> {
-        let granted = GrantedFrames::embedded(FrameCount(frames as u64)).unwrap();
+        let granted = embedded(frames as u64);
         Store::new(granted, Ram::new(frames), 0x5eed)
     }
 
@@ -216,7 +224,7 @@ mod tests {
 
     #[test]
     fn frames_come_from_node_1_and_are_charged_to_the_grant() {
-        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let mut frames = embedded(16);
         let block = frames.alloc(Order::new(3).unwrap()).unwrap();
         assert_eq!(block.node(), NodeId::ONE);
         let info = frames.mm().table().grant_info(frames.grant()).unwrap();
@@ -227,7 +235,7 @@ mod tests {
 
     #[test]
     fn without_the_grant_no_frame_is_had() {
-        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let mut frames = embedded(16);
         let root = Domain::root();
         let request = Request::on(&root, NodeId::ONE, &[]);
         assert!(matches!(frames.mm_mut().alloc(&request, Order::ZERO), Err(AllocError::Refused(_))));
@@ -235,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_revoked_grant_gives_no_more_frames_and_says_so() {
-        let mut frames = GrantedFrames::embedded(FrameCount(16)).unwrap();
+        let mut frames = embedded(16);
         let id = frames.grant().id();
         let (mm, owners) = frames.parts_mut();
         mm.table_mut().revoke(&owners.cram, id).unwrap();

@@ -9,7 +9,7 @@
 //! ```
 //! use spmem_node::compressed::{Scratch, Store};
 //! # use spmem_node::compressed::{FrameBytes, GrantedFrames};
-//! # use spmem_core::units::FrameCount;
+//! # use spmem_core::{frames::Metadata, units::FrameCount};
 //! # struct Ram(Vec<u8>);
 //! # impl FrameBytes for Ram {
 //! #     fn bytes(&self, offset: usize, len: usize) -> &[u8] { &self.0[offset..offset + len] }
@@ -19,7 +19,8 @@
 //! #     fn discard(&mut self, offset: usize, len: usize) { self.0[offset..offset + len].fill(0) }
 //! # }
 //! # let ram = Ram(vec![0; 64 * 4096]);
-//! let frames = GrantedFrames::embedded(FrameCount(64))?;
+//! let lent = Metadata::from_heap(FrameCount(64)).expect("a little memory");
+//! let frames = GrantedFrames::embedded(FrameCount(64), lent)?;
 //! let mut store = Store::new(frames, ram, 0x5eed);
 //! let mut page = [0; 4096];
 //! for (i, byte) in page.iter_mut().enumerate() {
