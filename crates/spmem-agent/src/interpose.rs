@@ -13,7 +13,7 @@ use core::arch::naked_asm;
 use core::ffi::{CStr, c_int, c_void};
 use core::sync::atomic::{AtomicUsize, Ordering};
 use spmem_sys::PAGE;
-use spmem_sys::maps::{Maps, Name};
+use spmem_sys::maps::{Maps, Name, Vma};
 
 type Start = extern "C" fn(*mut c_void) -> *mut c_void;
 type PthreadCreate = unsafe extern "C" fn(*mut c_void, *const c_void, Start, *mut c_void) -> c_int;
@@ -218,11 +218,12 @@ pub unsafe extern "C" fn mremap(
     let next = MREMAP.find();
     // SAFETY: the address is that of the C library's mremap.
     let next: Mremap = unsafe { core::mem::transmute::<usize, Mremap>(next) };
-    let may_be_pieces = RUNTIME.is_managed() && len > 0 && new_len >= len && flags & !MOVES == 0;
-    let first = if may_be_pieces { piece(from.addr(), len) } else { None };
+    let is_possible = RUNTIME.is_managed() && len > 0 && new_len >= len && flags & !MOVES == 0;
+    let is_fixed_move = flags == MOVES && new_len == len;
+    let is_ours = is_possible && (is_one_mapping(from.addr(), len) || is_fixed_move && moves_several());
     // SAFETY: the caller's arguments.
     let result = unsafe { next(from, len, new_len, flags, to) };
-    if result != libc::MAP_FAILED || errno() != libc::EFAULT || first.is_none() {
+    if result != libc::MAP_FAILED || errno() != libc::EFAULT || !is_ours {
         return result;
     }
     // SAFETY: as above.
@@ -231,17 +232,58 @@ pub unsafe extern "C" fn mremap(
 
 /// Flags of a call that can be done in pieces.
 const MOVES: c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+/// How often a piece that cannot be moved is looked up and tried again: it may have been split in between.
+const MOVE_TRIES: usize = 64;
 
-/// Bytes from `address` to the end of the mapping it is in, at most `len`.
+/// Whether the program knows the range as one mapping: nothing but registration can split one whose parts are alike.
+fn is_one_mapping(start: usize, len: usize) -> bool {
+    let Ok(maps) = Maps::open_by_path() else { return false };
+    let Some(end) = start.checked_add(len) else { return false };
+    let mut first = None;
+    let mut at = start;
+    while at < end {
+        let Ok(Some(vma)) = maps.at_or_above(at) else { return false };
+        let like = Vma { start: 0, end: 0, ..vma };
+        if vma.start > at || vma.is_file || vma.is_shared || *first.get_or_insert(like) != like {
+            return false;
+        }
+        at = vma.end;
+    }
+    true
+}
+
+/// Whether mremap(2) moves several mappings at once (Linux 6.17).
+fn moves_several() -> bool {
+    let mut name = core::mem::MaybeUninit::<libc::utsname>::uninit();
+    // SAFETY: writes the structure, whole.
+    if unsafe { libc::uname(name.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: written by the kernel.
+    let name = unsafe { name.assume_init() };
+    let mut numbers = name
+        .release
+        .split(|&byte| !byte.cast_unsigned().is_ascii_digit())
+        .map(|digits| digits.iter().fold(0_u32, |sum, &digit| sum * 10 + u32::from(digit.cast_unsigned() - b'0')));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (6, 17)
+}
+
+/// What is mapped at `address`: bytes to its end, at most `len`.
 fn piece(address: usize, len: usize) -> Option<usize> {
     let vma = Maps::open_by_path().ok()?.at_or_above(address).ok()??;
     (vma.start <= address).then(|| len.min(vma.end - address))
 }
 
+/// Where the next mapping behind `address` begins.
+fn first_behind(address: usize) -> Option<usize> {
+    Some(Maps::open_by_path().ok()?.at_or_above(address).ok()??.start)
+}
+
 /// What mremap(2) would have done with one mapping that registration has split, mapping by mapping.
 ///
 /// Kernels before 6.17 move nothing of it; later ones stop (EFAULT) at the first piece that is registered, and what lies
-/// before it has moved by then.
+/// before it has moved by then. Where a piece cannot be moved, those that were are moved back.
 unsafe fn move_pieces(
     next: Mremap,
     from: *mut c_void,
@@ -250,65 +292,82 @@ unsafe fn move_pieces(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
-    let target = if flags & libc::MREMAP_FIXED != 0 {
+    let is_fixed = flags & libc::MREMAP_FIXED != 0;
+    if !is_fixed && flags & libc::MREMAP_MAYMOVE == 0 {
+        // It grows where it is or not at all: its last piece does.
+        let mut start = 0;
+        while let Some(piece) = piece(from.addr() + start, len - start) {
+            if start + piece == len {
+                let at = from.wrapping_byte_add(start);
+                // SAFETY: the caller's memory.
+                let result = unsafe { next(at, piece, piece + (new_len - len), 0) };
+                return if result == libc::MAP_FAILED { result } else { from };
+            }
+            start += piece;
+        }
+        return failed(libc::EFAULT);
+    }
+    let target = if is_fixed {
         to
-    } else if flags & libc::MREMAP_MAYMOVE != 0 {
+    } else {
         let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping touches nothing that exists.
         unsafe { libc::mmap(core::ptr::null_mut(), new_len, libc::PROT_NONE, how, -1, 0) }
-    } else {
-        // It grows where it is or not at all: its last piece does.
-        from
     };
     if target == libc::MAP_FAILED {
         return target;
     }
+    // SAFETY: the caller's memory, and the place it is to move to.
+    let (done, cause) = unsafe { move_range(next, from, target, len, new_len) };
+    if done == len {
+        return target;
+    }
+    // SAFETY: what was moved goes back to where it was, which is free.
+    let (back, _) = unsafe { move_range(next, target, from, done, done) };
+    if !is_fixed && back == done {
+        // SAFETY: nothing is left there.
+        unsafe { libc::munmap(target, new_len) };
+    }
+    failed(cause)
+}
+
+/// Moves `len` bytes mapping by mapping, the last of them growing by what `new_len` is more. How many were moved, and
+/// the errno of the one that was not.
+unsafe fn move_range(
+    next: Mremap,
+    from: *mut c_void,
+    to: *mut c_void,
+    len: usize,
+    new_len: usize,
+) -> (usize, c_int) {
     let mut done = 0;
-    // A piece may be split again before it is moved.
     let mut tries = MOVE_TRIES;
     while done < len {
         let at = from.wrapping_byte_add(done);
         let Some(piece) = piece(at.addr(), len - done) else {
-            let is_moved = flags & libc::MREMAP_FIXED != 0 && done == 0;
+            // A hole: what the kernel has moved already, or one of the program's between several mappings.
             match first_behind(at.addr()) {
-                // What the kernel has moved already.
-                Some(first) if is_moved && first - at.addr() < len => done = first - at.addr(),
-                _ => return failed(),
+                Some(first) if first - at.addr() < len - done => done += first - at.addr(),
+                _ => return (len, 0),
             }
             continue;
         };
-        let is_last = done + piece == len;
-        let new_piece = if is_last { piece + (new_len - len) } else { piece };
-        let result = if target != from {
-            // SAFETY: the caller's memory, and the place it is to move to.
-            unsafe { next(at, piece, new_piece, MOVES, target.wrapping_byte_add(done)) }
-        } else if is_last {
-            // SAFETY: the caller's memory.
-            unsafe { next(at, piece, new_piece, 0) }
-        } else {
-            at
-        };
+        let new_piece = if done + piece == len { piece + (new_len - len) } else { piece };
+        // SAFETY: as the caller says.
+        let result = unsafe { next(at, piece, new_piece, MOVES, to.wrapping_byte_add(done)) };
         if result != libc::MAP_FAILED {
             done += piece;
         } else if errno() != libc::EFAULT || tries == 0 {
-            return result;
+            return (done, errno());
         } else {
             tries -= 1;
         }
     }
-    target
+    (done, 0)
 }
 
-/// How often a piece is tried again.
-const MOVE_TRIES: usize = 64;
-
-/// Where the next mapping behind `address` begins.
-fn first_behind(address: usize) -> Option<usize> {
-    Some(Maps::open_by_path().ok()?.at_or_above(address).ok()??.start)
-}
-
-fn failed() -> *mut c_void {
-    fail(libc::EFAULT);
+fn failed(cause: c_int) -> *mut c_void {
+    fail(cause);
     libc::MAP_FAILED
 }
 

@@ -437,12 +437,17 @@ impl Frames {
             });
             let Some((range, zone)) = taken else { break };
             for &(first, bits) in &rows[..count] {
+                let first = zone + first;
+                let number = range.number(first).0;
+                let states = &range.states().0[first..(first + ROW_FRAMES).min(range.lent.states.len())];
+                let mut to = into[done..].iter_mut();
                 each_bit(bits, |bit| {
-                    let offset = zone + first + bit;
-                    range.states().set(offset, Some(Order::ZERO));
-                    into[done] = range.number(offset);
-                    done += 1;
+                    states[bit].store(1, Relaxed);
+                    if let Some(to) = to.next() {
+                        *to = FrameNumber(number + bit as u32);
+                    }
                 });
+                done += bits.count_ones() as usize;
             }
         }
         done
@@ -619,26 +624,34 @@ impl Frames {
     }
 
     /// Tries `take` on the zones that may have a free block of `order`, lowest first: the range, and what it gave counted
-    /// from the range's beginning.
+    /// from the range's beginning. A zone that somebody else works on is passed over as long as another one has some.
     fn search(&self, order: Order, mut take: impl FnMut(&Zone<'_>) -> Option<usize>) -> Option<(&Range, usize)> {
+        let mut is_patient = false;
         loop {
             let epoch = self.epoch.load(Acquire);
+            let mut was_busy = false;
             for range in &self.ranges {
                 let mut from = 0;
                 while let Some(number) = range.next_zone(order.index(), from) {
-                    let zone = Zone::lock(range.zone_words(number), self.relax);
-                    let taken = take(&zone);
-                    if let Some(first) = taken {
+                    from = number + 1;
+                    let words = range.zone_words(number);
+                    let zone =
+                        if is_patient { Some(Zone::lock(words, self.relax)) } else { Zone::try_lock(words) };
+                    let Some(zone) = zone else {
+                        was_busy = true;
+                        continue;
+                    };
+                    if let Some(first) = take(&zone) {
                         self.settle(range, number, &zone);
                         return Some((range, number * ZONE_FRAMES + first));
                     }
-                    from = number + 1;
                 }
             }
             // A block may have become free behind our back: then there is one.
-            if self.epoch.load(Acquire) == epoch {
+            if !was_busy && self.epoch.load(Acquire) == epoch {
                 return None;
             }
+            is_patient = true;
         }
     }
 
@@ -659,7 +672,12 @@ impl Frames {
     }
 
     fn find(&self, frame: FrameNumber) -> Result<Place, FramesError> {
-        let behind = self.ranges.partition_point(|range| range.span.first <= frame);
+        // Most nodes have one range.
+        let behind = if self.ranges.len() == 1 {
+            1
+        } else {
+            self.ranges.partition_point(|range| range.span.first <= frame)
+        };
         let range = behind.checked_sub(1).ok_or(FramesError::Foreign { frame })?;
         let span = self.ranges[range].span;
         if !span.contains(frame) {
@@ -682,8 +700,10 @@ impl Frames {
 /// Whether a block of `order` begins there.
 fn check(range: &Range, offset: usize, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
     let states = range.states();
+    if states.is(offset, order) {
+        return Ok(());
+    }
     match states.get(offset) {
-        Some(allocated) if allocated == order => Ok(()),
         Some(allocated) => Err(FramesError::WrongOrder { frame, order, allocated }),
         None => Err(not_allocated(&states, offset, frame)),
     }

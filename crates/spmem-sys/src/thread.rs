@@ -139,6 +139,20 @@ pub fn last_cpu(tid: u32) -> Result<usize> {
     number.ok_or(crate::Errno::EINVAL)
 }
 
+/// Moves the calling thread into the network name space of another one (setns(2)); abstract sockets belong to one.
+///
+/// # Errors
+/// As open(2) and setns(2): `EPERM` without CAP_SYS_ADMIN there.
+pub fn join_network_of(tid: u32) -> Result<()> {
+    let mut path = Text::<40> { bytes: [0; 40], len: 0 };
+    write!(path, "/proc/{tid}/ns/net\0").map_err(|_| crate::Errno::EINVAL)?;
+    let path = core::ffi::CStr::from_bytes_until_nul(&path.bytes).map_err(|_| crate::Errno::EINVAL)?;
+    let space = crate::fd::Fd::open_in_proc(path)?;
+    // SAFETY: takes no pointer.
+    unsafe { syscall!(Sysno::setns, space.raw(), libc::CLONE_NEWNET) }?;
+    Ok(())
+}
+
 /// Text of at most `N` bytes.
 struct Text<const N: usize> {
     bytes: [u8; N],

@@ -19,6 +19,11 @@ pub const CASES: &[Case] = &[
         rewrite,
     ),
     Case::new("fork-kill", "SIGKILL of a child in the middle of its faults harms nobody", kill),
+    Case::new(
+        "fork-namespaces",
+        "a child forked after unshare(2) of network and mounts keeps its pages",
+        namespaces,
+    ),
     Case::new("fork-works", "a child works for long on data of its own, cold and hot", works),
 ];
 
@@ -43,6 +48,29 @@ fn both(ctx: &Ctx) -> Outcome {
         area.check_all(&format!("parent, round {round}"))?;
         process::succeed("child that writes", child)?;
         area.check_all("parent, after the child")?;
+    }
+    Ok(())
+}
+
+/// Abstract sockets belong to a network name space.
+fn namespaces(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    // SAFETY: no memory is involved.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS | libc::CLONE_NEWUTS) } != 0 {
+        crate::harness::skip!("unshare: {}", std::io::Error::last_os_error());
+    }
+    for _ in ctx.rounds(2) {
+        let child = process::fork(|| {
+            ballast.sweep()?;
+            let grandchild = process::fork(|| area.check_all("grandchild in other name spaces"))?;
+            process::succeed("grandchild in other name spaces", grandchild)?;
+            area.check_all("child in other name spaces")
+        })?;
+        process::succeed("child in other name spaces", child)?;
+        ballast.sweep()?;
+        area.check_all("parent in other name spaces")?;
     }
     Ok(())
 }

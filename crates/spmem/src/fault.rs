@@ -92,6 +92,8 @@ pub(crate) struct Server {
     zeros: Mapping,
     streams: Streams,
     follower: Follower,
+    /// When the next page may come in although there is no room, ns.
+    next_forced_ns: u64,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
 }
 
@@ -100,6 +102,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     thread::set_name(c"spm-fault");
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
+    runtime.handler_tid.store(process::tid(), Relaxed);
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
     let pages = Mapping::new(MAX_WINDOW * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
@@ -111,6 +114,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
         zeros,
         streams: Streams::default(),
         follower: Follower::new(&runtime.home_cpu),
+        next_forced_ns: 0,
         pagemap,
     };
     server.run(&uffd)
@@ -211,15 +215,15 @@ impl Server {
             && !runtime.is_stuck.load(Relaxed)
             && !runtime.is_paused.load(Relaxed);
         if must_wait {
-            // A page that comes back was taken away to make room; a new one is growth.
-            let is_growth = !space.table.get(page).is_away();
-            let patience = if is_growth { &runtime.growth_patience_ns } else { &runtime.patience_ns };
-            if waited < patience.load(Relaxed) {
+            let patience = runtime.patience_ns.load(Relaxed);
+            if waited < patience || now < self.next_forced_ns {
                 if waited == 0 {
                     runtime.demand.signal();
                 }
                 return false;
             }
+            // However many threads wait: one page.
+            self.next_forced_ns = now + patience;
         }
         let served = self.serve(space, uffd, page, fault.is_write);
         if served == Served::Yes {
@@ -245,6 +249,9 @@ impl Server {
     /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression).
     fn promote(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry) -> Served {
         let window = self.streams.window(page).min((CHUNK - page % CHUNK) / PAGE);
+        // Where there is no room nothing comes along unasked.
+        let room = usize::try_from(self.runtime.room_pages.load(Relaxed)).unwrap_or(0);
+        let window = window.min(room.max(1));
         let mut count = 0;
         while count < window {
             let Copy::Stored(handle) = space.table.get(page + count * PAGE).copy() else { break };

@@ -522,7 +522,7 @@ extern "C" fn adopt(argument: usize) -> ! {
         }
         Err(errno) => {
             crate::complain(format_args!(
-                "spm: process {}: forked, and its parent is gone before it could take over its pages: {errno}\n",
+                "spm: process {}: forked, and cannot take its pages over from its parent: {errno}\n",
                 process::pid()
             ));
             process::abort();
@@ -533,7 +533,14 @@ extern "C" fn adopt(argument: usize) -> ! {
 
 fn take_over(runtime: &'static Runtime) -> Result<bool> {
     let (name, len): ([u8; MAX_NAME], usize) = *runtime.listener_name.lock();
-    let socket = Socket::connect(&name[..len])?;
+    let socket = match Socket::connect(&name[..len]) {
+        // The program has left the network name space that its agent, and `spm`, listen in.
+        Err(Errno(libc::ECONNREFUSED)) => {
+            thread::join_network_of(runtime.handler_tid.load(Ordering::Relaxed))?;
+            Socket::connect(&name[..len])?
+        }
+        other => other?,
+    };
     socket.send(&runtime.fork_turn.nonce.load(Ordering::Relaxed).to_ne_bytes(), &[])?;
     let mut bytes = [0; WORDS * 8];
     let mut received = socket.receive(&mut bytes)?;

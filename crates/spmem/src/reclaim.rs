@@ -29,13 +29,13 @@ const FLOOR_SHARE: u64 = 8;
 const FLOOR_MIN: u64 = 4 << 20;
 /// ... and at most this.
 const FLOOR_MAX: u64 = 64 << 20;
-/// Longest that one fault waits for room, as long as waiting helps, ns.
+/// Where there is no room, a page comes in once in so long, ns, ...
 pub(crate) const PATIENCE_NS: u64 = 20_000_000;
-/// How long there has to be no room at all before waiting counts as no help, ns.
-const HOPELESS_NS: u64 = 200_000_000;
-/// Pages that have to become free in that time for reclaim to count as making progress; growth then goes at its pace.
+/// ... until there has been none for so long, ns: then pages come in at the pace at which reclaim makes them free, ...
+const CROWDED_NS: u64 = 200_000_000;
+/// ... or, where fewer than these became free in that time, ...
 const PROGRESS_PAGES: u64 = 64;
-/// Longest wait then, ns: growth stays slow, and what cannot shrink goes on.
+/// ... once in so long, ns: what cannot shrink goes on.
 const IMPATIENCE_NS: u64 = 200_000;
 /// How often shared memory is counted exactly, ns: it walks all page tables.
 const PROPORTIONAL_NS: u64 = 50_000_000;
@@ -130,7 +130,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         had_room_ns: process::now_ns(),
         window_ns: 0,
         window_freed: 0,
-        growth_patience_ns: PATIENCE_NS,
+        pace_ns: PATIENCE_NS,
     };
     loop {
         let sleep = monitor.round();
@@ -152,7 +152,7 @@ struct Monitor {
     had_room_ns: u64,
     window_ns: u64,
     window_freed: u64,
-    growth_patience_ns: u64,
+    pace_ns: u64,
 }
 
 /// What exists once pages may leave.
@@ -250,26 +250,30 @@ impl Monitor {
         if room > 0 {
             self.had_room_ns = now;
         }
-        if now.saturating_sub(self.window_ns) > HOPELESS_NS {
+        if now.saturating_sub(self.window_ns) > CROWDED_NS {
             let freed = runtime.freed_pages.load(Relaxed);
             let gained = freed - self.window_freed;
             let pace = (now - self.window_ns) / gained.max(1);
             let does_help = gained >= PROGRESS_PAGES;
-            self.growth_patience_ns =
-                if does_help { pace.clamp(IMPATIENCE_NS, PATIENCE_NS) } else { IMPATIENCE_NS };
+            // A little slower than pages leave, so that an excess goes away.
+            self.pace_ns = if does_help { (pace + pace / 4).min(PATIENCE_NS) } else { IMPATIENCE_NS };
             (self.window_ns, self.window_freed) = (now, freed);
         }
-        let is_crowded = now.saturating_sub(self.had_room_ns) > HOPELESS_NS;
-        let (patience, growth) =
-            if is_crowded { (IMPATIENCE_NS, self.growth_patience_ns) } else { (PATIENCE_NS, PATIENCE_NS) };
-        runtime.patience_ns.store(patience, Relaxed);
-        runtime.growth_patience_ns.store(growth, Relaxed);
-        // A budget that cannot be kept is no reason to wait, unless the program runs away from it.
-        let floor = self.gauge.floor_pages;
-        let is_excused = self.gauge.is_hopeless && facts.own_resident_pages + facts.holding_pages < floor;
-        let is_open = (plan.gate != Gate::Closed || is_excused) && room <= 0;
-        runtime.room_pages.store(if is_open { i64::MAX / 2 } else { room }, Relaxed);
-        if room <= 0 && !is_open {
+        let is_crowded = now.saturating_sub(self.had_room_ns) > CROWDED_NS;
+        runtime.patience_ns.store(if is_crowded { self.pace_ns } else { PATIENCE_NS }, Relaxed);
+        // A budget that cannot be kept is no reason to wait, unless the program runs away from it; nor is one that others
+        // fill, with nothing here that could leave.
+        let present = facts.own_resident_pages + facts.holding_pages;
+        let excused = i64::try_from(self.gauge.floor_pages.saturating_sub(present)).unwrap_or(0);
+        let room = if facts.tree_used.0 >= close && plan.gate != Gate::Closed {
+            i64::MAX / 2
+        } else if self.gauge.is_hopeless && excused > 0 {
+            room.max(excused)
+        } else {
+            room
+        };
+        runtime.room_pages.store(room, Relaxed);
+        if room <= 0 {
             runtime.help.signal();
         }
     }

@@ -126,8 +126,6 @@ pub struct Runtime {
     pub(crate) room_pages: AtomicI64,
     /// Longest that a fault on a page that comes back waits for room.
     pub(crate) patience_ns: AtomicU64,
-    /// Longest that a fault on a new page waits for room.
-    pub(crate) growth_patience_ns: AtomicU64,
     /// Pages whose RAM was given back since the start.
     pub(crate) freed_pages: AtomicU64,
     /// There is room for copies of pages that have come back.
@@ -146,6 +144,8 @@ pub struct Runtime {
     pub(crate) is_encoder_late: AtomicBool,
     /// Where the handler is bound, for the monitor to follow; negative for nowhere.
     pub(crate) home_cpu: AtomicI32,
+    /// The fault handler's thread; a forked child finds its parent's here.
+    pub(crate) handler_tid: AtomicU32,
     /// Wakes the monitor.
     pub(crate) demand: Event,
     /// Wakes the helpers.
@@ -191,7 +191,6 @@ impl Runtime {
             trash_start: AtomicUsize::new(0),
             room_pages: AtomicI64::new(i64::MAX),
             patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
-            growth_patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
             freed_pages: AtomicU64::new(0),
             keeps_copies: AtomicBool::new(true),
             is_stuck: AtomicBool::new(false),
@@ -202,6 +201,7 @@ impl Runtime {
             exchange: AtomicUsize::new(0),
             is_encoder_late: AtomicBool::new(false),
             home_cpu: AtomicI32::new(-1),
+            handler_tid: AtomicU32::new(0),
             demand: Event::new(),
             help: Event::new(),
             pause: Event::new(),

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
+use super::zone::{ZONE_FRAMES, Zone};
 use super::{Frames, FramesError, check};
 use crate::units::{FrameCount, FrameNumber, Order};
 
@@ -319,18 +320,26 @@ impl Frames {
         Ok(())
     }
 
-    /// Cached frames become free: one lock a zone. Changes the order of `cached`.
+    /// Cached frames become free: one lock a zone, those that nobody works on first. Changes the order of `cached`.
     fn put_cached(&self, cached: &mut [FrameNumber]) {
         let mut left = cached;
-        while let Some(&first) = left.first() {
-            let place = self.find(first).expect("a cached frame is the node's");
+        let mut first = 0;
+        while !left.is_empty() {
+            // Once round, and none of their zones was free to take: then the first one is waited for.
+            let must_wait = first == left.len();
+            let place = self.find(left[if must_wait { 0 } else { first }]).expect("a cached frame is the node's");
             let range = &self.ranges[place.range];
-            let zone = super::Zone::lock(range.zone_words(place.zone()), self.relax);
+            let words = range.zone_words(place.zone());
+            let zone = if must_wait { Some(Zone::lock(words, self.relax)) } else { Zone::try_lock(words) };
+            let Some(zone) = zone else {
+                first += 1;
+                continue;
+            };
             let mut others = 0;
             for at in 0..left.len() {
                 let frame = left[at];
                 if let Some(offset) = range.offset_in_zone(frame, place.zone()) {
-                    let in_zone = offset % super::ZONE_FRAMES;
+                    let in_zone = offset % ZONE_FRAMES;
                     assert!(zone.is_used(in_zone), "frame {frame} was freed twice at once");
                     zone.put(in_zone, 0);
                 } else {
@@ -340,6 +349,7 @@ impl Frames {
             }
             self.settle(range, place.zone(), &zone);
             left = &mut left[..others];
+            first = 0;
         }
     }
 }

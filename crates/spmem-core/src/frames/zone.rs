@@ -79,6 +79,14 @@ impl<'a> Zone<'a> {
         Self { words }
     }
 
+    /// The zone, if nobody has it.
+    pub(super) fn try_lock(words: &'a [AtomicU64]) -> Option<Self> {
+        let lock = &words[LOCK];
+        let is_mine = lock.load(Relaxed) == 0 && lock.compare_exchange(0, 1, Acquire, Relaxed).is_ok();
+        // Not `then_some`: a guard that is made is dropped, and lets go of the lock.
+        is_mine.then(|| Self { words })
+    }
+
     fn get(&self, at: usize) -> u64 {
         self.words[at].load(Relaxed)
     }
@@ -359,6 +367,11 @@ fn each_row(first: usize, end: usize, mut look: impl FnMut(usize, u64) -> Contro
 pub(super) struct States<'a>(pub(super) &'a [AtomicU8]);
 
 impl States<'_> {
+    /// Whether a block of `order` begins there.
+    pub(super) fn is(&self, frame: usize, order: Order) -> bool {
+        self.0.get(frame).is_some_and(|state| state.load(Relaxed) == order.get() + 1)
+    }
+
     pub(super) fn get(&self, frame: usize) -> Option<Order> {
         let state = self.0.get(frame)?.load(Relaxed);
         Order::new(state.checked_sub(1)?).ok()

@@ -2,6 +2,7 @@
 
 mod access_rows;
 mod fits;
+mod frames;
 mod peer;
 mod redis_rows;
 mod zram;
@@ -13,6 +14,8 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// A program that fits its budget: pairs of bare and managed runs.
     Fits(fits::Options),
+    /// The frame allocator: beside others.
+    Frames(frames::Options),
     /// Cold pages: beside kernel swap on zram at equal total RAM (root).
     Zram(zram::Options),
 }
@@ -21,6 +24,7 @@ pub(crate) enum Bench {
 pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
         Bench::Fits(options) => fits::run(options),
+        Bench::Frames(options) => frames::run(options),
         Bench::Zram(options) => zram::run(options),
     }
 }
