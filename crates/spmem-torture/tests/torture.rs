@@ -38,6 +38,8 @@ use watch::{End, Watched};
 const TORTURE: &str = env!("CARGO_BIN_EXE_torture");
 /// Status of `torture` for a case this machine cannot run.
 const EXIT_SKIPPED: i32 = 77;
+/// The case whose data compresses so well that the budget has to be kept.
+const KEEPS_BUDGET: &str = "store-read";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
 
@@ -142,7 +144,7 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
         return run_orphan(settings, command, &place);
     }
     match judge(watch::run(command, &place.path("output"), settings.limit))? {
-        Completion::Completed => judge_report(case, &report),
+        Completion::Completed => judge_report(case, &report, settings.budget_bytes(per_cent)),
         skipped => Ok(skipped),
     }
 }
@@ -159,12 +161,16 @@ fn judge(watched: Watched) -> Result<Completion, Failed> {
 }
 
 /// What must be in the report for the check not to be vacuous.
-fn judge_report(case: &Case, path: &Path) -> Result<Completion, Failed> {
+fn judge_report(case: &Case, path: &Path, budget_bytes: u64) -> Result<Completion, Failed> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("the report {}: {error}", path.display()))?;
     let demoted =
         field(&text, "demoted_pages").ok_or_else(|| format!("no demoted_pages in the report:\n{text}"))?;
     if case.is_cold && demoted == 0 {
         return Err(format!("no page was demoted: the case proved nothing\n{text}").into());
+    }
+    let most = budget_bytes + (32 << 20) + budget_bytes / 20;
+    if case.name == KEEPS_BUDGET && field(&text, "sysram_peak_bytes").is_none_or(|peak| peak > most) {
+        return Err(format!("the budget of {budget_bytes} was exceeded by more than 32 MiB + 5 %\n{text}").into());
     }
     match field(&text, "exit_code") {
         Some(0) => Ok(Completion::Completed),

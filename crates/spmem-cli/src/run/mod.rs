@@ -200,5 +200,10 @@ fn raise_descriptor_limit() {
 fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
     let errno = spmem_sys::Errno(error.raw_os_error().unwrap_or(libc::EIO));
     remark(format_args!("{}: {errno}", name.display()));
-    if error.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_EXECUTABLE }
+    match errno.0 {
+        libc::ENOENT => NOT_FOUND,
+        // It never came to executing it: no descriptor, or no process, for us.
+        libc::EMFILE | libc::ENFILE | libc::EAGAIN => FAILURE,
+        _ => NOT_EXECUTABLE,
+    }
 }

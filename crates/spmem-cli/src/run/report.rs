@@ -117,6 +117,9 @@ pub struct Summary {
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
     nodes: [NodeUse; 2],
+    /// What all threads together waited for room; in the table only.
+    #[serde(skip)]
+    stalled: Duration,
 }
 
 #[derive(Debug, Serialize)]
@@ -184,6 +187,7 @@ impl Summary {
             },
             fault_us: FaultTimes::read(&control.faults),
             nodes: node_use(control, ram_bytes),
+            stalled: Duration::from_nanos(read(&counters.throttled_ns)),
         }
     }
 
@@ -218,6 +222,11 @@ impl Summary {
         )?;
         let faults = &self.fault_us;
         writeln!(to, "  faults     p50 {:.1} us, p99 {:.1} us, max {:.1} us", faults.p50, faults.p99, faults.max)?;
+        writeln!(
+            to,
+            "  stalls     {:.2} s, all threads together, because there was no room",
+            self.stalled.as_secs_f64()
+        )?;
         writeln!(to)?;
         writeln!(to, "  node  type    class  capacity    stored      used  ratio")?;
         for node in &self.nodes {
@@ -256,7 +265,7 @@ impl Summary {
         let because = match (worst, self.sysram_limit_bytes) {
             (_, Some(limit)) if stored > limit / 8 * 7 => format!("what is stored takes {} alone", human(stored)),
             (Some((pages, reason)), _) if explains(*pages) => format!("{pages} times pages {reason}"),
-            _ => "the program grew faster than pages could leave".to_owned(),
+            _ => "pages came in faster than others could leave".to_owned(),
         };
         format!(", over by {} ({because})", human(self.overrun_peak_bytes))
     }
