@@ -211,9 +211,7 @@ impl Server {
         let runtime = self.runtime;
         let waited = now.saturating_sub(fault.since_ns);
         let page = fault.address & !(PAGE - 1);
-        let must_wait = runtime.room_pages.load(Relaxed) <= 0
-            && !runtime.is_stuck.load(Relaxed)
-            && !runtime.is_paused.load(Relaxed);
+        let must_wait = runtime.room_pages.load(Relaxed) <= 0 && !runtime.is_paused.load(Relaxed);
         if must_wait {
             let patience = runtime.patience_ns.load(Relaxed);
             if waited < patience || now < self.next_forced_ns {

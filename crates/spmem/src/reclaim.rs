@@ -41,6 +41,10 @@ const IMPATIENCE_NS: u64 = 200_000;
 const PROPORTIONAL_NS: u64 = 50_000_000;
 /// Batches in a row that free nothing before growth stops waiting.
 const STUCK_BATCHES: u32 = 8;
+/// Growth that does not wait is looked at again after so many pages, ...
+const LEAVE_MIN: i64 = 2 * BATCH as i64;
+/// ... or after this part of what is resident: a look takes time in proportion to that.
+const LEAVE_SHARE: u64 = 64;
 
 /// Entry of the first agent thread.
 pub(crate) extern "C" fn monitor(argument: usize) -> ! {
@@ -262,11 +266,13 @@ impl Monitor {
         let is_crowded = now.saturating_sub(self.had_room_ns) > CROWDED_NS;
         runtime.patience_ns.store(if is_crowded { self.pace_ns } else { PATIENCE_NS }, Relaxed);
         // A budget that cannot be kept is no reason to wait, unless the program runs away from it; nor is one that others
-        // fill, with nothing here that could leave.
+        // fill, with nothing here that could leave: then there is room for a little, after which this is asked again.
         let present = facts.own_resident_pages + facts.holding_pages;
         let excused = i64::try_from(self.gauge.floor_pages.saturating_sub(present)).unwrap_or(0);
-        let room = if facts.tree_used.0 >= close && plan.gate != Gate::Closed {
-            i64::MAX / 2
+        let leave = i64::try_from(self.gauge.resident_pages / LEAVE_SHARE).unwrap_or(0).max(LEAVE_MIN);
+        let has_nothing_to_give = facts.tree_used.0 >= close && plan.gate != Gate::Closed;
+        let room = if has_nothing_to_give || runtime.is_stuck.load(Relaxed) {
+            room.max(leave)
         } else if self.gauge.is_hopeless && excused > 0 {
             room.max(excused)
         } else {
@@ -289,6 +295,7 @@ struct Gauge {
     /// What cannot be made less fills the budget alone.
     is_hopeless: bool,
     floor_pages: u64,
+    resident_pages: u64,
     last_ns: u64,
     last_used: u64,
 }
@@ -302,6 +309,7 @@ impl Gauge {
             proportional_ns: 0,
             is_hopeless: false,
             floor_pages: 0,
+            resident_pages: 0,
             last_ns: process::now_ns(),
             last_used: 0,
         })
@@ -336,7 +344,7 @@ impl Gauge {
         let resident = used.saturating_sub(overhead) / PAGE as u64;
         slot.refused_bytes.store(refused.min(resident) * PAGE as u64, Relaxed);
         let floor = self.floor_bytes(limit) / PAGE as u64;
-        self.floor_pages = floor;
+        (self.floor_pages, self.resident_pages) = (floor, resident);
         let movable = (resident + holding).saturating_sub(floor + refused);
         let movable = if movable < 2 * BATCH as u64 { 0 } else { movable };
         let holding = holding.min(movable);
