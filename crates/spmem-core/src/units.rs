@@ -1,4 +1,4 @@
-//! Units: node numbers, frame numbers, counts, bytes and orders are different types.
+//! Units: node and domain numbers, frame numbers, counts, bytes, times and orders are different types.
 //!
 //! A value that exists is valid: [`NodeId`] and [`Order`] check when they are made, so nothing that takes one has to.
 //! Used by every module here and by every caller.
@@ -9,6 +9,8 @@ use core::fmt;
 pub const PAGE_SIZE: u64 = 4096;
 /// Nodes there can be; numbers run from 0 to `MAX_NODES - 1`, as on Linux with `CONFIG_NODES_SHIFT=10`.
 pub const MAX_NODES: u16 = 1024;
+/// Domains there can be; numbers run from 0, the root, to `MAX_DOMAINS - 1`.
+pub const MAX_DOMAINS: u16 = 1 << 14;
 
 /// Why a number is not a valid unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,11 @@ pub enum UnitError {
     NodeTooLarge {
         /// The number given.
         node: u16,
+    },
+    /// The domain number is [`MAX_DOMAINS`] or above.
+    DomainTooLarge {
+        /// The number given.
+        domain: u16,
     },
     /// The order is above [`Order::MAX`].
     OrderTooLarge {
@@ -30,6 +37,9 @@ impl fmt::Display for UnitError {
         match self {
             Self::NodeTooLarge { node } => {
                 write!(f, "no node can have number {node}; the highest is {}", MAX_NODES - 1)
+            }
+            Self::DomainTooLarge { domain } => {
+                write!(f, "no domain can have number {domain}; the highest is {}", MAX_DOMAINS - 1)
             }
             Self::OrderTooLarge { order } => {
                 write!(f, "no block can have order {order}; the highest is {} (4 MiB)", Order::MAX.get())
@@ -78,6 +88,71 @@ impl NodeId {
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
+    }
+}
+
+/// Number of a domain, 0 (the root) to 16383. Given out by the tree of domains; a number is used again once its domain is
+/// gone.
+///
+/// ```
+/// use spmem_core::units::DomainId;
+/// assert_eq!(DomainId::new(0), Ok(DomainId::ROOT));
+/// assert!(DomainId::new(1 << 14).is_err());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DomainId(u16);
+
+impl DomainId {
+    /// The root of the tree.
+    pub const ROOT: Self = Self(0);
+
+    /// The domain with this number.
+    ///
+    /// # Errors
+    /// [`UnitError::DomainTooLarge`] from [`MAX_DOMAINS`] on.
+    pub const fn new(domain: u16) -> Result<Self, UnitError> {
+        if domain < MAX_DOMAINS { Ok(Self(domain)) } else { Err(UnitError::DomainTooLarge { domain }) }
+    }
+
+    /// The number.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+
+    /// The number, to index with; always below [`MAX_DOMAINS`].
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Display for DomainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// A point in time, ns since a moment that the caller chose; it never runs backwards. Core has no clock: it is told.
+///
+/// ```
+/// use spmem_core::units::Time;
+/// assert_eq!(Time(1_000).since(Time(400)), 600);
+/// assert_eq!(Time(400).since(Time(1_000)), 0);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(pub u64);
+
+impl Time {
+    /// The latest there is: never.
+    pub const NEVER: Self = Self(u64::MAX);
+
+    /// Nanoseconds from `earlier` to this; 0 where it is later.
+    pub const fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    /// This much later, ns; [`Time::NEVER`] where it does not fit.
+    pub const fn after(self, ns: u64) -> Self {
+        Self(self.0.saturating_add(ns))
     }
 }
 
