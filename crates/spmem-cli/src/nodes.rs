@@ -62,11 +62,11 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
 
 /// The nodes registered with `mm`, lowest first.
 pub fn collect(mm: &MemoryManager, ram: Ram, sizes: Sizes) -> Vec<NodeLine> {
-    mm.table().present().iter().filter_map(|node| line(mm, node, ram, sizes)).collect()
+    mm.registry().present().iter().filter_map(|node| line(mm, node, ram, sizes)).collect()
 }
 
 fn line(mm: &MemoryManager, node: NodeId, ram: Ram, sizes: Sizes) -> Option<NodeLine> {
-    let (spec, stats) = (mm.table().spec(node)?, mm.stats(node)?);
+    let (spec, stats) = (mm.registry().spec(node)?, mm.stats(node)?);
     let [capacity, used, free] = match spec.node_type {
         NodeType::Sysram => [ram.total_bytes, ram.total_bytes - ram.available_bytes, ram.available_bytes],
         NodeType::Spm => [stats.capacity, stats.used, stats.free].map(|count| count.bytes().0),

@@ -1,10 +1,10 @@
 //! Grants: unforgeable permission to use named nodes (R12).
 //!
-//! A [`Grant`] is a value with private fields that cannot be copied; only [`NodeTable::grant`], given the tokens of
-//! the nodes' owners, makes a first one. [`NodeTable::narrow`] hands a part of it on. The record behind it (nodes,
-//! rights, quota, use) lives in the table, so revoking takes effect at once wherever the value went. Use counts
-//! against a grant and all it was narrowed from. Holes: no expiry yet; a dropped grant keeps its record until it is
-//! revoked ([`NodeTable::release`] gives it back).
+//! A [`Grant`] is a value with private fields that cannot be copied; only [`Registry::grant`], given the tokens of
+//! the nodes' owners, makes a first one. [`Registry::narrow`] hands a part of it on. The record behind it (nodes,
+//! terms, use) lives in the registry, so that revoking takes effect at once wherever the value went, and so does the end
+//! of its time ([`Registry::advance`]). Use counts against a grant and all it was narrowed from. Hole: a dropped grant
+//! keeps its record until it is revoked ([`Registry::release`] gives it back).
 
 mod records;
 
@@ -15,11 +15,12 @@ use bitflags::bitflags;
 
 pub(crate) use self::records::Grants;
 use self::records::{Record, State};
-use crate::node::{NodeTable, Owner};
+use crate::node::Owner;
 use crate::nodemask::NodeMask;
-use crate::units::{Bytes, NodeId};
+use crate::registry::Registry;
+use crate::units::{Bytes, NodeId, Time};
 
-/// Grants that may exist at a time in one table.
+/// Grants that may exist at a time in one registry.
 pub const MAX_GRANTS: usize = 4096;
 /// How often a grant may be narrowed in a row: bounds the cost of a charge.
 pub const MAX_DEPTH: u8 = 8;
@@ -61,6 +62,52 @@ pub enum Wider {
         /// The grant's quota.
         quota: Bytes,
     },
+    /// A time after the grant's own end.
+    Expiry {
+        /// When the grant ends.
+        expires: Time,
+    },
+}
+
+/// What a grant is good for.
+///
+/// ```
+/// use spmem_core::{grant::{Rights, Terms}, units::{Bytes, Time}};
+/// let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(5_000));
+/// assert_eq!(terms.expires, Time(5_000));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// What may be done on its nodes.
+    pub rights: Rights,
+    /// Most bytes in use at a time.
+    pub quota: Bytes,
+    /// From then on it is good for nothing.
+    pub expires: Time,
+}
+
+impl Terms {
+    /// Terms that do not end by themselves.
+    pub const fn new(rights: Rights, quota: Bytes) -> Self {
+        Self { rights, quota, expires: Time::NEVER }
+    }
+
+    /// The same terms, ending at a time.
+    #[must_use]
+    pub const fn until(self, expires: Time) -> Self {
+        Self { expires, ..self }
+    }
+
+    /// Where these terms go beyond `other`.
+    fn wider_than(&self, other: &Self) -> Option<Wider> {
+        if !other.rights.contains(self.rights) {
+            Some(Wider::Rights(self.rights - other.rights))
+        } else if self.quota > other.quota {
+            Some(Wider::Quota { quota: other.quota })
+        } else {
+            (self.expires > other.expires).then_some(Wider::Expiry { expires: other.expires })
+        }
+    }
 }
 
 /// Why a grant was not made or not honoured. Nothing has changed.
@@ -75,7 +122,12 @@ pub enum GrantError {
     NoNode,
     /// The grant, or one it was narrowed from, was revoked.
     Revoked,
-    /// The grant belongs to another table.
+    /// The time of the grant is over (R12).
+    Expired {
+        /// Since when.
+        at: Time,
+    },
+    /// The grant belongs to another registry.
     Foreign,
     /// A narrowed grant cannot be wider (R12).
     Widened(Wider),
@@ -98,6 +150,9 @@ impl fmt::Display for GrantError {
             Self::NotOwner { node } => write!(f, "only the owner of node {node} can grant it"),
             Self::NoNode => f.write_str("a grant must name at least one node"),
             Self::Revoked => f.write_str("the grant was revoked; ask the node's owner for another"),
+            Self::Expired { at } => {
+                write!(f, "the grant expired at {} ns; ask the node's owner for another", at.0)
+            }
             Self::Foreign => f.write_str("the grant belongs to another memory manager"),
             Self::Widened(Wider::Node(node)) => {
                 write!(f, "a grant is never widened: it does not name node {node}")
@@ -107,6 +162,9 @@ impl fmt::Display for GrantError {
             }
             Self::Widened(Wider::Quota { quota }) => {
                 write!(f, "a grant is never widened: its quota is {quota}")
+            }
+            Self::Widened(Wider::Expiry { expires }) => {
+                write!(f, "a grant is never widened: it expires at {} ns", expires.0)
             }
             Self::OverQuota { wanted, left } => {
                 write!(f, "{wanted} wanted, {left} left of the grant's quota")
@@ -122,7 +180,7 @@ impl core::error::Error for GrantError {}
 /// Permission to use some nodes. Not copyable; lent to requests, handed on by moving it or a narrowed part of it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Grant {
-    table: u64,
+    registry: u64,
     id: GrantId,
 }
 
@@ -141,11 +199,11 @@ impl Grant {
 }
 
 /// Bytes charged to a grant by hand, for what is placed by other means than frames; give it back with
-/// [`NodeTable::uncharge`].
+/// [`Registry::uncharge`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a dropped charge stays charged"]
 pub struct Charge {
-    table: u64,
+    registry: u64,
     slot: u16,
     bytes: Bytes,
 }
@@ -155,10 +213,8 @@ pub struct Charge {
 pub struct GrantInfo {
     /// The nodes it names.
     pub nodes: NodeMask,
-    /// What may be done there.
-    pub rights: Rights,
-    /// Most bytes in use at a time.
-    pub quota: Bytes,
+    /// What it is good for.
+    pub terms: Terms,
     /// Bytes in use, those of grants narrowed from it included.
     pub used: Bytes,
 }
@@ -172,59 +228,47 @@ pub struct Held {
     pub bytes: Bytes,
 }
 
-impl NodeTable {
+impl Registry {
     /// Makes a grant on the nodes whose owners' tokens are shown (R12).
     ///
     /// # Errors
     /// [`GrantError::NotOwner`], [`GrantError::NoNode`], [`GrantError::TooMany`].
     ///
     /// ```
-    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeTable, NodeType, Services};
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
     /// # use spmem_core::units::{Bytes, NodeId};
-    /// use spmem_core::grant::Rights;
+    /// use spmem_core::{grant::{Rights, Terms}, registry::Registry};
     /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "cram".into() };
-    /// let mut table = NodeTable::new();
-    /// let owner = table.register(NodeId::ONE, spec).unwrap();
-    /// let whole = table.grant(&[&owner], Rights::ALLOC | Rights::DEMOTE_TO, Bytes::mib(64)).unwrap();
-    /// let part = table.narrow(&whole, owner.node().into(), Rights::ALLOC, Bytes::mib(1)).unwrap();
-    /// assert!(table.narrow(&part, owner.node().into(), Rights::PIN, Bytes::mib(1)).is_err());
-    /// table.revoke(&owner, whole.id()).unwrap();
-    /// assert!(table.grant_info(&part).is_err());
+    /// let mut registry = Registry::new();
+    /// let owner = registry.register(NodeId::ONE, spec).unwrap();
+    /// let terms = Terms::new(Rights::ALLOC | Rights::DEMOTE_TO, Bytes::mib(64));
+    /// let whole = registry.grant(&[&owner], terms).unwrap();
+    /// let less = Terms::new(Rights::ALLOC, Bytes::mib(1));
+    /// let part = registry.narrow(&whole, owner.node().into(), less).unwrap();
+    /// let more = Terms { rights: Rights::PIN, ..less };
+    /// assert!(registry.narrow(&part, owner.node().into(), more).is_err());
+    /// registry.revoke(&owner, whole.id()).unwrap();
+    /// assert!(registry.grant_info(&part).is_err());
     /// ```
-    pub fn grant(&mut self, owners: &[&Owner], rights: Rights, quota: Bytes) -> Result<Grant, GrantError> {
+    pub fn grant(&mut self, owners: &[&Owner], terms: Terms) -> Result<Grant, GrantError> {
         if owners.is_empty() {
             return Err(GrantError::NoNode);
         }
         if let Some(stranger) = owners.iter().find(|owner| !self.is_owner(owner)) {
             return Err(GrantError::NotOwner { node: stranger.node() });
         }
-        self.grants.insert(Record {
-            nodes: owners.iter().map(|owner| owner.node()).collect(),
-            rights,
-            quota: quota.0,
-            used: 0,
-            parent: None,
-            children: 0,
-            generation: 0,
-            depth: 0,
-            state: State::Live,
-        })
+        self.check_time(terms)?;
+        self.grants.insert(Record::new(owners.iter().map(|owner| owner.node()).collect(), terms, None, 0))
     }
 
-    /// Makes a grant out of a part of `from`: no further node or right, no larger quota (R12). Its use counts
+    /// Makes a grant out of a part of `from`: no further node or right, no larger quota, no later end (R12). Its use counts
     /// against `from` as well.
     ///
     /// # Errors
-    /// [`GrantError::Widened`], [`GrantError::NoNode`], [`GrantError::Revoked`], [`GrantError::Foreign`],
-    /// [`GrantError::TooDeep`], [`GrantError::TooMany`].
-    pub fn narrow(
-        &mut self,
-        from: &Grant,
-        nodes: NodeMask,
-        rights: Rights,
-        quota: Bytes,
-    ) -> Result<Grant, GrantError> {
+    /// [`GrantError::Widened`], [`GrantError::NoNode`], [`GrantError::Revoked`], [`GrantError::Expired`],
+    /// [`GrantError::Foreign`], [`GrantError::TooDeep`], [`GrantError::TooMany`].
+    pub fn narrow(&mut self, from: &Grant, nodes: NodeMask, terms: Terms) -> Result<Grant, GrantError> {
         let record = self.grants.live(from)?;
         if nodes.is_empty() {
             return Err(GrantError::NoNode);
@@ -232,27 +276,20 @@ impl NodeTable {
         if let Some(node) = nodes.difference(&record.nodes).first() {
             return Err(GrantError::Widened(Wider::Node(node)));
         }
-        if !record.rights.contains(rights) {
-            return Err(GrantError::Widened(Wider::Rights(rights - record.rights)));
-        }
-        if quota.0 > record.quota {
-            return Err(GrantError::Widened(Wider::Quota { quota: Bytes(record.quota) }));
+        if let Some(wider) = terms.wider_than(&record.terms) {
+            return Err(GrantError::Widened(wider));
         }
         if record.depth >= MAX_DEPTH {
             return Err(GrantError::TooDeep);
         }
         let depth = record.depth + 1;
-        self.grants.insert(Record {
-            nodes,
-            rights,
-            quota: quota.0,
-            used: 0,
-            parent: Some(from.id.slot),
-            children: 0,
-            generation: 0,
-            depth,
-            state: State::Live,
-        })
+        self.check_time(terms)?;
+        self.grants.insert(Record::new(nodes, terms, Some(from.id.slot), depth))
+    }
+
+    /// Terms that are over already make no grant.
+    fn check_time(&self, terms: Terms) -> Result<(), GrantError> {
+        if terms.expires > self.now() { Ok(()) } else { Err(GrantError::Expired { at: terms.expires }) }
     }
 
     /// Ends a grant and all narrowed from it; the owner of any of its nodes may. When this returns nothing new can
@@ -261,26 +298,22 @@ impl NodeTable {
     /// # Errors
     /// [`GrantError::NotOwner`]; [`GrantError::Revoked`] when it has ended already.
     pub fn revoke(&mut self, owner: &Owner, grant: GrantId) -> Result<Vec<Held>, GrantError> {
-        let known = self.grants.records.get(usize::from(grant.slot));
-        let record = known
-            .filter(|r| r.generation == grant.generation)
-            .filter(|r| matches!(r.state, State::Live | State::Released))
-            .ok_or(GrantError::Revoked)?;
+        let known = self.grants.known(grant);
+        let record = known.filter(|record| record.state != State::Revoked).ok_or(GrantError::Revoked)?;
         if !self.is_owner(owner) || !record.nodes.contains(owner.node()) {
             return Err(GrantError::NotOwner { node: owner.node() });
         }
+        let held = self.grants.held(grant.slot);
         let family = self.grants.family(grant.slot);
-        let mut held = Vec::new();
-        for &slot in &family {
-            let bytes = Bytes(self.grants.own_use(slot));
-            if bytes.0 > 0 {
-                let generation = self.grants.record(slot).generation;
-                held.push(Held { grant: GrantId { slot, generation }, bytes });
-            }
-        }
         family.iter().for_each(|&slot| self.grants.record_mut(slot).state = State::Revoked);
         family.iter().for_each(|&slot| self.grants.reap(slot));
+        self.bump_epoch();
         Ok(held)
+    }
+
+    /// What is in use under a grant and all narrowed from it, and by whom; also when it has ended (R13).
+    pub fn held(&self, grant: GrantId) -> Vec<Held> {
+        if self.grants.known(grant).is_some() { self.grants.held(grant.slot) } else { Vec::new() }
     }
 
     /// Gives a grant back. Grants narrowed from it stay valid; what is in use under it stays in use.
@@ -288,9 +321,13 @@ impl NodeTable {
     /// # Errors
     /// [`GrantError::Revoked`], [`GrantError::Foreign`]: there is nothing to give back.
     pub fn release(&mut self, grant: Grant) -> Result<(), GrantError> {
-        self.grants.live(&grant)?;
+        match self.grants.live(&grant) {
+            Ok(_) | Err(GrantError::Expired { .. }) => {}
+            Err(cause) => return Err(cause),
+        }
         self.grants.record_mut(grant.id.slot).state = State::Released;
         self.grants.reap(grant.id.slot);
+        self.bump_epoch();
         Ok(())
     }
 
@@ -300,29 +337,25 @@ impl NodeTable {
     /// [`GrantError::Revoked`], [`GrantError::Foreign`].
     pub fn grant_info(&self, grant: &Grant) -> Result<GrantInfo, GrantError> {
         let record = self.grants.live(grant)?;
-        Ok(GrantInfo {
-            nodes: record.nodes,
-            rights: record.rights,
-            quota: Bytes(record.quota),
-            used: Bytes(record.used),
-        })
+        Ok(GrantInfo { nodes: record.nodes, terms: record.terms, used: Bytes(record.used) })
     }
 
-    /// Counts bytes against a grant that are placed by other means than this table's frames.
+    /// Counts bytes against a grant that are placed by other means than this registry's frames.
     ///
     /// # Errors
     /// [`GrantError::OverQuota`], [`GrantError::Revoked`], [`GrantError::Foreign`].
     pub fn charge(&mut self, grant: &Grant, bytes: Bytes) -> Result<Charge, GrantError> {
-        let slot = self.grants.charge(grant, bytes)?;
-        Ok(Charge { table: self.id(), slot, bytes })
+        self.grants.live(grant)?;
+        let slot = self.grants.charge(grant.id, bytes)?;
+        Ok(Charge { registry: self.id(), slot, bytes })
     }
 
     /// Gives a charge back, also after the grant has ended.
     ///
     /// # Errors
-    /// [`GrantError::Foreign`] when it is another table's.
+    /// [`GrantError::Foreign`] when it is another registry's.
     pub fn uncharge(&mut self, charge: Charge) -> Result<(), GrantError> {
-        if charge.table != self.id() {
+        if charge.registry != self.id() {
             return Err(GrantError::Foreign);
         }
         if charge.bytes.0 > 0 {

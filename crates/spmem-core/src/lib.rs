@@ -4,7 +4,7 @@
 //! perform what it decides and provide exclusion: every change goes through `&mut self`.
 //!
 //! The straight line of an allocation, one module a step:
-//! [`wall::Request`] -> [`wall::allowed`] -> [`watermark`] -> [`frames`], joined in [`mm::MemoryManager::alloc`].
+//! [`wall::Request`] -> [`registry::Registry::admit`] -> [`watermark`] -> [`frames`], joined in [`mm::MemoryManager::alloc`].
 //! The straight line of pressure: [`reclaim::plan`] says how many pages must leave, [`lru::on_sweep`] which ones.
 //!
 //! Rules are cited by number: `R6` is the wall, `R12` grants, and so on.
@@ -13,6 +13,7 @@
 
 extern crate alloc;
 
+pub mod domain;
 pub mod frames;
 pub mod grant;
 pub mod lru;
@@ -20,6 +21,7 @@ pub mod mm;
 pub mod node;
 pub mod nodemask;
 pub mod reclaim;
+pub mod registry;
 pub mod units;
 pub mod wall;
 pub mod watermark;

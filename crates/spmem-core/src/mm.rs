@@ -1,21 +1,22 @@
 //! The memory manager: joins the steps of an allocation in one straight line.
 //!
-//! [`MemoryManager::alloc`]: request -> policy (which node first) -> [`wall`] -> [`watermark`](crate::watermark) ->
-//! [`frames`](crate::frames). It owns the node table with all frames and grants; a [`Block`] is
+//! [`MemoryManager::alloc`]: request -> policy (which node first) -> [`wall`](crate::wall) ->
+//! [`watermark`](crate::watermark) -> [`frames`](crate::frames). It owns the registry with all frames; a [`Block`] is
 //! what it gives out. Called by the runtime's store, the simulator and the tools. Takes no lock: `&mut self`.
 //!
 //! Holes: weighted interleave gives every node the weight 1; nothing zeroes freed frames yet (R21), the back end must.
 
 use core::fmt;
+use core::num::NonZeroU16;
 
-use crate::frames::{FrameRange, FramesError, Metadata};
-use crate::grant::{Grant, GrantError, Rights};
-use crate::node::{Node, NodeError, NodeSpec, NodeTable, Owner};
-use crate::units::{Bytes, FrameCount, FrameNumber, NodeId, Order};
-use crate::wall::{self, Refusal, Request, Reserve, Strictness};
+use crate::frames::FramesError;
+use crate::grant::{GrantError, GrantId, Rights};
+use crate::registry::{Node, Registry};
+use crate::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
+use crate::wall::{Pass, Refusal, Request, Reserve, Strictness};
 use crate::watermark::Pressure;
 
-/// In [`Block::charged`]: no grant was charged.
+/// In [`Block::charged`]: no grant was charged. In [`Block::domain`]: no domain was.
 const UNCHARGED: u16 = u16::MAX;
 
 /// An allocated block. Not copyable: whoever holds it owns the frames, and giving it back ends that.
@@ -26,12 +27,14 @@ pub struct Block {
     node: NodeId,
     /// Slot of the grant charged.
     charged: u16,
-    /// Low bits of the manager's id: a block given to another manager is noticed.
-    table: u16,
+    /// Number of the domain charged.
+    domain: u16,
+    /// Of the manager: a block given to another one is noticed.
+    registry: NonZeroU16,
     order: Order,
 }
 
-const _: () = assert!(size_of::<Option<Block>>() <= 16);
+const _: () = assert!(size_of::<Option<Block>>() <= 16 && crate::units::MAX_DOMAINS < UNCHARGED);
 
 impl Block {
     /// The node it lies on.
@@ -47,6 +50,11 @@ impl Block {
     /// Its order.
     pub const fn order(&self) -> Order {
         self.order
+    }
+
+    /// The domain it is charged to; `None` when the request had none.
+    pub fn domain(&self) -> Option<DomainId> {
+        DomainId::new(self.domain).ok()
     }
 
     /// Its size.
@@ -144,22 +152,23 @@ pub struct NodeStats {
     pub metadata: Bytes,
 }
 
-/// All nodes, their frames and grants.
+/// All nodes, their frames, domains and grants.
 ///
 /// ```
 /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
-/// use spmem_core::{frames::Metadata, grant::Rights, mm::MemoryManager, wall::{Domain, Request}};
-/// use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
+/// use spmem_core::{frames::Metadata, grant::{Rights, Terms}, mm::MemoryManager, wall::Request};
+/// use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
 /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
 /// #     guard: Guard::Hard, owner: "cram".into() };
 /// let mut mm = MemoryManager::new();
-/// let owner = mm.register_node(NodeId::ONE, spec.clone()).unwrap();
+/// let registry = mm.registry_mut();
+/// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap();
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
-/// mm.add_range(&owner, &spec, FrameCount(1024), lent).unwrap();
-/// let grant = mm.table_mut().grant(&[&owner], Rights::ALLOC, Bytes(8192)).unwrap();
+/// registry.add_range(&owner, &spec, FrameCount(1024), lent).unwrap();
+/// let grant = registry.grant(&[&owner], Terms::new(Rights::ALLOC, Bytes(8192))).unwrap();
 ///
-/// let (root, grants) = (Domain::root(), [&grant]);
-/// let request = Request::on(&root, NodeId::ONE, &grants);
+/// let grants = [&grant];
+/// let request = Request::on(DomainId::ROOT, NodeId::ONE, &grants);
 /// let block = mm.alloc(&request, Order::ZERO).unwrap();
 /// assert_eq!(mm.stats(NodeId::ONE).unwrap().used, FrameCount(1));
 /// assert!(mm.alloc(&request, Order::MAX).is_err()); // over the quota
@@ -167,9 +176,7 @@ pub struct NodeStats {
 /// ```
 #[derive(Debug, Default)]
 pub struct MemoryManager {
-    table: NodeTable,
-    /// Node that interleaving used last.
-    last_interleaved: Option<NodeId>,
+    registry: Registry,
 }
 
 impl MemoryManager {
@@ -178,57 +185,48 @@ impl MemoryManager {
         Self::default()
     }
 
-    /// The nodes and grants, to look at.
-    pub const fn table(&self) -> &NodeTable {
-        &self.table
+    /// Nodes, domains and grants, to look at.
+    pub const fn registry(&self) -> &Registry {
+        &self.registry
     }
 
-    /// The nodes and grants, to change.
-    pub const fn table_mut(&mut self) -> &mut NodeTable {
-        &mut self.table
+    /// Nodes, domains and grants, to change.
+    pub const fn registry_mut(&mut self) -> &mut Registry {
+        &mut self.registry
     }
 
-    /// Registers a node without frames; see [`NodeTable::register`].
+    /// Lets a request through the wall and allocates a block: see [`MemoryManager::alloc_with`].
     ///
     /// # Errors
-    /// Those of [`NodeTable::register`].
-    pub fn register_node(&mut self, node: NodeId, spec: NodeSpec) -> Result<Owner, NodeError> {
-        self.table.register(node, spec)
+    /// [`AllocError`]; nothing has changed then.
+    pub fn alloc(&mut self, request: &Request<'_>, order: Order) -> Result<Block, AllocError> {
+        let mut pass = self.registry.admit(request).map_err(AllocError::Refused)?;
+        self.alloc_with(&mut pass, order)
     }
 
-    /// Adds frames to a node; see [`NodeTable::add_range`].
-    ///
-    /// # Errors
-    /// Those of [`NodeTable::add_range`].
-    pub fn add_range(
-        &mut self,
-        owner: &Owner,
-        spec: &NodeSpec,
-        count: FrameCount,
-        lent: Metadata,
-    ) -> Result<FrameRange, NodeError> {
-        self.table.add_range(owner, spec, count, lent)
-    }
-
-    /// Allocates a block on one of the nodes that the wall allows, charging the grant that opened an SPM node.
+    /// Allocates a block on one of the nodes that a pass allows, charging the domain, and the grant that opened an SPM node.
     ///
     /// Nodes are tried lowest first, for interleaving in turn. Nothing outside the allowed set is ever tried (R6,
     /// R10).
     ///
     /// # Errors
     /// [`AllocError`], of the node tried last; nothing has changed then.
-    pub fn alloc(&mut self, request: &Request<'_>, order: Order) -> Result<Block, AllocError> {
-        let allowed = wall::allowed(&self.table, request).map_err(AllocError::Refused)?;
-        if !is_interleaved(request.strictness) {
-            return self.alloc_first(request, order, allowed.iter());
+    ///
+    /// # Panics
+    /// When the pass is another manager's.
+    pub fn alloc_with(&mut self, pass: &mut Pass, order: Order) -> Result<Block, AllocError> {
+        pass.renew(&self.registry).map_err(AllocError::Refused)?;
+        let allowed = pass.mask();
+        if !is_interleaved(pass.strictness()) {
+            return self.alloc_first(pass, order, allowed.iter());
         }
-        let last = self.last_interleaved.or(allowed.iter().last()).unwrap_or(NodeId::ZERO);
-        let block = self.alloc_first(request, order, allowed.ring_after(last))?;
-        self.last_interleaved = Some(block.node);
+        let last = pass.last_interleaved.or(allowed.iter().last()).unwrap_or(NodeId::ZERO);
+        let block = self.alloc_first(pass, order, allowed.ring_after(last))?;
+        pass.last_interleaved = Some(block.node);
         Ok(block)
     }
 
-    /// Takes a block back; the grant it was charged to regains it, also when revoked since.
+    /// Takes a block back; the domain and the grant it was charged to regain it, the grant also when it has ended since.
     ///
     /// # Errors
     /// [`FreeError::Foreign`] when another manager allocated it.
@@ -236,21 +234,24 @@ impl MemoryManager {
     /// # Panics
     /// When the block's frames are not what it says: an invariant of this crate is broken.
     pub fn free(&mut self, block: Block) -> Result<(), FreeError> {
-        if block.table != self.tag() {
+        if block.registry != self.tag() {
             return Err(FreeError::Foreign(block));
         }
-        let node = self.table.node_mut(block.node).expect("a node with frames in use stays (R1)");
+        let node = self.registry.node_mut(block.node).expect("a node with frames in use stays (R1)");
         let freed = node.frames.free_block(block.frame, block.order);
         assert!(freed.is_ok(), "a block is not copyable, so it is freed once: {freed:?}");
         if block.charged != UNCHARGED {
-            self.table.grants.uncharge(block.charged, block.bytes());
+            self.registry.grants.uncharge(block.charged, block.bytes());
+        }
+        if let Some(domain) = block.domain() {
+            self.registry.domains.uncharge(domain, block.node, block.order.frames().0);
         }
         Ok(())
     }
 
     /// How full a node is; `None` when it is not registered. Looks at every row of its frames.
     pub fn stats(&self, node: NodeId) -> Option<NodeStats> {
-        let node = self.table.node(node)?;
+        let node = self.registry.node(node)?;
         let frames = &node.frames;
         Some(NodeStats {
             capacity: frames.capacity(),
@@ -265,19 +266,19 @@ impl MemoryManager {
 
     /// How short a node is of frames; `None` when it is not registered.
     pub fn pressure(&self, node: NodeId) -> Option<Pressure> {
-        let node = self.table.node(node)?;
+        let node = self.registry.node(node)?;
         Some(node.watermarks.observe(node.frames.free()))
     }
 
     fn alloc_first(
         &mut self,
-        request: &Request<'_>,
+        pass: &Pass,
         order: Order,
         nodes: impl Iterator<Item = NodeId>,
     ) -> Result<Block, AllocError> {
         let mut last = None;
         for node in nodes {
-            match self.alloc_on(request, order, node) {
+            match self.alloc_on(pass, order, node) {
                 Ok(block) => return Ok(block),
                 Err(error) => last = Some(error),
             }
@@ -286,22 +287,28 @@ impl MemoryManager {
     }
 
     /// Watermark, charge, frames: on one node.
-    fn alloc_on(&mut self, request: &Request<'_>, order: Order, node: NodeId) -> Result<Block, AllocError> {
-        let tag = self.tag();
-        let needs_grant = self.table.spm().contains(node);
-        let entry = self.table.node(node).expect("an allowed node is registered");
-        keeps_reserve(entry, request.reserve, order).map_err(|(free, min)| AllocError::ReserveOnly {
+    fn alloc_on(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<Block, AllocError> {
+        let registry = self.tag();
+        let needs_grant = self.registry.spm().contains(node);
+        let entry = self.registry.node(node).expect("an allowed node is registered");
+        keeps_reserve(entry, pass.reserve, order).map_err(|(free, min)| AllocError::ReserveOnly {
             node,
             free,
             min,
         })?;
-        let charged = if needs_grant { self.charge_for(request, order, node)? } else { UNCHARGED };
-        let entry = self.table.node_mut(node).expect("an allowed node is registered");
+        let charged = if needs_grant { self.charge_for(pass, order, node)? } else { UNCHARGED };
+        let entry = self.registry.node_mut(node).expect("an allowed node is registered");
         match entry.frames.alloc(order) {
-            Ok(frame) => Ok(Block { frame, node, charged, table: tag, order }),
+            Ok(frame) => {
+                let domain = pass.domain().map_or(UNCHARGED, DomainId::get);
+                if let Some(domain) = pass.domain() {
+                    self.registry.domains.charge(domain, node, order.frames().0);
+                }
+                Ok(Block { frame, node, charged, domain, registry, order })
+            }
             Err(cause) => {
                 if charged != UNCHARGED {
-                    self.table.grants.uncharge(charged, order.bytes());
+                    self.registry.grants.uncharge(charged, order.bytes());
                 }
                 Err(AllocError::Exhausted { node, cause })
             }
@@ -309,9 +316,9 @@ impl MemoryManager {
     }
 
     /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9).
-    fn charge_for(&mut self, request: &Request<'_>, order: Order, node: NodeId) -> Result<u16, AllocError> {
+    fn charge_for(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<u16, AllocError> {
         let mut refused = None;
-        for grant in request.grants {
+        for &grant in pass.grants() {
             match self.charge_one(grant, order, node) {
                 Ok(Some(slot)) => return Ok(slot),
                 Ok(None) => {}
@@ -324,8 +331,8 @@ impl MemoryManager {
         }
     }
 
-    fn charge_one(&mut self, grant: &Grant, order: Order, node: NodeId) -> Result<Option<u16>, GrantError> {
-        let grants = &mut self.table.grants;
+    fn charge_one(&mut self, grant: GrantId, order: Order, node: NodeId) -> Result<Option<u16>, GrantError> {
+        let grants = &mut self.registry.grants;
         if grants.allows(grant, node, Rights::ALLOC)? {
             grants.charge(grant, order.bytes()).map(Some)
         } else {
@@ -333,8 +340,9 @@ impl MemoryManager {
         }
     }
 
-    fn tag(&self) -> u16 {
-        u16::try_from(self.table.id() & 0xffff).expect("masked to 16 bits")
+    fn tag(&self) -> NonZeroU16 {
+        let number = self.registry.id() % u64::from(u16::MAX) + 1;
+        u16::try_from(number).ok().and_then(NonZeroU16::new).expect("1 to 65535")
     }
 }
 

@@ -1,57 +1,24 @@
 //! The wall: which nodes may a request use? (R2, R6-R11)
 //!
-//! [`allowed`] turns a [`Request`] into the set that it never leaves, or into a [`Refusal`] that says what would
-//! change the answer. [`MemoryManager::alloc`](crate::mm::MemoryManager::alloc) and `spm explain` ask the same
-//! function. Takes no lock, changes nothing.
+//! [`Registry::admit`] turns a [`Request`] into a [`Pass`], which holds the set of nodes that is never left, or into a
+//! [`Refusal`] that says what would change the answer. [`MemoryManager::alloc`](crate::mm::MemoryManager::alloc) and
+//! `spm explain` ask the same function. A pass may be kept: it is worked out anew when a node, domain or grant has
+//! changed, so a check costs a comparison (measured: `cargo xtask bench wall`). Takes no lock.
 //!
-//! Holes: the root domain only. A preferred mask is not widened to the default when its nodes are full (R6): name
-//! the nodes to fall back to in the mask.
+//! Hole: a preferred mask is not widened to the default when its nodes are full (R6): name the nodes to fall back to in
+//! the mask.
 
+use alloc::vec::Vec;
 use core::fmt;
 
-use crate::grant::{Grant, GrantError, Rights};
-use crate::node::{Guard, NodeTable, NodeType};
+use crate::grant::{Grant, GrantError, GrantId, Rights};
+use crate::node::{Guard, NodeType};
 use crate::nodemask::NodeMask;
-use crate::units::NodeId;
+use crate::registry::Registry;
+use crate::units::{DomainId, NodeId};
 
-/// The root of the domain tree: which nodes everything below may use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Domain {
-    mems: NodeMask,
-    mems_sysram: NodeMask,
-}
-
-impl Domain {
-    /// A root domain without limits: all nodes possible, all sysram by default.
-    pub const fn root() -> Self {
-        Self::new(NodeMask::EMPTY, NodeMask::EMPTY)
-    }
-
-    /// A root domain with configured masks: `mems` the possible nodes, `mems_sysram` the default ones. An empty mask
-    /// sets no limit (R4).
-    pub const fn new(mems: NodeMask, mems_sysram: NodeMask) -> Self {
-        Self { mems, mems_sysram }
-    }
-
-    /// The nodes that requests of this domain can reach at all (R4); no limit when none of `mems` is registered.
-    ///
-    /// ```
-    /// use spmem_core::{node::NodeTable, nodemask::NodeMask, units::NodeId, wall::Domain};
-    /// let table = NodeTable::new(); // nothing registered: nothing effective, whatever is configured
-    /// let domain = Domain::new(NodeId::ONE.into(), NodeMask::EMPTY);
-    /// assert!(domain.effective(&table).is_empty());
-    /// ```
-    pub fn effective(&self, table: &NodeTable) -> NodeMask {
-        let limited = self.mems.intersection(table.present());
-        if limited.is_empty() { *table.present() } else { limited }
-    }
-
-    /// The nodes that a request without a mask gets (R4).
-    pub fn default_mask(&self, table: &NodeTable) -> NodeMask {
-        let reachable = self.effective(table).intersection(table.sysram());
-        if self.mems_sysram.is_empty() { reachable } else { reachable.intersection(&self.mems_sysram) }
-    }
-}
+/// Grants that a request may show.
+pub const MAX_SHOWN: usize = 16;
 
 /// How strongly a program names its nodes: the kernel's memory policies, mempolicy(7).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -94,9 +61,8 @@ pub enum Reserve {
 /// A request for memory.
 ///
 /// ```
-/// use spmem_core::wall::{Domain, Request, Strictness};
-/// let root = Domain::root();
-/// let request = Request { strictness: Strictness::Interleave, ..Request::of(&root) };
+/// use spmem_core::{units::DomainId, wall::{Request, Strictness}};
+/// let request = Request { strictness: Strictness::Interleave, ..Request::of(DomainId::ROOT) };
 /// assert!(request.asked.is_none() && request.grants.is_empty());
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,8 +72,8 @@ pub struct Request<'a> {
     /// How strongly they are named.
     pub strictness: Strictness,
     /// Where the request comes from; `None` gets sysram only (R7).
-    pub domain: Option<&'a Domain>,
-    /// The grants shown; the first that covers a node is charged.
+    pub domain: Option<DomainId>,
+    /// The grants shown, at most [`MAX_SHOWN`]; the first that covers a node is charged.
     pub grants: &'a [&'a Grant],
     /// Whether the reserve may be used.
     pub reserve: Reserve,
@@ -115,7 +81,7 @@ pub struct Request<'a> {
 
 impl<'a> Request<'a> {
     /// A plain request out of a domain: its default nodes, no grant.
-    pub const fn of(domain: &'a Domain) -> Self {
+    pub const fn of(domain: DomainId) -> Self {
         Self {
             asked: None,
             strictness: Strictness::Bind,
@@ -126,8 +92,207 @@ impl<'a> Request<'a> {
     }
 
     /// A component's request for one node, with the grants that open it.
-    pub const fn on(domain: &'a Domain, node: NodeId, grants: &'a [&'a Grant]) -> Self {
+    pub const fn on(domain: DomainId, node: NodeId, grants: &'a [&'a Grant]) -> Self {
         Self { asked: Some(NodeMask::of(node)), grants, ..Self::of(domain) }
+    }
+}
+
+/// A request that the wall let through, to be used any number of times. Good for as long as the answer is: a pass looks
+/// again when the [`Registry`] has changed, and is refused as the request would be.
+#[derive(Debug)]
+pub struct Pass {
+    registry: u64,
+    epoch: u64,
+    /// The answer at that epoch.
+    allowed: NodeMask,
+    asked: Option<NodeMask>,
+    strictness: Strictness,
+    domain: Option<DomainId>,
+    grants: Vec<GrantId>,
+    pub(crate) reserve: Reserve,
+    /// The node that interleaving used last.
+    pub(crate) last_interleaved: Option<NodeId>,
+}
+
+impl Pass {
+    /// The nodes that may be used now; never any other (R6).
+    ///
+    /// # Errors
+    /// [`Refusal`] when something has changed and none is left.
+    ///
+    /// # Panics
+    /// When the pass is another registry's.
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::{nodemask::NodeMask, registry::Registry, units::{DomainId, NodeId}, wall::Request};
+    /// # let spec = || NodeSpec { node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut registry = Registry::new();
+    /// registry.register(NodeId::ZERO, spec()).unwrap();
+    /// let mut pass = registry.admit(&Request::of(DomainId::ROOT)).unwrap();
+    /// assert_eq!(pass.allowed(&registry), Ok(&NodeId::ZERO.into()));
+    /// let owner = registry.register(NodeId::ONE, spec()).unwrap();
+    /// assert_eq!(pass.allowed(&registry), Ok(&[NodeId::ZERO, NodeId::ONE].into_iter().collect()));
+    /// ```
+    #[inline]
+    pub fn allowed(&mut self, registry: &Registry) -> Result<&NodeMask, Refusal> {
+        self.renew(registry)?;
+        Ok(&self.allowed)
+    }
+
+    /// Makes sure that the answer is today's.
+    #[inline]
+    pub(crate) fn renew(&mut self, registry: &Registry) -> Result<(), Refusal> {
+        let is_current = self.epoch == registry.epoch() && self.registry == registry.id();
+        if is_current { Ok(()) } else { self.look_again(registry) }
+    }
+
+    /// The nodes that could be used when that was last worked out.
+    pub const fn mask(&self) -> &NodeMask {
+        &self.allowed
+    }
+
+    /// Where the request comes from.
+    pub const fn domain(&self) -> Option<DomainId> {
+        self.domain
+    }
+
+    pub(crate) const fn strictness(&self) -> Strictness {
+        self.strictness
+    }
+
+    /// The grants shown.
+    pub(crate) fn grants(&self) -> &[GrantId] {
+        &self.grants
+    }
+
+    #[cold]
+    fn look_again(&mut self, registry: &Registry) -> Result<(), Refusal> {
+        assert!(self.registry == registry.id(), "a pass is used with the registry that gave it");
+        self.allowed = self.work_out(registry)?;
+        self.epoch = registry.epoch();
+        Ok(())
+    }
+
+    /// R6, R7, R9.
+    fn work_out(&self, registry: &Registry) -> Result<NodeMask, Refusal> {
+        let Some(domain) = self.domain else {
+            let mask = self.asked.map_or(*registry.sysram(), |asked| asked.intersection(registry.sysram()));
+            return if mask.is_empty() { Err(self.refusal(registry)) } else { Ok(mask) };
+        };
+        let Some((effective, default)) = registry.domains.masks(domain) else {
+            return Err(Refusal { node: None, reason: Reason::UnknownDomain { domain } });
+        };
+        let mask = match &self.asked {
+            None => *default,
+            Some(asked) => asked.intersection(effective).intersection(&self.open(registry)),
+        };
+        if mask.is_empty() { Err(self.refusal(registry)) } else { Ok(mask) }
+    }
+
+    /// The nodes without a wall for this request: sysram, what its grants open (R6), easy nodes under strict bind (R9).
+    fn open(&self, registry: &Registry) -> NodeMask {
+        let mut open = *registry.sysram();
+        for &grant in &self.grants {
+            if let Ok(nodes) = registry.grants.nodes_with(grant, Rights::ALLOC) {
+                open = open.union(&nodes);
+            }
+        }
+        if self.strictness == Strictness::Bind {
+            open = open.union(registry.easy());
+        }
+        open
+    }
+
+    #[cold]
+    fn refusal(&self, registry: &Registry) -> Refusal {
+        let Some(asked) = &self.asked else {
+            return Refusal { node: None, reason: Reason::NoDefault };
+        };
+        let node = asked.first();
+        Refusal { node, reason: node.map_or(Reason::NothingAsked, |node| self.reason(registry, node)) }
+    }
+
+    /// What keeps the request from `node`, which is not allowed.
+    fn reason(&self, registry: &Registry, node: NodeId) -> Reason {
+        let Some(spec) = registry.spec(node) else { return Reason::Absent };
+        let Some(domain) = self.domain else { return Reason::NoDomain };
+        if let Some(domain) = registry.limiting_domain(domain, node) {
+            return Reason::OutsideDomain { domain };
+        }
+        debug_assert_eq!(spec.node_type, NodeType::Spm, "a reachable sysram node is allowed");
+        for &grant in &self.grants {
+            match registry.grants.nodes(grant) {
+                Ok(nodes) if nodes.contains(node) => return Reason::LacksRight { right: Rights::ALLOC },
+                Ok(_) => {}
+                Err(cause) => return Reason::BadGrant { cause },
+            }
+        }
+        Reason::NeedsGrant { guard: spec.guard, strictness: self.strictness }
+    }
+}
+
+impl Registry {
+    /// Lets a request through the wall. Nodes asked for and not allowed are dropped silently as long as one is left (R8).
+    ///
+    /// # Errors
+    /// [`Refusal`] when none is left: why, and what would change it (R11).
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::{nodemask::NodeMask, registry::Registry, units::{DomainId, NodeId}, wall::Request};
+    /// # let spec = |node_type| NodeSpec { node_type, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut registry = Registry::new();
+    /// registry.register(NodeId::ZERO, spec(NodeType::Sysram)).unwrap();
+    /// registry.register(NodeId::ONE, spec(NodeType::Spm)).unwrap();
+    /// let wide = Request { asked: Some(NodeMask::ALL), ..Request::of(DomainId::ROOT) };
+    /// let mut pass = registry.admit(&wide).unwrap();
+    /// assert_eq!(pass.allowed(&registry), Ok(&NodeId::ZERO.into()));
+    /// let refusal = registry.admit(&Request::on(DomainId::ROOT, NodeId::ONE, &[])).unwrap_err();
+    /// assert!(refusal.to_string().contains("a grant from its owner with ALLOC would open it"));
+    /// ```
+    pub fn admit(&self, request: &Request<'_>) -> Result<Pass, Refusal> {
+        let node = request.asked.as_ref().and_then(NodeMask::first);
+        if request.grants.len() > MAX_SHOWN {
+            return Err(Refusal { node, reason: Reason::TooManyGrants { shown: request.grants.len() } });
+        }
+        let mut grants = Vec::new();
+        let mut foreign = None;
+        for grant in request.grants {
+            match self.grants.own(grant) {
+                Ok(id) => grants.push(id),
+                Err(cause) => foreign = Some(cause),
+            }
+        }
+        let mut pass = Pass {
+            registry: self.id(),
+            epoch: self.epoch(),
+            allowed: NodeMask::EMPTY,
+            asked: request.asked,
+            strictness: request.strictness,
+            domain: request.domain,
+            grants,
+            reserve: request.reserve,
+            last_interleaved: None,
+        };
+        match pass.work_out(self) {
+            Ok(allowed) => {
+                pass.allowed = allowed;
+                Ok(pass)
+            }
+            Err(Refusal { node, reason: Reason::NeedsGrant { .. } }) if let Some(cause) = foreign => {
+                Err(Refusal { node, reason: Reason::BadGrant { cause } })
+            }
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// What stands between a request and one node, whatever else it asks for; `None` when nothing does.
+    pub fn obstacle(&self, request: &Request<'_>, node: NodeId) -> Option<Refusal> {
+        let one = Request { asked: Some(NodeMask::of(node)), ..*request };
+        self.admit(&one).err()
     }
 }
 
@@ -151,8 +316,21 @@ pub enum Reason {
     Absent,
     /// Without a domain there is sysram only (R7).
     NoDomain,
-    /// The root domain's `mems` lacks the node (R6).
-    OutsideDomain,
+    /// There is no such domain.
+    UnknownDomain {
+        /// As given.
+        domain: DomainId,
+    },
+    /// The masks of this domain, where the request comes from or an ancestor of that, lack the node (R4, R6).
+    OutsideDomain {
+        /// The topmost that does.
+        domain: DomainId,
+    },
+    /// More grants were shown than [`MAX_SHOWN`].
+    TooManyGrants {
+        /// How many.
+        shown: usize,
+    },
     /// The node is SPM and no grant shown names it (R6).
     NeedsGrant {
         /// How hard its wall is.
@@ -180,13 +358,19 @@ impl fmt::Display for Refusal {
         match self.reason {
             Reason::NothingAsked => f.write_str("the mask is empty; name a node or leave the mask out"),
             Reason::NoDefault => {
-                f.write_str("the root domain's default mask holds no sysram node; widen its mems or mems.sysram")
+                f.write_str("the domain's default mask holds no sysram node; widen mems or mems.sysram")
             }
             Reason::Absent => f.write_str("not registered; see the list of nodes"),
             Reason::NoDomain => {
                 f.write_str("a request without a domain gets sysram only; make it from within a domain")
             }
-            Reason::OutsideDomain => f.write_str("outside the root domain; add the node to its mems"),
+            Reason::UnknownDomain { domain } => write!(f, "there is no domain {domain}; see the list of domains"),
+            Reason::OutsideDomain { domain } => {
+                write!(f, "outside the masks of domain {domain}; add the node to its mems")
+            }
+            Reason::TooManyGrants { shown } => {
+                write!(f, "{shown} grants are shown, {MAX_SHOWN} can be; leave out those not needed")
+            }
             Reason::NeedsGrant { guard: Guard::Hard, .. } => {
                 f.write_str("walled off (spm, hard guard); a grant from its owner with ALLOC would open it")
             }
@@ -204,74 +388,3 @@ impl fmt::Display for Refusal {
 }
 
 impl core::error::Error for Refusal {}
-
-/// The nodes that a request may use; it never leaves them (R6). Nodes asked for and not allowed are dropped silently
-/// as long as one is left (R8).
-///
-/// # Errors
-/// [`Refusal`] when none is left: why, and what would change it (R11).
-///
-/// ```
-/// # use spmem_core::node::{Class, Guard, NodeSpec, NodeTable, NodeType, Services};
-/// use spmem_core::{nodemask::NodeMask, units::NodeId, wall::{Domain, Request, allowed}};
-/// # let spec = |node_type| NodeSpec { node_type, class: Class::Plain, services: Services::empty(),
-/// #     guard: Guard::Hard, owner: "doc".into() };
-/// let mut table = NodeTable::new();
-/// table.register(NodeId::ZERO, spec(NodeType::Sysram)).unwrap();
-/// table.register(NodeId::ONE, spec(NodeType::Spm)).unwrap();
-/// let root = Domain::root();
-/// let wide = Request { asked: Some(NodeMask::ALL), ..Request::of(&root) };
-/// assert_eq!(allowed(&table, &wide), Ok(NodeId::ZERO.into()));
-/// let refusal = allowed(&table, &Request::on(&root, NodeId::ONE, &[])).unwrap_err();
-/// assert!(refusal.to_string().contains("a grant from its owner with ALLOC would open it"));
-/// ```
-pub fn allowed(table: &NodeTable, request: &Request<'_>) -> Result<NodeMask, Refusal> {
-    let mask = match (&request.asked, request.domain) {
-        (None, None) => *table.sysram(),
-        (Some(asked), None) => asked.intersection(table.sysram()),
-        (None, Some(domain)) => domain.default_mask(table),
-        (Some(asked), Some(domain)) => {
-            asked.intersection(&domain.effective(table)).intersection(&open(table, request))
-        }
-    };
-    if mask.is_empty() { Err(refusal(table, request)) } else { Ok(mask) }
-}
-
-/// The nodes without a wall for this request: sysram, what its grants open (R6), easy nodes under strict bind (R9).
-fn open(table: &NodeTable, request: &Request<'_>) -> NodeMask {
-    let mut open = *table.sysram();
-    for grant in request.grants {
-        open = open.union(&table.grants.nodes_with(grant, Rights::ALLOC));
-    }
-    if request.strictness == Strictness::Bind {
-        open = open.union(table.easy());
-    }
-    open
-}
-
-#[cold]
-fn refusal(table: &NodeTable, request: &Request<'_>) -> Refusal {
-    let Some(asked) = &request.asked else {
-        return Refusal { node: None, reason: Reason::NoDefault };
-    };
-    let node = asked.first();
-    Refusal { node, reason: node.map_or(Reason::NothingAsked, |node| reason(table, request, node)) }
-}
-
-/// What kept the request from `node`.
-fn reason(table: &NodeTable, request: &Request<'_>, node: NodeId) -> Reason {
-    let Some(spec) = table.spec(node) else { return Reason::Absent };
-    let Some(domain) = request.domain else { return Reason::NoDomain };
-    if !domain.effective(table).contains(node) {
-        return Reason::OutsideDomain;
-    }
-    debug_assert_eq!(spec.node_type, NodeType::Spm, "a reachable sysram node is allowed");
-    for grant in request.grants {
-        match table.grant_info(grant) {
-            Ok(info) if info.nodes.contains(node) => return Reason::LacksRight { right: Rights::ALLOC },
-            Ok(_) => {}
-            Err(cause) => return Reason::BadGrant { cause },
-        }
-    }
-    Reason::NeedsGrant { guard: spec.guard, strictness: request.strictness }
-}

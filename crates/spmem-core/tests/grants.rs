@@ -1,14 +1,14 @@
-//! R12: grants against a model that adds everything up anew.
+//! R12, R13: grants against a model that adds everything up anew.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
-use spmem_core::grant::{Charge, Grant, GrantError, Rights, Wider};
+use spmem_core::grant::{Charge, Grant, GrantError, Rights, Terms, Wider};
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
-use spmem_core::wall::{Domain, Request};
+use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order, Time};
+use spmem_core::wall::Request;
 
 fn lent(frames: u64) -> Metadata {
     Metadata::from_heap(FrameCount(frames)).unwrap()
@@ -26,6 +26,7 @@ struct Known {
     nodes: NodeMask,
     rights: Rights,
     quota: u64,
+    expires: u64,
     is_revoked: bool,
 }
 
@@ -47,12 +48,14 @@ struct Model {
     owners: Vec<Owner>,
     grants: Vec<Known>,
     held: Vec<Held>,
+    now: u64,
 }
 
 #[derive(Clone, Debug)]
 enum Op {
-    Grant(Vec<u16>, u8, u64),
-    Narrow(prop::sample::Index, Vec<u16>, u8, u64),
+    Grant(Vec<u16>, Terms),
+    Narrow(prop::sample::Index, Vec<u16>, Terms),
+    Advance(u64),
     Alloc(prop::sample::Index, u16, u8),
     Charge(prop::sample::Index, u64),
     GiveBack(prop::sample::Index),
@@ -63,11 +66,10 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let at = any::<prop::sample::Index>;
     let nodes = || prop::collection::vec(0..NODES, 0..3);
-    let quota = || 0u64..200_000;
-    let rights = || prop_oneof![Just(63u8), 0u8..64];
     prop_oneof![
-        1 => (nodes(), rights(), quota()).prop_map(|(n, r, q)| Op::Grant(n, r, q)),
-        2 => (at(), nodes(), rights(), quota()).prop_map(|(g, n, r, q)| Op::Narrow(g, n, r, q)),
+        1 => (nodes(), terms()).prop_map(|(n, t)| Op::Grant(n, t)),
+        2 => (at(), nodes(), terms()).prop_map(|(g, n, t)| Op::Narrow(g, n, t)),
+        1 => (0u64..100).prop_map(Op::Advance),
         4 => (at(), 0..NODES, 0u8..4).prop_map(|(g, n, o)| Op::Alloc(g, n, o)),
         2 => (at(), 0u64..20_000).prop_map(|(g, b)| Op::Charge(g, b)),
         3 => at().prop_map(Op::GiveBack),
@@ -80,8 +82,15 @@ fn mask(nodes: &[u16]) -> NodeMask {
     nodes.iter().map(|&node| NodeId::new(node).unwrap()).collect()
 }
 
-fn rights(bits: u8) -> Rights {
-    Rights::from_bits_truncate(bits)
+fn terms() -> impl Strategy<Value = Terms> {
+    let rights = prop_oneof![Just(63u8), 0u8..64].prop_map(Rights::from_bits_truncate);
+    let expires = prop_oneof![Just(u64::MAX), 0u64..1000];
+    (rights, 0u64..200_000, expires)
+        .prop_map(|(rights, quota, expires)| Terms::new(rights, Bytes(quota)).until(Time(expires)))
+}
+
+fn all(quota: u64) -> Terms {
+    Terms::new(Rights::all(), Bytes(quota))
 }
 
 impl Model {
@@ -96,11 +105,11 @@ impl Model {
         };
         let mut owners = Vec::new();
         for node in 0..NODES {
-            let owner = mm.register_node(NodeId::new(node).unwrap(), spec.clone()).unwrap();
-            mm.add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES)).unwrap();
+            let owner = mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone()).unwrap();
+            mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES)).unwrap();
             owners.push(owner);
         }
-        Self { mm, owners, grants: Vec::new(), held: Vec::new() }
+        Self { mm, owners, grants: Vec::new(), held: Vec::new(), now: 0 }
     }
 
     fn is_within(&self, mut grant: usize, ancestor: usize) -> bool {
@@ -131,55 +140,86 @@ impl Model {
         (!values.is_empty()).then(|| values[at.index(values.len())])
     }
 
-    fn grant(&mut self, nodes: &[u16], bits: u8, quota: u64) {
+    /// Why the grant is good for nothing, if so.
+    fn end(&self, grant: usize) -> Option<GrantError> {
+        let known = &self.grants[grant];
+        if known.is_revoked {
+            Some(GrantError::Revoked)
+        } else {
+            (known.expires <= self.now).then_some(GrantError::Expired { at: Time(known.expires) })
+        }
+    }
+
+    fn add(&mut self, value: Grant, parent: Option<usize>, nodes: &[u16], terms: Terms) {
+        self.grants.push(Known {
+            value: Some(value),
+            parent,
+            nodes: mask(nodes),
+            rights: terms.rights,
+            quota: terms.quota.0,
+            expires: terms.expires.0,
+            is_revoked: false,
+        });
+    }
+
+    fn grant(&mut self, nodes: &[u16], terms: Terms) {
         let shown: Vec<&Owner> = nodes.iter().map(|&node| &self.owners[usize::from(node)]).collect();
-        match self.mm.table_mut().grant(&shown, rights(bits), Bytes(quota)) {
-            Ok(value) => self.grants.push(Known {
-                value: Some(value),
-                parent: None,
-                nodes: mask(nodes),
-                rights: rights(bits),
-                quota,
-                is_revoked: false,
-            }),
+        match self.mm.registry_mut().grant(&shown, terms) {
+            Ok(value) => {
+                assert!(terms.expires.0 > self.now);
+                self.add(value, None, nodes, terms);
+            }
+            Err(GrantError::Expired { at }) => assert!(at == terms.expires && at.0 <= self.now),
             Err(error) => assert!(error == GrantError::NoNode && nodes.is_empty()),
         }
     }
 
-    fn narrow(&mut self, from: usize, nodes: &[u16], bits: u8, quota: u64) {
-        let known = &self.grants[from];
+    fn narrow(&mut self, from: usize, nodes: &[u16], terms: Terms) {
+        let (known, end) = (&self.grants[from], self.end(from));
         let value = known.value.as_ref().unwrap();
-        let is_narrower =
-            mask(nodes).is_subset(&known.nodes) && known.rights.contains(rights(bits)) && quota <= known.quota;
-        match self.mm.table_mut().narrow(value, mask(nodes), rights(bits), Bytes(quota)) {
+        let is_narrower = mask(nodes).is_subset(&known.nodes)
+            && known.rights.contains(terms.rights)
+            && terms.quota.0 <= known.quota
+            && terms.expires.0 <= known.expires;
+        match self.mm.registry_mut().narrow(value, mask(nodes), terms) {
             Ok(value) => {
-                assert!(is_narrower && !known.is_revoked && !nodes.is_empty());
-                self.grants.push(Known {
-                    value: Some(value),
-                    parent: Some(from),
-                    nodes: mask(nodes),
-                    rights: rights(bits),
-                    quota,
-                    is_revoked: false,
-                });
+                assert!(is_narrower && end.is_none() && !nodes.is_empty() && terms.expires.0 > self.now);
+                self.add(value, Some(from), nodes, terms);
             }
-            Err(GrantError::Revoked) => assert!(known.is_revoked),
+            Err(error @ GrantError::Revoked) => assert_eq!(end, Some(error)),
+            Err(error @ GrantError::Expired { .. }) => {
+                assert!(end == Some(error) || end.is_none() && terms.expires.0 <= self.now);
+            }
             Err(GrantError::NoNode) => assert!(nodes.is_empty()),
             Err(GrantError::Widened(Wider::Node(node))) => {
                 assert!(mask(nodes).contains(node) && !known.nodes.contains(node));
             }
+            Err(GrantError::Widened(Wider::Expiry { expires })) => assert!(terms.expires > expires),
             Err(GrantError::Widened(_)) => assert!(!is_narrower),
             Err(error) => assert_eq!(error, GrantError::TooDeep),
         }
     }
 
+    fn advance(&mut self, by: u64) {
+        let live = |model: &Self, g| model.end(g).is_none() && model.grants[g].value.is_some();
+        let before: Vec<usize> = (0..self.grants.len()).filter(|&g| live(self, g)).collect();
+        self.now += by;
+        let mut expired = self.mm.registry_mut().advance(Time(self.now));
+        let ended = before.into_iter().filter(|&g| self.end(g).is_some());
+        let mut ended: Vec<_> = ended.map(|g| self.grants[g].value.as_ref().unwrap().id()).collect();
+        expired.sort();
+        ended.sort();
+        assert_eq!(expired, ended, "R12: what ends with the time is told");
+    }
+
     fn alloc(&mut self, grant: usize, node: u16, order: u8) {
         let known = &self.grants[grant];
-        let (domain, shown, order) = (Domain::root(), [known.value.as_ref().unwrap()], Order::new(order).unwrap());
+        let (shown, order) = ([known.value.as_ref().unwrap()], Order::new(order).unwrap());
         let node = NodeId::new(node).unwrap();
-        let opens = !known.is_revoked && known.nodes.contains(node) && known.rights.contains(Rights::ALLOC);
+        let opens =
+            self.end(grant).is_none() && known.nodes.contains(node) && known.rights.contains(Rights::ALLOC);
         let may = opens && order.bytes().0 <= self.left(grant);
-        match self.mm.alloc(&Request::on(&domain, node, &shown), order) {
+        match self.mm.alloc(&Request::on(DomainId::ROOT, node, &shown), order) {
             Ok(block) => {
                 assert!(may);
                 self.held.push(Held { grant, bytes: block.bytes().0, what: Use::Block(block) });
@@ -190,16 +230,16 @@ impl Model {
 
     fn charge(&mut self, grant: usize, bytes: u64) {
         let known = &self.grants[grant];
-        match self.mm.table_mut().charge(known.value.as_ref().unwrap(), Bytes(bytes)) {
+        match self.mm.registry_mut().charge(known.value.as_ref().unwrap(), Bytes(bytes)) {
             Ok(charge) => {
-                assert!(!known.is_revoked && bytes <= self.left(grant));
+                assert!(self.end(grant).is_none() && bytes <= self.left(grant));
                 self.held.push(Held { grant, bytes, what: Use::Charge(charge) });
             }
             Err(GrantError::OverQuota { left, .. }) => {
                 assert_eq!(left.0, self.left(grant));
                 assert!(bytes > left.0);
             }
-            Err(error) => assert!(error == GrantError::Revoked && known.is_revoked),
+            Err(error) => assert_eq!(Some(error), self.end(grant)),
         }
     }
 
@@ -209,15 +249,16 @@ impl Model {
         }
         match self.held.swap_remove(at.index(self.held.len())).what {
             Use::Block(block) => self.mm.free(block).unwrap(),
-            Use::Charge(charge) => self.mm.table_mut().uncharge(charge).unwrap(),
+            Use::Charge(charge) => self.mm.registry_mut().uncharge(charge).unwrap(),
         }
     }
 
     fn revoke(&mut self, grant: usize, node: u16) {
         let known = &self.grants[grant];
         let id = known.value.as_ref().unwrap().id();
-        match self.mm.table_mut().revoke(&self.owners[usize::from(node)], id) {
+        match self.mm.registry_mut().revoke(&self.owners[usize::from(node)], id) {
             Ok(held) => {
+                assert_eq!(self.mm.registry().held(id).len(), held.len(), "it can be asked again");
                 assert!(!known.is_revoked && known.nodes.contains(NodeId::new(node).unwrap()));
                 let listed: u64 = held.iter().map(|held| held.bytes.0).sum();
                 assert_eq!(listed, self.used(grant), "R13: all that is held is listed");
@@ -232,21 +273,22 @@ impl Model {
 
     fn release(&mut self, grant: usize) {
         let value = self.grants[grant].value.take().unwrap();
-        let released = self.mm.table_mut().release(value);
+        let released = self.mm.registry_mut().release(value);
         assert_eq!(released.is_err(), self.grants[grant].is_revoked);
     }
 
     fn check(&self) {
         for (at, known) in self.grants.iter().enumerate() {
             let Some(value) = &known.value else { continue };
-            match self.mm.table().grant_info(value) {
+            match self.mm.registry().grant_info(value) {
                 Ok(info) => {
-                    assert!(!known.is_revoked);
+                    assert!(self.end(at).is_none());
                     assert_eq!(info.used.0, self.used(at));
-                    assert_eq!((info.nodes, info.rights, info.quota.0), (known.nodes, known.rights, known.quota));
-                    assert!(info.used <= info.quota);
+                    let terms = Terms::new(known.rights, Bytes(known.quota)).until(Time(known.expires));
+                    assert_eq!((info.nodes, info.terms), (known.nodes, terms));
+                    assert!(info.used <= info.terms.quota);
                 }
-                Err(error) => assert!(error == GrantError::Revoked && known.is_revoked),
+                Err(error) => assert_eq!(Some(error), self.end(at)),
             }
         }
     }
@@ -254,14 +296,15 @@ impl Model {
 
 proptest! {
     #[test]
-    fn grants_are_never_widened_overdrawn_or_used_once_revoked(ops in prop::collection::vec(op(), 0..150)) {
+    fn grants_are_never_widened_overdrawn_or_used_once_revoked_or_expired(ops in prop::collection::vec(op(), 0..150)) {
         let mut model = Model::new();
         for op in ops {
             match op {
-                Op::Grant(nodes, bits, quota) => model.grant(&nodes, bits, quota),
+                Op::Grant(nodes, terms) => model.grant(&nodes, terms),
+                Op::Advance(by) => model.advance(by),
                 Op::GiveBack(at) => model.give_back(at),
-                Op::Narrow(at, nodes, bits, quota) => {
-                    model.pick(at).into_iter().for_each(|g| model.narrow(g, &nodes, bits, quota));
+                Op::Narrow(at, nodes, terms) => {
+                    model.pick(at).into_iter().for_each(|g| model.narrow(g, &nodes, terms));
                 }
                 Op::Alloc(at, node, order) => {
                     model.pick(at).into_iter().for_each(|g| model.alloc(g, node, order));
@@ -278,34 +321,34 @@ proptest! {
 #[test]
 fn a_grant_on_a_node_does_not_open_its_successor() {
     let mut model = Model::new();
-    model.grant(&[1], 63, 100_000);
-    let first = model.mm.table().frames(NodeId::ONE).unwrap().ranges().next().unwrap().first;
+    model.grant(&[1], all(100_000));
+    let first = model.mm.registry().frames(NodeId::ONE).unwrap().ranges().next().unwrap().first;
     let owner = model.owners.remove(1);
-    let spec = model.mm.table().spec(NodeId::ONE).unwrap().clone();
-    model.mm.table_mut().remove_range(&owner, first).unwrap();
-    model.mm.table_mut().unregister(&owner).unwrap();
-    let anew = model.mm.register_node(NodeId::ONE, spec.clone()).unwrap();
-    model.mm.add_range(&anew, &spec, FrameCount(8), lent(8)).unwrap();
-    let (domain, shown) = (Domain::root(), [model.grants[0].value.as_ref().unwrap()]);
-    assert!(model.mm.alloc(&Request::on(&domain, NodeId::ONE, &shown), Order::ZERO).is_err());
+    let spec = model.mm.registry().spec(NodeId::ONE).unwrap().clone();
+    model.mm.registry_mut().remove_range(&owner, first).unwrap();
+    model.mm.registry_mut().unregister(&owner).unwrap();
+    let anew = model.mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+    model.mm.registry_mut().add_range(&anew, &spec, FrameCount(8), lent(8)).unwrap();
+    let shown = [model.grants[0].value.as_ref().unwrap()];
+    assert!(model.mm.alloc(&Request::on(DomainId::ROOT, NodeId::ONE, &shown), Order::ZERO).is_err());
 }
 
 #[test]
-fn a_grant_of_another_table_is_refused() {
+fn a_grant_of_another_registry_is_refused() {
     let (mut mine, mut theirs) = (Model::new(), Model::new());
-    mine.grant(&[1], 63, 100_000);
-    theirs.grant(&[1], 63, 100_000);
+    mine.grant(&[1], all(100_000));
+    theirs.grant(&[1], all(100_000));
     let value = mine.grants[0].value.as_ref().unwrap();
-    assert_eq!(theirs.mm.table_mut().charge(value, Bytes(1)), Err(GrantError::Foreign));
-    let (domain, shown) = (Domain::root(), [value]);
-    assert!(theirs.mm.alloc(&Request::on(&domain, NodeId::ONE, &shown), Order::ZERO).is_err());
+    assert_eq!(theirs.mm.registry_mut().charge(value, Bytes(1)), Err(GrantError::Foreign));
+    let shown = [value];
+    assert!(theirs.mm.alloc(&Request::on(DomainId::ROOT, NodeId::ONE, &shown), Order::ZERO).is_err());
 }
 
 #[test]
 fn released_records_are_used_again() {
     let mut model = Model::new();
     for _ in 0..10_000 {
-        model.grant(&[0], 63, 1);
+        model.grant(&[0], all(1));
         model.release(0);
         model.grants.clear();
     }

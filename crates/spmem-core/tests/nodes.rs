@@ -8,8 +8,8 @@ use spmem_core::frames::Metadata;
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
-use spmem_core::wall::{Domain, Request, Strictness, allowed};
+use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::wall::{Request, Strictness};
 
 fn lent(frames: u64) -> Metadata {
     Metadata::from_heap(FrameCount(frames)).unwrap()
@@ -78,7 +78,7 @@ fn needs_are_met(s: Services) -> bool {
 
 impl Model {
     fn register(&mut self, node: u16, spec: NodeSpec) {
-        let result = self.mm.register_node(NodeId::new(node).unwrap(), spec.clone());
+        let result = self.mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone());
         match (self.nodes.get(&node), result) {
             (_, Err(NodeError::ServiceNeeds { .. })) => assert!(!needs_are_met(spec.services)),
             (Some(known), Err(NodeError::TypeLatched { latched, .. })) => {
@@ -100,7 +100,7 @@ impl Model {
         let Some(known) = self.nodes.get_mut(&node) else { return };
         let spec = spec.unwrap_or_else(|| NodeSpec { owner: "other".into(), ..known.spec.clone() });
         let is_alike = NodeSpec { owner: "test".into(), ..spec.clone() } == known.spec;
-        match self.mm.add_range(&known.owner, &spec, FrameCount(count), lent(count)) {
+        match self.mm.registry_mut().add_range(&known.owner, &spec, FrameCount(count), lent(count)) {
             Ok(range) => {
                 assert!(is_alike);
                 known.ranges.push(range.first);
@@ -114,9 +114,8 @@ impl Model {
     }
 
     fn alloc(&mut self, node: u16, order: u8) {
-        let domain = Domain::root();
         let id = NodeId::new(node).unwrap();
-        if let Ok(block) = self.mm.alloc(&Request::on(&domain, id, &[]), Order::new(order).unwrap()) {
+        if let Ok(block) = self.mm.alloc(&Request::on(DomainId::ROOT, id, &[]), Order::new(order).unwrap()) {
             let known = self.nodes.get_mut(&node).unwrap();
             assert!(known.spec.node_type == NodeType::Sysram || known.spec.guard == Guard::Easy, "R9");
             known.used += block.order().frames().0;
@@ -136,7 +135,7 @@ impl Model {
     fn remove_range(&mut self, node: u16) {
         let Some(known) = self.nodes.get_mut(&node) else { return };
         let Some(&first) = known.ranges.last() else { return };
-        match self.mm.table_mut().remove_range(&known.owner, first) {
+        match self.mm.registry_mut().remove_range(&known.owner, first) {
             Ok((range, _)) => assert_eq!(known.ranges.pop(), Some(range.first)),
             Err(_) => assert!(known.used > 0),
         }
@@ -144,7 +143,7 @@ impl Model {
 
     fn unregister(&mut self, node: u16) {
         let Some(known) = self.nodes.get(&node) else { return };
-        match self.mm.table_mut().unregister(&known.owner) {
+        match self.mm.registry_mut().unregister(&known.owner) {
             Ok(()) => {
                 assert!(known.used == 0 && known.ranges.is_empty());
                 self.stale.push(self.nodes.remove(&node).unwrap().owner);
@@ -163,14 +162,14 @@ impl Model {
             nodes.map(|(&node, _)| NodeId::new(node).unwrap()).collect::<NodeMask>()
         };
         let (sysram, spm) = (of(NodeType::Sysram), of(NodeType::Spm));
-        assert_eq!((*self.mm.table().sysram(), *self.mm.table().spm()), (sysram, spm), "R1, R2");
+        assert_eq!((*self.mm.registry().sysram(), *self.mm.registry().spm()), (sysram, spm), "R1, R2");
         for (&node, known) in &self.nodes {
             let node = NodeId::new(node).unwrap();
-            assert_eq!(self.mm.table().spec(node), Some(&known.spec), "R3");
+            assert_eq!(self.mm.registry().spec(node), Some(&known.spec), "R3");
             assert_eq!(self.mm.stats(node).unwrap().used.0, known.used);
         }
         for owner in &self.stale {
-            assert!(self.mm.table_mut().unregister(owner).is_err(), "a stale token is worth nothing");
+            assert!(self.mm.registry_mut().unregister(owner).is_err(), "a stale token is worth nothing");
         }
     }
 }
@@ -206,17 +205,17 @@ proptest! {
                 node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
                 guard: Guard::Hard, owner: "test".into(),
             };
-            mm.register_node(NodeId::new(node).unwrap(), spec).unwrap();
+            mm.registry_mut().register(NodeId::new(node).unwrap(), spec).unwrap();
         }
         let mask = |set: Vec<u16>| set.into_iter().map(|n| NodeId::new(n).unwrap()).collect::<NodeMask>();
         let both = mask(nodes.intersection(&asked).copied().collect());
-        let domain = Domain::root();
         let request = Request {
-            asked: Some(mask(asked.into_iter().collect())), strictness, ..Request::of(&domain)
+            asked: Some(mask(asked.into_iter().collect())), strictness, ..Request::of(DomainId::ROOT)
         };
-        prop_assert_eq!(allowed(mm.table(), &request).unwrap_or_default(), both);
-        let plain = allowed(mm.table(), &Request::of(&domain)).unwrap();
-        prop_assert_eq!(plain, mask(nodes.into_iter().collect()));
+        let pass = mm.registry().admit(&request);
+        prop_assert_eq!(pass.map(|pass| *pass.mask()).unwrap_or_default(), both);
+        let plain = mm.registry().admit(&Request::of(DomainId::ROOT)).unwrap();
+        prop_assert_eq!(*plain.mask(), mask(nodes.into_iter().collect()));
     }
 }
 
@@ -230,9 +229,9 @@ fn a_token_of_another_table_owns_nothing() {
         owner: "test".into(),
     };
     let (mut mine, mut theirs) = (MemoryManager::new(), MemoryManager::new());
-    let owner = mine.register_node(NodeId::ONE, spec.clone()).unwrap();
-    theirs.register_node(NodeId::ONE, spec.clone()).unwrap();
+    let owner = mine.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+    theirs.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
     let refused = NodeError::NotOwner { node: NodeId::ONE };
-    assert_eq!(theirs.add_range(&owner, &spec, FrameCount(1), lent(1)), Err(refused));
-    assert_eq!(theirs.table_mut().unregister(&owner), Err(refused));
+    assert_eq!(theirs.registry_mut().add_range(&owner, &spec, FrameCount(1), lent(1)), Err(refused));
+    assert_eq!(theirs.registry_mut().unregister(&owner), Err(refused));
 }

@@ -1,16 +1,16 @@
-//! R4 (root), R6-R11: the wall and the manager behind it against sets.
+//! R4, R6-R11: the wall and the manager behind it against sets.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
-use spmem_core::grant::{Grant, Rights};
+use spmem_core::grant::{Grant, Rights, Terms};
 use spmem_core::mm::{AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::units::{Bytes, FrameCount, NodeId, Order};
-use spmem_core::wall::{Domain, Reason, Request, Reserve, Strictness, allowed};
+use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
+use spmem_core::wall::{MAX_SHOWN, Reason, Request, Reserve, Strictness};
 use spmem_core::watermark::Watermarks;
 
 fn lent(frames: u64) -> Metadata {
@@ -49,8 +49,8 @@ struct World {
     sysram: Set,
     hard: Set,
     easy: Set,
-    mems: Set,
-    mems_sysram: Set,
+    /// The masks of the root, of its child and so on, down to where the request comes from.
+    levels: Vec<(Set, Set)>,
     has_domain: bool,
     asked: Option<Set>,
     strictness: Strictness,
@@ -61,21 +61,12 @@ struct World {
 fn world() -> impl Strategy<Value = World> {
     let kinds = prop::collection::vec(0u8..4, usize::from(NODES));
     let grants = prop::collection::vec((set(), (0u8..64).prop_map(Rights::from_bits_truncate)), 0..3);
-    let domain = (set(), set(), prop::bool::weighted(0.9));
+    let level = || (set(), prop_oneof![Just(Set::new()), set()]);
+    let domain = (prop::collection::vec(level(), 1..5), prop::bool::weighted(0.9));
     (kinds, domain, prop::option::weighted(0.8, set()), strictness(), grants).prop_map(
-        |(kinds, (mems, mems_sysram, has_domain), asked, strictness, grants)| {
+        |(kinds, (levels, has_domain), asked, strictness, grants)| {
             let of = |kind| (0u16..).zip(&kinds).filter(|(_, k)| **k == kind).map(|(n, _)| n).collect();
-            World {
-                sysram: of(1),
-                hard: of(2),
-                easy: of(3),
-                mems,
-                mems_sysram,
-                has_domain,
-                asked,
-                strictness,
-                grants,
-            }
+            World { sysram: of(1), hard: of(2), easy: of(3), levels, has_domain, asked, strictness, grants }
         },
     )
 }
@@ -85,19 +76,24 @@ impl World {
         &self.hard | &self.easy
     }
 
+    /// R4: from the top down.
     fn effective(&self) -> Set {
-        let present = &self.sysram | &self.spm();
-        let limited = &self.mems & &present;
-        if limited.is_empty() { present } else { limited }
+        self.levels.iter().fold(&self.sysram | &self.spm(), |above, (mems, _)| {
+            let limited = mems & &above;
+            if limited.is_empty() { above } else { limited }
+        })
+    }
+
+    fn default(&self) -> Set {
+        let plain = &self.effective() & &self.sysram;
+        let (_, mems_sysram) = self.levels.last().unwrap();
+        if mems_sysram.is_empty() { plain } else { &plain & mems_sysram }
     }
 
     /// R6, R7, R9 as DESIGN writes them.
     fn allowed(&self) -> Set {
         let Some(asked) = &self.asked else {
-            let narrow = |set: Set| {
-                if self.mems_sysram.is_empty() { set } else { &set & &self.mems_sysram }
-            };
-            return if self.has_domain { narrow(&self.effective() & &self.sysram) } else { self.sysram.clone() };
+            return if self.has_domain { self.default() } else { self.sysram.clone() };
         };
         if !self.has_domain {
             return asked & &self.sysram;
@@ -125,9 +121,9 @@ impl World {
                 guard: if self.easy.contains(&node) { Guard::Easy } else { Guard::Hard },
                 owner: "test".into(),
             };
-            let owner = mm.register_node(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
             if frames > 0 {
-                mm.add_range(&owner, &spec, FrameCount(frames), lent(frames)).unwrap();
+                mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lent(frames)).unwrap();
             }
             owners.push(owner);
         }
@@ -137,21 +133,32 @@ impl World {
             let named = mask(nodes).intersection(&spm);
             let shown: Vec<&Owner> = owners.iter().filter(|owner| named.contains(owner.node())).collect();
             if !shown.is_empty() {
-                grants.push(mm.table_mut().grant(&shown, *rights, Bytes::mib(1 << 20)).unwrap());
+                grants.push(mm.registry_mut().grant(&shown, Terms::new(*rights, Bytes::mib(1 << 20))).unwrap());
             }
+        }
+        let mut domain = None;
+        for (level, (mems, mems_sysram)) in self.levels.iter().enumerate() {
+            let here = match domain {
+                None => DomainId::ROOT,
+                Some(above) => mm.registry_mut().create_domain(above, &level.to_string()).unwrap(),
+            };
+            mm.registry_mut().set_mems_sysram(here, mask(mems_sysram)).unwrap();
+            assert!(mm.registry_mut().set_mems(here, mask(mems)).unwrap().is_empty(), "nothing is in use");
+            assert_eq!(here.index(), level);
+            domain = Some(here);
         }
         (mm, owners, grants)
     }
 
-    fn domain(&self) -> Domain {
-        Domain::new(mask(&self.mems), mask(&self.mems_sysram))
+    fn domain(&self) -> DomainId {
+        DomainId::new(u16::try_from(self.levels.len() - 1).unwrap()).unwrap()
     }
 
-    fn request<'a>(&self, domain: &'a Domain, grants: &'a [&'a Grant]) -> Request<'a> {
+    fn request<'a>(&self, grants: &'a [&'a Grant]) -> Request<'a> {
         Request {
             asked: self.asked.as_ref().map(mask),
             strictness: self.strictness,
-            domain: self.has_domain.then_some(domain),
+            domain: self.has_domain.then_some(self.domain()),
             grants,
             reserve: Reserve::Keep,
         }
@@ -162,13 +169,12 @@ impl World {
         match (reason, node) {
             (Reason::NothingAsked, _) => self.asked = None,
             (Reason::NoDefault, _) => {
-                self.mems.clear();
-                self.mems_sysram.clear();
+                self.levels.iter_mut().for_each(|level| *level = (Set::new(), Set::new()));
                 self.sysram.insert(NODES); // where there was none at all
             }
             (Reason::Absent, Some(node)) => drop(self.sysram.insert(node)),
             (Reason::NoDomain, _) => self.has_domain = true,
-            (Reason::OutsideDomain, Some(node)) => drop(self.mems.insert(node)),
+            (Reason::OutsideDomain { domain }, Some(node)) => drop(self.levels[domain.index()].0.insert(node)),
             (Reason::NeedsGrant { guard: Guard::Easy, .. }, _) => self.strictness = Strictness::Bind,
             (Reason::NeedsGrant { .. } | Reason::LacksRight { .. }, Some(node)) => {
                 self.grants.push((Set::from([node]), Rights::ALLOC));
@@ -184,24 +190,25 @@ proptest! {
     #[test]
     fn allowed_is_what_the_rules_say_in_sets(world in world()) {
         let (mm, _owners, grants) = world.build(0);
-        let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
+        let grants = grants.iter().collect::<Vec<_>>();
         let expected = mask(&world.allowed());
-        match allowed(mm.table(), &world.request(&domain, &grants)) {
-            Ok(mask) => prop_assert_eq!(mask, expected),
+        match mm.registry().admit(&world.request(&grants)) {
+            Ok(pass) => prop_assert_eq!(*pass.mask(), expected),
             Err(refusal) => {
                 prop_assert!(expected.is_empty(), "{} but {} is allowed", refusal, expected);
                 prop_assert_eq!(refusal.node, world.asked.as_ref().and_then(Set::first).map(|&n| id(n)));
             }
         }
-        prop_assert!(mask(&world.effective()) == domain.effective(mm.table()));
+        prop_assert_eq!(Some(&mask(&world.effective())), mm.registry().effective(world.domain()));
+        prop_assert_eq!(Some(&mask(&world.default())), mm.registry().default_mask(world.domain()));
     }
 
     #[test]
     fn following_the_advice_of_refusals_opens_the_node(mut world in world()) {
-        for _ in 0..6 {
+        for _ in 0..10 {
             let (mm, _owners, grants) = world.build(0);
-            let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
-            match allowed(mm.table(), &world.request(&domain, &grants)) {
+            let grants = grants.iter().collect::<Vec<_>>();
+            match mm.registry().admit(&world.request(&grants)) {
                 Ok(_) => return Ok(()),
                 Err(refusal) => {
                     prop_assert!(refusal.to_string().len() > 20);
@@ -217,8 +224,8 @@ proptest! {
         world in world(), orders in prop::collection::vec(0u8..=6, 1..60),
     ) {
         let (mut mm, _owners, grants) = world.build(64);
-        let (domain, grants) = (world.domain(), grants.iter().collect::<Vec<_>>());
-        let (request, allowed) = (world.request(&domain, &grants), mask(&world.allowed()));
+        let grants = grants.iter().collect::<Vec<_>>();
+        let (request, allowed) = (world.request(&grants), mask(&world.allowed()));
         let mut blocks = Vec::new();
         for order in orders {
             let order = Order::new(order).unwrap();
@@ -230,14 +237,14 @@ proptest! {
                 Err(AllocError::Refused(_)) => prop_assert!(allowed.is_empty(), "R8"),
                 Err(AllocError::Exhausted { node, .. }) => {
                     prop_assert!(allowed.contains(node));
-                    let fits = |n: NodeId| mm.table().frames(n).unwrap().largest_free() >= Some(order);
+                    let fits = |n: NodeId| mm.registry().frames(n).unwrap().largest_free() >= Some(order);
                     prop_assert!(!allowed.iter().any(fits), "R10: no error while one allowed node has room");
                 }
                 Err(error) => prop_assert!(false, "{}", error),
             }
         }
         blocks.into_iter().for_each(|block| mm.free(block).unwrap());
-        for node in mm.table().present() {
+        for node in mm.registry().present() {
             prop_assert_eq!(mm.stats(node).unwrap().used, FrameCount(0));
         }
     }
@@ -248,8 +255,7 @@ fn two_nodes() -> World {
         sysram: Set::from([0]),
         hard: Set::from([1]),
         easy: Set::new(),
-        mems: Set::new(),
-        mems_sysram: Set::new(),
+        levels: vec![(Set::new(), Set::new())],
         has_domain: true,
         asked: Some(Set::from([1])),
         strictness: Strictness::Bind,
@@ -261,8 +267,8 @@ fn two_nodes() -> World {
 fn a_full_spm_node_never_spills_into_sysram() {
     let world = two_nodes();
     let (mut mm, _owners, grants) = world.build(64);
-    let (domain, grants) = (world.domain(), [&grants[0]]);
-    let request = world.request(&domain, &grants);
+    let grants = [&grants[0]];
+    let request = world.request(&grants);
     let blocks: Vec<_> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
     assert_eq!(blocks.len(), 64);
     assert!(matches!(mm.alloc(&request, Order::ZERO), Err(AllocError::Exhausted { node, .. }) if node == id(1)));
@@ -274,9 +280,8 @@ fn the_reserve_is_for_requests_that_may_use_it() {
     let world = World { asked: None, ..two_nodes() };
     let (mut mm, owners, _grants) = world.build(64);
     let marks = Watermarks::new(FrameCount(10), FrameCount(20), FrameCount(30)).unwrap();
-    mm.table_mut().set_watermarks(&owners[0], marks).unwrap();
-    let domain = world.domain();
-    let request = world.request(&domain, &[]);
+    mm.registry_mut().set_watermarks(&owners[0], marks).unwrap();
+    let request = world.request(&[]);
     let blocks: Vec<_> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
     assert_eq!(blocks.len(), 54);
     assert!(matches!(mm.alloc(&request, Order::ZERO), Err(AllocError::ReserveOnly { free: FrameCount(10), .. })));
@@ -293,9 +298,9 @@ fn interleaving_takes_the_allowed_nodes_in_turn() {
         ..two_nodes()
     };
     let (mut mm, ..) = world.build(64);
-    let domain = world.domain();
-    let request = world.request(&domain, &[]);
-    let nodes: Vec<_> = (0..5).map(|_| mm.alloc(&request, Order::ZERO).unwrap().node().get()).collect();
+    let request = world.request(&[]);
+    let mut pass = mm.registry().admit(&request).unwrap();
+    let nodes: Vec<_> = (0..5).map(|_| mm.alloc_with(&mut pass, Order::ZERO).unwrap().node().get()).collect();
     assert_eq!(nodes, [0, 2, 5, 0, 2]);
 }
 
@@ -303,8 +308,31 @@ fn interleaving_takes_the_allowed_nodes_in_turn() {
 fn a_block_of_another_manager_comes_back_untouched() {
     let world = World { asked: None, ..two_nodes() };
     let ((mut mine, ..), (mut theirs, ..)) = (world.build(64), world.build(64));
-    let block = mine.alloc(&world.request(&world.domain(), &[]), Order::ZERO).unwrap();
+    let block = mine.alloc(&world.request(&[]), Order::ZERO).unwrap();
     let spmem_core::mm::FreeError::Foreign(block) = theirs.free(block).unwrap_err();
     mine.free(block).unwrap();
     assert_eq!(theirs.stats(id(0)).unwrap().used, FrameCount(0));
+}
+
+#[test]
+fn more_grants_than_can_be_shown_are_refused_in_words() {
+    let world = two_nodes();
+    let (mm, _owners, grants) = world.build(0);
+    let shown = [&grants[0]; MAX_SHOWN + 1];
+    let refusal = mm.registry().admit(&world.request(&shown)).unwrap_err();
+    assert_eq!(refusal.reason, Reason::TooManyGrants { shown: MAX_SHOWN + 1 });
+}
+
+#[test]
+fn a_pass_ends_with_what_opened_it() {
+    let world = two_nodes();
+    let (mut mm, owners, grants) = world.build(64);
+    let shown = [&grants[0]];
+    let mut pass = mm.registry().admit(&world.request(&shown)).unwrap();
+    let block = mm.alloc_with(&mut pass, Order::ZERO).unwrap();
+    let held = mm.registry_mut().revoke(&owners[1], grants[0].id()).unwrap();
+    assert_eq!(held.iter().map(|held| held.bytes.0).sum::<u64>(), 4096, "R13");
+    assert!(matches!(mm.alloc_with(&mut pass, Order::ZERO), Err(AllocError::Refused(_))), "R12");
+    mm.free(block).unwrap();
+    assert!(mm.registry().held(grants[0].id()).is_empty());
 }

@@ -14,8 +14,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
 use spmem_core::nodemask::NodeMask;
-use spmem_core::units::{NodeId, Order};
-use spmem_core::wall::{self, Domain, Request, Strictness};
+use spmem_core::units::{DomainId, NodeId, Order};
+use spmem_core::wall::{Request, Strictness};
 use spmem_node::compressed::{FrameSource, GrantedFrames};
 
 use crate::config::Config;
@@ -48,17 +48,18 @@ fn show_nodes(out: &mut impl Write, frames: &GrantedFrames, ram: Ram) -> io::Res
 }
 
 fn show_wall(out: &mut impl Write, frames: &mut GrantedFrames) -> anyhow::Result<()> {
-    let root = Domain::root();
     writeln!(out, "2. The wall\n")?;
 
-    let bare = Request::on(&root, NodeId::ONE, &[]);
+    let bare = Request::on(DomainId::ROOT, NodeId::ONE, &[]);
     match frames.mm_mut().alloc(&bare, Order::ZERO) {
         Ok(_) => anyhow::bail!("the wall let a request without a grant through"),
         Err(refusal) => writeln!(out, "   a page on node 1, no grant      refused: {refusal}")?,
     }
 
-    let wide = Request { asked: Some(NodeMask::ALL), strictness: Strictness::Interleave, ..Request::of(&root) };
-    let allowed = wall::allowed(frames.mm().table(), &wide).map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
+    let wide =
+        Request { asked: Some(NodeMask::ALL), strictness: Strictness::Interleave, ..Request::of(DomainId::ROOT) };
+    let pass = frames.mm().registry().admit(&wide).map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
+    let allowed = pass.mask();
     writeln!(
         out,
         "   a page interleaved on all nodes allowed: node {allowed}, and nothing lands on node 1 by accident"
@@ -76,7 +77,7 @@ fn show_wall(out: &mut impl Write, frames: &mut GrantedFrames) -> anyhow::Result
 
     let id = frames.grant().id();
     let (mm, owners) = frames.parts_mut();
-    mm.table_mut().revoke(&owners.cram, id).map_err(|error| anyhow::anyhow!("{error}"))?;
+    mm.registry_mut().revoke(&owners.cram, id).map_err(|error| anyhow::anyhow!("{error}"))?;
     match (frames.alloc(Order::ZERO), frames.last_refusal()) {
         (None, Some(refusal)) => writeln!(out, "   the same once it is revoked     refused: {refusal}\n")?,
         _ => anyhow::bail!("a revoked grant still opens the wall"),

@@ -1,19 +1,18 @@
 //! The records behind grants: what each allows, how much of it is used, what it was narrowed from.
 //!
-//! Used by [`NodeTable`](crate::node::NodeTable) only, through [`Grants`]. A record lives until its grant was given
+//! Used by [`Registry`](crate::registry::Registry) only, through [`Grants`]. A record lives until its grant was given
 //! back or revoked, nothing is in use under it, and nothing narrowed from it is left.
 
 use alloc::vec::Vec;
 
-use super::{Grant, GrantError, GrantId, MAX_GRANTS, Rights};
+use super::{Grant, GrantError, GrantId, Held, MAX_GRANTS, Rights, Terms};
 use crate::nodemask::NodeMask;
-use crate::units::{Bytes, NodeId};
+use crate::units::{Bytes, NodeId, Time};
 
 #[derive(Debug)]
 pub(super) struct Record {
     pub(super) nodes: NodeMask,
-    pub(super) rights: Rights,
-    pub(super) quota: u64,
+    pub(super) terms: Terms,
     /// Bytes in use, children's included.
     pub(super) used: u64,
     pub(super) parent: Option<u16>,
@@ -28,22 +27,32 @@ pub(super) enum State {
     Live,
     /// The value was given back; children and charges keep the record.
     Released,
+    /// Its time is over.
+    Expired,
     Revoked,
     /// In the free list.
     Vacant,
 }
 
-/// The records of all grants of a table.
+impl Record {
+    pub(super) const fn new(nodes: NodeMask, terms: Terms, parent: Option<u16>, depth: u8) -> Self {
+        Self { nodes, terms, used: 0, parent, children: 0, generation: 0, depth, state: State::Live }
+    }
+}
+
+/// The records of all grants of a registry.
 #[derive(Debug)]
 pub(crate) struct Grants {
-    table: u64,
+    registry: u64,
     pub(super) records: Vec<Record>,
     vacant: Vec<u16>,
+    /// No live grant ends before.
+    next_expiry: Time,
 }
 
 impl Grants {
-    pub(crate) const fn new(table: u64) -> Self {
-        Self { table, records: Vec::new(), vacant: Vec::new() }
+    pub(crate) const fn new(registry: u64) -> Self {
+        Self { registry, records: Vec::new(), vacant: Vec::new(), next_expiry: Time::NEVER }
     }
 
     pub(super) fn record(&self, slot: u16) -> &Record {
@@ -54,52 +63,95 @@ impl Grants {
         &mut self.records[usize::from(slot)]
     }
 
+    /// The record of a grant that holds a place still, whatever its state.
+    pub(super) fn known(&self, id: GrantId) -> Option<&Record> {
+        let record = self.records.get(usize::from(id.slot))?;
+        (record.generation == id.generation && record.state != State::Vacant).then_some(record)
+    }
+
+    /// The name of a grant that was made here.
+    pub(crate) const fn own(&self, grant: &Grant) -> Result<GrantId, GrantError> {
+        if grant.registry == self.registry { Ok(grant.id) } else { Err(GrantError::Foreign) }
+    }
+
     pub(super) fn live(&self, grant: &Grant) -> Result<&Record, GrantError> {
-        if grant.table != self.table {
-            return Err(GrantError::Foreign);
-        }
-        let record = self.record(grant.id.slot);
-        // A held value's record changes generation only after it was revoked.
-        if record.generation != grant.id.generation || record.state != State::Live {
-            return Err(GrantError::Revoked);
-        }
-        Ok(record)
+        self.live_id(self.own(grant)?)
     }
 
-    /// The nodes on which the grant carries `rights`; none when it is not valid here.
-    pub(crate) fn nodes_with(&self, grant: &Grant, rights: Rights) -> NodeMask {
-        match self.live(grant) {
-            Ok(record) if record.rights.contains(rights) => record.nodes,
-            _ => NodeMask::EMPTY,
+    fn live_id(&self, id: GrantId) -> Result<&Record, GrantError> {
+        // A held value's record changes generation only after it has ended.
+        let record = self.known(id).ok_or(GrantError::Revoked)?;
+        match record.state {
+            State::Live => Ok(record),
+            State::Expired => Err(GrantError::Expired { at: record.terms.expires }),
+            State::Released | State::Revoked | State::Vacant => Err(GrantError::Revoked),
         }
     }
 
-    /// Whether the grant carries `rights` on `node`.
-    pub(crate) fn allows(&self, grant: &Grant, node: NodeId, rights: Rights) -> Result<bool, GrantError> {
-        let record = self.live(grant)?;
-        Ok(record.nodes.contains(node) && record.rights.contains(rights))
+    /// The nodes on which a grant carries any of `rights`.
+    ///
+    /// # Errors
+    /// [`GrantError::Revoked`], [`GrantError::Expired`].
+    pub(crate) fn nodes_with(&self, id: GrantId, rights: Rights) -> Result<NodeMask, GrantError> {
+        let record = self.live_id(id)?;
+        Ok(if record.terms.rights.contains(rights) { record.nodes } else { NodeMask::EMPTY })
+    }
+
+    /// Whether a grant carries `rights` on `node`.
+    pub(crate) fn allows(&self, id: GrantId, node: NodeId, rights: Rights) -> Result<bool, GrantError> {
+        let record = self.live_id(id)?;
+        Ok(record.nodes.contains(node) && record.terms.rights.contains(rights))
+    }
+
+    /// The nodes that a grant names, whatever it allows there.
+    ///
+    /// # Errors
+    /// [`GrantError::Revoked`], [`GrantError::Expired`].
+    pub(crate) fn nodes(&self, id: GrantId) -> Result<&NodeMask, GrantError> {
+        Ok(&self.live_id(id)?.nodes)
+    }
+
+    /// Ends what expires up to `now`.
+    pub(crate) fn expire(&mut self, now: Time) -> Vec<GrantId> {
+        if now < self.next_expiry {
+            return Vec::new();
+        }
+        let mut expired = Vec::new();
+        self.next_expiry = Time::NEVER;
+        for (record, slot) in self.records.iter_mut().zip(0u16..) {
+            if record.state != State::Live {
+                continue;
+            }
+            if record.terms.expires <= now {
+                record.state = State::Expired;
+                expired.push(GrantId { slot, generation: record.generation });
+            } else {
+                self.next_expiry = self.next_expiry.min(record.terms.expires);
+            }
+        }
+        expired
     }
 
     /// Counts `bytes` against the grant and all it came from; the slot to give them back to.
-    pub(crate) fn charge(&mut self, grant: &Grant, bytes: Bytes) -> Result<u16, GrantError> {
-        self.live(grant)?;
+    pub(crate) fn charge(&mut self, id: GrantId, bytes: Bytes) -> Result<u16, GrantError> {
+        self.live_id(id)?;
         let mut left = u64::MAX;
-        let mut at = Some(grant.id.slot);
+        let mut at = Some(id.slot);
         while let Some(slot) = at {
             let record = self.record(slot);
-            left = left.min(record.quota - record.used);
+            left = left.min(record.terms.quota.0 - record.used);
             at = record.parent;
         }
         if bytes.0 > left {
             return Err(GrantError::OverQuota { wanted: bytes, left: Bytes(left) });
         }
-        let mut at = Some(grant.id.slot);
+        let mut at = Some(id.slot);
         while let Some(slot) = at {
             let record = self.record_mut(slot);
             record.used += bytes.0;
             at = record.parent;
         }
-        Ok(grant.id.slot)
+        Ok(id.slot)
     }
 
     /// Gives back what [`Grants::charge`] counted, whatever became of the grant.
@@ -130,6 +182,7 @@ impl Grants {
             }
             slot
         };
+        self.next_expiry = self.next_expiry.min(record.terms.expires);
         if let Some(old) = self.records.get_mut(usize::from(slot)) {
             record.generation = old.generation;
             *old = record;
@@ -141,7 +194,7 @@ impl Grants {
         if let Some(parent) = parent {
             self.record_mut(parent).children += 1;
         }
-        Ok(Grant { table: self.table, id: GrantId { slot, generation } })
+        Ok(Grant { registry: self.registry, id: GrantId { slot, generation } })
     }
 
     /// Frees the record, and its ancestors', once nothing needs it.
@@ -150,7 +203,7 @@ impl Grants {
         while let Some(slot) = at {
             let record = self.record_mut(slot);
             let is_idle = record.used == 0 && record.children == 0;
-            if !is_idle || matches!(record.state, State::Live | State::Vacant) {
+            if !is_idle || matches!(record.state, State::Live | State::Expired | State::Vacant) {
                 return;
             }
             record.state = State::Vacant;
@@ -178,8 +231,19 @@ impl Grants {
         slots.filter(|&slot| self.record(slot).state != State::Vacant && descends(slot)).collect()
     }
 
+    /// What is in use under `root` and everything narrowed from it.
+    pub(super) fn held(&self, root: u16) -> Vec<Held> {
+        let used = |slot| (slot, Bytes(self.own_use(slot)));
+        let held = self.family(root).into_iter().map(used).filter(|(_, bytes)| bytes.0 > 0);
+        held.map(|(slot, bytes)| {
+            let generation = self.record(slot).generation;
+            Held { grant: GrantId { slot, generation }, bytes }
+        })
+        .collect()
+    }
+
     /// Bytes charged under the record itself, children's not counted.
-    pub(super) fn own_use(&self, slot: u16) -> u64 {
+    fn own_use(&self, slot: u16) -> u64 {
         let children = self.records.iter().filter(|child| child.parent == Some(slot));
         self.record(slot).used - children.map(|child| child.used).sum::<u64>()
     }

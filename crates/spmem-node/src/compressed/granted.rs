@@ -7,11 +7,11 @@
 //! Owns the memory manager: whoever holds the store's lock holds the manager's.
 
 use spmem_core::frames::Metadata;
-use spmem_core::grant::{Grant, GrantError, Rights};
+use spmem_core::grant::{Grant, GrantError, Rights, Terms};
 use spmem_core::mm::{self, AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Services};
-use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
-use spmem_core::wall::{Domain, Request};
+use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::wall::{Pass, Refusal, Request};
 
 use super::frames::{FrameBlock, FrameSource};
 
@@ -22,7 +22,8 @@ pub struct GrantedFrames {
     node: NodeId,
     capacity: FrameCount,
     grant: Grant,
-    domain: Domain,
+    /// The wall's answer to the component's request.
+    pass: Pass,
     owners: Owners,
     last_refusal: Option<AllocError>,
 }
@@ -43,6 +44,8 @@ pub enum SetupError {
     Node(NodeError),
     /// The grant was refused.
     Grant(GrantError),
+    /// The wall does not let the component's request through.
+    Refused(Refusal),
 }
 
 impl core::fmt::Display for SetupError {
@@ -50,6 +53,7 @@ impl core::fmt::Display for SetupError {
         match self {
             Self::Node(cause) => write!(f, "setting up the embedded nodes: {cause}"),
             Self::Grant(cause) => write!(f, "setting up the embedded grant: {cause}"),
+            Self::Refused(cause) => write!(f, "setting up the embedded wall: {cause}"),
         }
     }
 }
@@ -59,6 +63,7 @@ impl core::error::Error for SetupError {
         match self {
             Self::Node(cause) => Some(cause),
             Self::Grant(cause) => Some(cause),
+            Self::Refused(cause) => Some(cause),
         }
     }
 }
@@ -85,19 +90,22 @@ impl GrantedFrames {
     /// ```
     pub fn embedded(capacity: FrameCount, lent: Metadata) -> Result<Self, SetupError> {
         let mut mm = MemoryManager::new();
-        let sysram = mm.register_node(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
-        let cram = mm.register_node(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
-        mm.add_range(&cram, &cram_spec(), capacity, lent).map_err(SetupError::Node)?;
-        let grant = mm
-            .table_mut()
-            .grant(&[&cram], Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM, capacity.bytes())
-            .map_err(SetupError::Grant)?;
+        let sysram = mm.registry_mut().register(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
+        let cram = mm.registry_mut().register(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
+        mm.registry_mut().add_range(&cram, &cram_spec(), capacity, lent).map_err(SetupError::Node)?;
+        let rights = Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
+        let grant =
+            mm.registry_mut().grant(&[&cram], Terms::new(rights, capacity.bytes())).map_err(SetupError::Grant)?;
+        let pass = mm
+            .registry()
+            .admit(&Request::on(DomainId::ROOT, NodeId::ONE, &[&grant]))
+            .map_err(SetupError::Refused)?;
         Ok(Self {
             mm,
             node: NodeId::ONE,
             capacity,
             grant,
-            domain: Domain::root(),
+            pass,
             owners: Owners { sysram, cram },
             last_refusal: None,
         })
@@ -146,8 +154,7 @@ impl FrameSource for GrantedFrames {
     }
 
     fn alloc(&mut self, order: Order) -> Option<mm::Block> {
-        let grants = [&self.grant];
-        match self.mm.alloc(&Request::on(&self.domain, self.node, &grants), order) {
+        match self.mm.alloc_with(&mut self.pass, order) {
             Ok(block) => Some(block),
             Err(refusal) => {
                 self.last_refusal = Some(refusal);
@@ -227,17 +234,16 @@ mod tests {
         let mut frames = embedded(16);
         let block = frames.alloc(Order::new(3).unwrap()).unwrap();
         assert_eq!(block.node(), NodeId::ONE);
-        let info = frames.mm().table().grant_info(frames.grant()).unwrap();
+        let info = frames.mm().registry().grant_info(frames.grant()).unwrap();
         assert_eq!(info.used, FrameCount(8).bytes());
         frames.free(block);
-        assert_eq!(frames.mm().table().grant_info(frames.grant()).unwrap().used.0, 0);
+        assert_eq!(frames.mm().registry().grant_info(frames.grant()).unwrap().used.0, 0);
     }
 
     #[test]
     fn without_the_grant_no_frame_is_had() {
         let mut frames = embedded(16);
-        let root = Domain::root();
-        let request = Request::on(&root, NodeId::ONE, &[]);
+        let request = Request::on(DomainId::ROOT, NodeId::ONE, &[]);
         assert!(matches!(frames.mm_mut().alloc(&request, Order::ZERO), Err(AllocError::Refused(_))));
     }
 
@@ -246,7 +252,7 @@ mod tests {
         let mut frames = embedded(16);
         let id = frames.grant().id();
         let (mm, owners) = frames.parts_mut();
-        mm.table_mut().revoke(&owners.cram, id).unwrap();
+        mm.registry_mut().revoke(&owners.cram, id).unwrap();
         assert!(frames.alloc(Order::ZERO).is_none());
         assert!(matches!(frames.last_refusal(), Some(AllocError::Refused(_) | AllocError::Grant { .. })));
     }

@@ -1,0 +1,382 @@
+//! Domains: a tree of places that requests come from, each with a possible and a default mask (R4, R5).
+//!
+//! A domain has two configured masks, `mems` (which nodes are possible) and `mems.sysram` (which are the default), and two
+//! effective ones that follow from them, its ancestors and the nodes there are. Configured masks are taken as they come, in
+//! any order, also with nodes that are not there yet; a change of anything works out the effective ones anew, so that a
+//! request only reads them. The tree lives in the [`Registry`]; a path names a domain as it names a cgroup(7).
+//! Takes no lock.
+//!
+//! Frames in use are counted per domain and node: so a change of a mask can say what lies outside it now (R5).
+
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::nodemask::NodeMask;
+use crate::registry::Registry;
+use crate::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId};
+
+/// Levels there can be below the root.
+pub const MAX_DEPTH: usize = 64;
+/// Bytes in a name, as in a file's.
+pub const MAX_NAME: usize = 255;
+
+/// Why a domain was not made, changed or removed. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DomainError {
+    /// There is no such domain.
+    Unknown {
+        /// As given.
+        domain: DomainId,
+    },
+    /// A name is 1 to [`MAX_NAME`] bytes without `/`, and neither `.` nor `..`.
+    BadName,
+    /// The parent has a child of that name.
+    Exists {
+        /// The child.
+        domain: DomainId,
+    },
+    /// The domain would lie more than [`MAX_DEPTH`] levels below the root.
+    TooDeep,
+    /// [`MAX_DOMAINS`] exist.
+    TooMany,
+    /// The root stays.
+    Root,
+    /// The domain has children; remove them first.
+    HasChildren {
+        /// How many.
+        children: usize,
+    },
+    /// Frames of the domain are in use; free them or move them to another domain first.
+    InUse {
+        /// How many.
+        used: FrameCount,
+    },
+}
+
+impl fmt::Display for DomainError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown { domain } => write!(f, "there is no domain {domain}"),
+            Self::BadName => {
+                write!(f, "a domain's name is 1 to {MAX_NAME} bytes without '/', and neither '.' nor '..'")
+            }
+            Self::Exists { domain } => write!(f, "domain {domain} has that name already"),
+            Self::TooDeep => write!(f, "a domain can lie {MAX_DEPTH} levels below the root"),
+            Self::TooMany => write!(f, "{MAX_DOMAINS} domains exist; remove one"),
+            Self::Root => f.write_str("the root domain stays"),
+            Self::HasChildren { children } => write!(f, "the domain has {children} children; remove them first"),
+            Self::InUse { used } => write!(f, "{used} frames of the domain are in use; free or move them first"),
+        }
+    }
+}
+
+impl core::error::Error for DomainError {}
+
+/// Frames that lie where their domain's masks no longer reach (R5). They stay valid; nothing new is allocated there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outside {
+    /// Whose they are.
+    pub domain: DomainId,
+    /// Where they lie.
+    pub node: NodeId,
+    /// How many.
+    pub frames: FrameCount,
+}
+
+/// A domain. Its effective masks are up to date whenever the registry is not being changed.
+#[derive(Debug)]
+struct Domain {
+    name: Box<str>,
+    parent: Option<DomainId>,
+    children: Vec<DomainId>,
+    depth: usize,
+    mems: NodeMask,
+    mems_sysram: NodeMask,
+    effective: NodeMask,
+    default: NodeMask,
+    /// Frames in use by node; nodes above the last are unused.
+    used: Vec<u64>,
+}
+
+/// The tree of domains of a registry.
+#[derive(Debug)]
+pub(crate) struct Domains {
+    slots: Vec<Option<Box<Domain>>>,
+    vacant: Vec<DomainId>,
+}
+
+impl Domains {
+    /// The root alone, without limits.
+    pub(crate) fn new() -> Self {
+        let root = Domain::new("", None, 0);
+        Self { slots: alloc::vec![Some(Box::new(root))], vacant: Vec::new() }
+    }
+
+    fn get(&self, id: DomainId) -> Option<&Domain> {
+        self.slots.get(id.index())?.as_deref()
+    }
+
+    fn get_mut(&mut self, id: DomainId) -> Result<&mut Domain, DomainError> {
+        let slot = self.slots.get_mut(id.index()).and_then(Option::as_deref_mut);
+        slot.ok_or(DomainError::Unknown { domain: id })
+    }
+
+    /// The nodes that requests of the domain can reach at all, and those they get unasked.
+    pub(crate) fn masks(&self, id: DomainId) -> Option<(&NodeMask, &NodeMask)> {
+        self.get(id).map(|domain| (&domain.effective, &domain.default))
+    }
+
+    /// Works out the effective masks of a domain and everything below it (R4).
+    pub(crate) fn refresh(&mut self, from: DomainId, present: &NodeMask, sysram: &NodeMask) {
+        let mut due = alloc::vec![from];
+        while let Some(id) = due.pop() {
+            let above = self.get(id).and_then(|domain| self.get(domain.parent?));
+            let reach = above.map_or(*present, |parent| parent.effective);
+            let Ok(domain) = self.get_mut(id) else { continue };
+            let limited = domain.mems.intersection(&reach);
+            domain.effective = if limited.is_empty() { reach } else { limited };
+            let plain = domain.effective.intersection(sysram);
+            let is_limited = !domain.mems_sysram.is_empty();
+            domain.default = if is_limited { plain.intersection(&domain.mems_sysram) } else { plain };
+            due.extend_from_slice(&domain.children);
+        }
+    }
+
+    /// Counts frames as used by a domain.
+    pub(crate) fn charge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+        let domain = self.get_mut(id).expect("a domain is not removed between admission and allocation");
+        if domain.used.len() <= node.index() {
+            domain.used.resize(node.index() + 1, 0);
+        }
+        domain.used[node.index()] += frames;
+    }
+
+    /// Counts frames as used no longer.
+    pub(crate) fn uncharge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+        let domain = self.get_mut(id).expect("a domain with frames in use stays");
+        domain.used[node.index()] -= frames;
+    }
+
+    /// Frames of `from` and all below it that lie outside their domain's effective mask.
+    fn outside(&self, from: DomainId) -> Vec<Outside> {
+        let (mut found, mut due) = (Vec::new(), alloc::vec![from]);
+        while let Some(id) = due.pop() {
+            let Some(domain) = self.get(id) else { continue };
+            for (&frames, node) in domain.used.iter().zip(&NodeMask::ALL) {
+                if frames > 0 && !domain.effective.contains(node) {
+                    found.push(Outside { domain: id, node, frames: FrameCount(frames) });
+                }
+            }
+            due.extend_from_slice(&domain.children);
+        }
+        found
+    }
+}
+
+impl Domain {
+    fn new(name: &str, parent: Option<DomainId>, depth: usize) -> Self {
+        Self {
+            name: name.into(),
+            parent,
+            children: Vec::new(),
+            depth,
+            mems: NodeMask::EMPTY,
+            mems_sysram: NodeMask::EMPTY,
+            effective: NodeMask::EMPTY,
+            default: NodeMask::EMPTY,
+            used: Vec::new(),
+        }
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len()) && !name.contains('/') && name != "." && name != ".."
+}
+
+impl Registry {
+    /// Makes a domain below `parent`, without limits of its own.
+    ///
+    /// # Errors
+    /// [`DomainError::Unknown`], [`DomainError::BadName`], [`DomainError::Exists`], [`DomainError::TooDeep`],
+    /// [`DomainError::TooMany`].
+    ///
+    /// ```
+    /// use spmem_core::{registry::Registry, units::DomainId};
+    /// let mut registry = Registry::new();
+    /// let slice = registry.create_domain(DomainId::ROOT, "batch.slice").unwrap();
+    /// let job = registry.create_domain(slice, "job1").unwrap();
+    /// assert_eq!(registry.domain_path(job).as_deref(), Some("/batch.slice/job1"));
+    /// assert_eq!(registry.find_domain("/batch.slice/job1"), Some(job));
+    /// ```
+    pub fn create_domain(&mut self, parent: DomainId, name: &str) -> Result<DomainId, DomainError> {
+        let domains = &self.domains;
+        let above = domains.get(parent).ok_or(DomainError::Unknown { domain: parent })?;
+        if !is_name(name) {
+            return Err(DomainError::BadName);
+        }
+        if let Some(domain) = self.child(parent, name) {
+            return Err(DomainError::Exists { domain });
+        }
+        let depth = above.depth + 1;
+        if depth > MAX_DEPTH {
+            return Err(DomainError::TooDeep);
+        }
+        let domains = &mut self.domains;
+        let domain = Box::new(Domain::new(name, Some(parent), depth));
+        let id = if let Some(id) = domains.vacant.pop() {
+            domains.slots[id.index()] = Some(domain);
+            id
+        } else {
+            let number = u16::try_from(domains.slots.len()).map_err(|_| DomainError::TooMany)?;
+            let id = DomainId::new(number).map_err(|_| DomainError::TooMany)?;
+            domains.slots.push(Some(domain));
+            id
+        };
+        domains.get_mut(parent)?.children.push(id);
+        self.refresh_domains(id);
+        Ok(id)
+    }
+
+    /// Removes a domain that has neither children nor frames. Its number may name another domain later.
+    ///
+    /// # Errors
+    /// [`DomainError::Root`], [`DomainError::Unknown`], [`DomainError::HasChildren`], [`DomainError::InUse`].
+    pub fn remove_domain(&mut self, id: DomainId) -> Result<(), DomainError> {
+        let domain = self.domains.get(id).ok_or(DomainError::Unknown { domain: id })?;
+        let Some(parent) = domain.parent else { return Err(DomainError::Root) };
+        let (children, used) = (domain.children.len(), domain.used.iter().sum());
+        if children > 0 {
+            return Err(DomainError::HasChildren { children });
+        }
+        if used > 0 {
+            return Err(DomainError::InUse { used: FrameCount(used) });
+        }
+        self.domains.get_mut(parent)?.children.retain(|&child| child != id);
+        self.domains.slots[id.index()] = None;
+        self.domains.vacant.push(id);
+        self.bump_epoch();
+        Ok(())
+    }
+
+    /// Sets which nodes are possible in a domain; an empty mask sets no limit (R4). New requests obey at once. What
+    /// lies outside now, here or further down, is listed: the change is done when it has been moved (R5).
+    ///
+    /// # Errors
+    /// [`DomainError::Unknown`].
+    pub fn set_mems(&mut self, id: DomainId, mems: NodeMask) -> Result<Vec<Outside>, DomainError> {
+        self.domains.get_mut(id)?.mems = mems;
+        self.refresh_domains(id);
+        Ok(self.domains.outside(id))
+    }
+
+    /// Sets which sysram nodes a domain gets unasked; an empty mask sets no limit (R4). SPM nodes in it mean nothing, however
+    /// early it is set: the default never holds one.
+    ///
+    /// # Errors
+    /// [`DomainError::Unknown`].
+    pub fn set_mems_sysram(&mut self, id: DomainId, mems_sysram: NodeMask) -> Result<(), DomainError> {
+        self.domains.get_mut(id)?.mems_sysram = mems_sysram;
+        self.refresh_domains(id);
+        Ok(())
+    }
+
+    /// Frames of the domain and all below it that lie where its masks do not reach (R5).
+    pub fn outside(&self, id: DomainId) -> Vec<Outside> {
+        self.domains.outside(id)
+    }
+
+    /// The nodes that requests of the domain can reach at all (R4); `None` when there is no such domain.
+    ///
+    /// ```
+    /// use spmem_core::{nodemask::NodeMask, registry::Registry, units::{DomainId, NodeId}};
+    /// let mut registry = Registry::new(); // no node is registered: nothing is effective, whatever is configured
+    /// registry.set_mems(DomainId::ROOT, NodeId::ONE.into()).unwrap();
+    /// assert_eq!(registry.effective(DomainId::ROOT), Some(&NodeMask::EMPTY));
+    /// ```
+    pub fn effective(&self, id: DomainId) -> Option<&NodeMask> {
+        self.domains.get(id).map(|domain| &domain.effective)
+    }
+
+    /// The nodes that a request without a mask gets (R4); `None` when there is no such domain.
+    pub fn default_mask(&self, id: DomainId) -> Option<&NodeMask> {
+        self.domains.get(id).map(|domain| &domain.default)
+    }
+
+    /// The masks as they were set: `mems` and `mems.sysram`.
+    pub fn configured(&self, id: DomainId) -> Option<(&NodeMask, &NodeMask)> {
+        self.domains.get(id).map(|domain| (&domain.mems, &domain.mems_sysram))
+    }
+
+    /// Frames of the domain in use on a node; children's are not counted.
+    pub fn used_by(&self, id: DomainId, node: NodeId) -> FrameCount {
+        let used = self.domains.get(id).and_then(|domain| domain.used.get(node.index()));
+        FrameCount(used.copied().unwrap_or(0))
+    }
+
+    /// Every domain, in no order.
+    pub fn domains(&self) -> impl Iterator<Item = DomainId> + '_ {
+        let slots = self.domains.slots.iter().zip(0..MAX_DOMAINS);
+        slots.filter(|(slot, _)| slot.is_some()).filter_map(|(_, number)| DomainId::new(number).ok())
+    }
+
+    /// The domain above; `None` for the root.
+    pub fn parent(&self, id: DomainId) -> Option<DomainId> {
+        self.domains.get(id)?.parent
+    }
+
+    /// The domain's path, `/` for the root.
+    pub fn domain_path(&self, id: DomainId) -> Option<String> {
+        let mut names = Vec::new();
+        let mut domain = self.domains.get(id)?;
+        while let Some(parent) = domain.parent {
+            names.push(&*domain.name);
+            domain = self.domains.get(parent)?;
+        }
+        if names.is_empty() {
+            return Some("/".into());
+        }
+        Some(names.iter().rev().flat_map(|name| ["/", name]).collect())
+    }
+
+    /// The domain that a path names; empty parts of it mean nothing.
+    pub fn find_domain(&self, path: &str) -> Option<DomainId> {
+        let mut names = path.split('/').filter(|name| !name.is_empty());
+        names.try_fold(DomainId::ROOT, |above, name| self.child(above, name))
+    }
+
+    /// The ancestor, or the domain itself, whose mask keeps it from a registered node: the topmost one.
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::{registry::Registry, units::{DomainId, NodeId}};
+    /// # let spec = || NodeSpec { node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut registry = Registry::new();
+    /// registry.register(NodeId::ZERO, spec()).unwrap();
+    /// registry.register(NodeId::ONE, spec()).unwrap();
+    /// let slice = registry.create_domain(DomainId::ROOT, "slice").unwrap();
+    /// let job = registry.create_domain(slice, "job").unwrap();
+    /// registry.set_mems(slice, NodeId::ZERO.into()).unwrap();
+    /// assert_eq!(registry.limiting_domain(job, NodeId::ONE), Some(slice));
+    /// ```
+    pub fn limiting_domain(&self, id: DomainId, node: NodeId) -> Option<DomainId> {
+        let mut found = None;
+        let mut at = Some(id);
+        while let Some(id) = at {
+            let domain = self.domains.get(id)?;
+            if domain.effective.contains(node) {
+                break;
+            }
+            found = Some(id);
+            at = domain.parent;
+        }
+        found
+    }
+
+    fn child(&self, parent: DomainId, name: &str) -> Option<DomainId> {
+        let children = &self.domains.get(parent)?.children;
+        children.iter().copied().find(|&child| self.domains.get(child).is_some_and(|domain| &*domain.name == name))
+    }
+}

@@ -1,0 +1,274 @@
+//! The registry: which nodes, domains and grants there are. What the wall looks at.
+//!
+//! [`Registry::register`] latches a node's type and fixes its class, services and guard (R1, R3); it hands out the
+//! [`Owner`] token, the only thing that can add ranges, make grants or unregister. Domains live here
+//! ([`domain`](crate::domain)), and grants ([`grant`](crate::grant)).
+//!
+//! Whatever changes an answer of the wall changes the *epoch*, so that an answer can be kept
+//! ([`wall::Pass`](crate::wall::Pass)). The time is what the caller said last ([`Registry::advance`]).
+//! Owned by [`MemoryManager`](crate::mm::MemoryManager). Takes no lock.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::domain::Domains;
+use crate::frames::{FrameRange, Frames, Metadata};
+use crate::grant::{GrantId, Grants};
+use crate::node::{Guard, NodeError, NodeSpec, NodeType, Owner};
+use crate::nodemask::NodeMask;
+use crate::units::{DomainId, FrameCount, FrameNumber, NodeId, Time};
+use crate::watermark::Watermarks;
+
+/// A registered node.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) spec: NodeSpec,
+    pub(crate) frames: Frames,
+    pub(crate) watermarks: Watermarks,
+    serial: u64,
+}
+
+/// The register of nodes, of the domains that requests come from, and of the grants on nodes.
+///
+/// ```
+/// use spmem_core::frames::Metadata;
+/// use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+/// use spmem_core::registry::Registry;
+/// use spmem_core::units::{FrameCount, NodeId};
+/// let cram = NodeSpec {
+///     node_type: NodeType::Spm,
+///     class: Class::Featured,
+///     services: Services::MIGRATION | Services::RECLAIM,
+///     guard: Guard::Hard,
+///     owner: "cram".into(),
+/// };
+/// let mut registry = Registry::new();
+/// let owner = registry.register(NodeId::ONE, cram.clone()).unwrap();
+/// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
+/// registry.add_range(&owner, &cram, FrameCount(1024), lent).unwrap();
+/// assert!(registry.spm().contains(NodeId::ONE) && !registry.sysram().contains(NodeId::ONE));
+/// assert!(registry.register(NodeId::ONE, cram).is_err());
+/// ```
+#[derive(Debug)]
+pub struct Registry {
+    id: u64,
+    next_serial: u64,
+    nodes: Vec<Option<Box<Node>>>,
+    present: NodeMask,
+    sysram: NodeMask,
+    spm: NodeMask,
+    easy: NodeMask,
+    epoch: u64,
+    now: Time,
+    pub(crate) domains: Domains,
+    pub(crate) grants: Grants,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Registry {
+    /// A registry without nodes, and the root domain.
+    pub fn new() -> Self {
+        /// Tells registries apart, so that a token of one is worth nothing in another. Relaxed: only the value matters.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self {
+            id,
+            next_serial: 0,
+            nodes: Vec::new(),
+            present: NodeMask::EMPTY,
+            sysram: NodeMask::EMPTY,
+            spm: NodeMask::EMPTY,
+            easy: NodeMask::EMPTY,
+            epoch: 0,
+            now: Time::default(),
+            domains: Domains::new(),
+            grants: Grants::new(id),
+        }
+    }
+
+    /// Registers a node without frames; latches its type (R1) and fixes its services (R3).
+    ///
+    /// # Errors
+    /// [`NodeError::TypeLatched`] or [`NodeError::AlreadyRegistered`] when the node is registered;
+    /// [`NodeError::ServiceNeeds`].
+    pub fn register(&mut self, node: NodeId, spec: NodeSpec) -> Result<Owner, NodeError> {
+        spec.services.check()?;
+        if let Some(present) = self.node(node) {
+            let latched = present.spec.node_type;
+            return Err(if latched == spec.node_type {
+                NodeError::AlreadyRegistered { node }
+            } else {
+                NodeError::TypeLatched { node, latched }
+            });
+        }
+        self.present.insert(node);
+        match spec.node_type {
+            NodeType::Sysram => self.sysram.insert(node),
+            NodeType::Spm => self.spm.insert(node),
+        }
+        if spec.node_type == NodeType::Spm && spec.guard == Guard::Easy {
+            self.easy.insert(node);
+        }
+        if self.nodes.len() <= node.index() {
+            self.nodes.resize_with(node.index() + 1, || None);
+        }
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        let (frames, watermarks) = (Frames::new(), Watermarks::default());
+        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, serial }));
+        self.refresh_domains(DomainId::ROOT);
+        Ok(Owner { registry: self.id, serial, node })
+    }
+
+    /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3). `lent` is sysram (R7).
+    ///
+    /// # Errors
+    /// [`NodeError::NotOwner`], [`NodeError::Conflict`], [`NodeError::Frames`].
+    pub fn add_range(
+        &mut self,
+        owner: &Owner,
+        spec: &NodeSpec,
+        count: FrameCount,
+        lent: Metadata,
+    ) -> Result<FrameRange, NodeError> {
+        let node = self.owned(owner)?;
+        if let Some(property) = node.spec.conflict(spec) {
+            return Err(NodeError::Conflict { node: owner.node, property });
+        }
+        Ok(node.frames.add_range(count, lent)?)
+    }
+
+    /// Takes a range away from a node; none of its frames may be in use. What was lent for it comes back.
+    ///
+    /// # Errors
+    /// [`NodeError::NotOwner`], [`NodeError::Frames`].
+    pub fn remove_range(
+        &mut self,
+        owner: &Owner,
+        first: FrameNumber,
+    ) -> Result<(FrameRange, Metadata), NodeError> {
+        Ok(self.owned(owner)?.frames.remove_range(first)?)
+    }
+
+    /// Unregisters a node without frames or ranges (R1) and takes it out of every grant; the owner's token is worth
+    /// nothing afterwards. The node may be registered anew, with another type.
+    ///
+    /// # Errors
+    /// [`NodeError::NotOwner`], [`NodeError::InUse`].
+    pub fn unregister(&mut self, owner: &Owner) -> Result<(), NodeError> {
+        let node = owner.node;
+        let frames = &self.owned(owner)?.frames;
+        let (used, ranges) = (frames.used(), frames.ranges().len());
+        if used.0 > 0 || ranges > 0 {
+            return Err(NodeError::InUse { node, used, ranges });
+        }
+        self.nodes[node.index()] = None;
+        for mask in [&mut self.present, &mut self.sysram, &mut self.spm, &mut self.easy] {
+            mask.remove(node);
+        }
+        self.grants.forget_node(node);
+        self.refresh_domains(DomainId::ROOT);
+        Ok(())
+    }
+
+    /// Sets the watermarks of a node; they begin as zero.
+    ///
+    /// # Errors
+    /// [`NodeError::NotOwner`].
+    pub fn set_watermarks(&mut self, owner: &Owner, watermarks: Watermarks) -> Result<(), NodeError> {
+        self.owned(owner)?.watermarks = watermarks;
+        Ok(())
+    }
+
+    /// The system-wide default mask: all sysram nodes (R2).
+    pub const fn sysram(&self) -> &NodeMask {
+        &self.sysram
+    }
+
+    /// All SPM nodes.
+    pub const fn spm(&self) -> &NodeMask {
+        &self.spm
+    }
+
+    /// The SPM nodes with an easy guard (R9).
+    pub const fn easy(&self) -> &NodeMask {
+        &self.easy
+    }
+
+    /// Tells the time; earlier than before means nothing. The grants that have expired with it: nothing new can be allocated
+    /// under them, what is in use is listed by [`Registry::held`] (R12, R13).
+    pub fn advance(&mut self, now: Time) -> Vec<GrantId> {
+        self.now = self.now.max(now);
+        let expired = self.grants.expire(self.now);
+        if !expired.is_empty() {
+            self.bump_epoch();
+        }
+        expired
+    }
+
+    /// The time told last.
+    pub const fn now(&self) -> Time {
+        self.now
+    }
+
+    /// Another number than before whenever an answer of the wall may have changed.
+    pub(crate) const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(crate) const fn bump_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Works out the masks of a domain and all below it, after a change.
+    pub(crate) fn refresh_domains(&mut self, from: DomainId) {
+        self.domains.refresh(from, &self.present, &self.sysram);
+        self.bump_epoch();
+    }
+
+    /// All registered nodes.
+    pub const fn present(&self) -> &NodeMask {
+        &self.present
+    }
+
+    /// What a node was registered as; `None` when it is not.
+    pub fn spec(&self, node: NodeId) -> Option<&NodeSpec> {
+        self.node(node).map(|node| &node.spec)
+    }
+
+    /// The frames of a node, to look at; `None` when it is not registered.
+    pub fn frames(&self, node: NodeId) -> Option<&Frames> {
+        self.node(node).map(|node| &node.frames)
+    }
+
+    /// Tells this registry from every other.
+    pub(crate) const fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn node(&self, node: NodeId) -> Option<&Node> {
+        self.nodes.get(node.index())?.as_deref()
+    }
+
+    pub(crate) fn node_mut(&mut self, node: NodeId) -> Option<&mut Node> {
+        self.nodes.get_mut(node.index())?.as_deref_mut()
+    }
+
+    /// Whether the token is the current one of its node.
+    pub(crate) fn is_owner(&self, owner: &Owner) -> bool {
+        owner.registry == self.id && self.node(owner.node).is_some_and(|node| node.serial == owner.serial)
+    }
+
+    fn owned(&mut self, owner: &Owner) -> Result<&mut Node, NodeError> {
+        let registry = self.id;
+        self.node_mut(owner.node)
+            .filter(|node| node.serial == owner.serial && registry == owner.registry)
+            .ok_or(NodeError::NotOwner { node: owner.node })
+    }
+}
