@@ -5,6 +5,7 @@ mod fits;
 mod frames;
 mod peer;
 mod redis_rows;
+mod wall;
 mod zram;
 
 use clap::Subcommand;
@@ -16,6 +17,8 @@ pub(crate) enum Bench {
     Fits(fits::Options),
     /// The frame allocator: beside others.
     Frames(frames::Options),
+    /// A check of the wall: beside working it out each time.
+    Wall(wall::Options),
     /// Cold pages: beside kernel swap on zram at equal total RAM (root).
     Zram(zram::Options),
 }
@@ -25,6 +28,7 @@ pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
         Bench::Fits(options) => fits::run(options),
         Bench::Frames(options) => frames::run(options),
+        Bench::Wall(options) => wall::run(options),
         Bench::Zram(options) => zram::run(options),
     }
 }
