@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use spmem_core::wall::Strictness;
 
 use crate::config::EXAMPLE;
 use crate::size::SysramLimit;
@@ -32,6 +33,9 @@ pub enum Action {
     Run(RunArguments),
     /// List the nodes
     Nodes(NodesArguments),
+    /// Tell which nodes a request would get, and what stands in the way of the others
+    #[command(after_help = EXPLAIN_HELP, after_long_help = explain_long_help())]
+    Explain(ExplainArguments),
     /// Show on this machine, in about 15 seconds, what the walls refuse and how pages leave and come back
     Tour,
     /// The program that `spm tour` runs: fills memory, touches it, checks every byte
@@ -77,6 +81,57 @@ pub struct NodesArguments {
     pub config: Option<PathBuf>,
 }
 
+/// Options of `spm explain`.
+#[derive(Args)]
+pub struct ExplainArguments {
+    /// Where the request comes from
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    pub domain: String,
+    /// The nodes it names: 0,2-3, !1, or all (the default ones); none named means the default
+    #[arg(long, value_name = "LIST")]
+    pub nodes: Option<String>,
+    /// How strongly it names them
+    #[arg(long, value_name = "MODE", default_value = "bind")]
+    pub policy: PolicyName,
+    /// A grant that is shown, by name, or NODES:RIGHT,RIGHT for one that the nodes' owner might give; may be repeated
+    #[arg(long, value_name = "GRANT")]
+    pub grant: Vec<String>,
+    /// The machine, described in a TOML file [default: that of spm run]
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The memory policies of mempolicy(7) that name nodes.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum PolicyName {
+    /// These nodes and no other
+    Bind,
+    /// Rather this node
+    Preferred,
+    /// Rather these nodes
+    PreferredMany,
+    /// These nodes in turn
+    Interleave,
+    /// These nodes in turn, by weight
+    WeightedInterleave,
+}
+
+impl PolicyName {
+    /// The core's word for it.
+    pub const fn strictness(self) -> Strictness {
+        match self {
+            Self::Bind => Strictness::Bind,
+            Self::Preferred => Strictness::Preferred,
+            Self::PreferredMany => Strictness::PreferredMany,
+            Self::Interleave => Strictness::Interleave,
+            Self::WeightedInterleave => Strictness::WeightedInterleave,
+        }
+    }
+}
+
 /// Options of the tour's program.
 #[derive(Args)]
 pub struct LoadArguments {
@@ -86,6 +141,18 @@ pub struct LoadArguments {
     /// How long to touch it, milliseconds
     #[arg(long, default_value_t = 8000)]
     pub touch_ms: u64,
+}
+
+const EXPLAIN_HELP: &str = "\
+Exit status: 0 when at least one node is allowed, 1 when none is, 2 for a wrong command line or machine.
+
+Examples:
+  spm explain --nodes 0-1 --policy interleave
+  spm explain --nodes 1 --grant cram
+  spm explain --machine host.toml --domain /batch/job --nodes 3 --grant 3:alloc";
+
+fn explain_long_help() -> String {
+    format!("{EXPLAIN_HELP}\n\nA machine (--machine), with every key:\n\n{}", crate::explain::EXAMPLE)
 }
 
 fn run_long_help() -> String {

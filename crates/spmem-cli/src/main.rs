@@ -1,12 +1,13 @@
 //! `spm`: the command line of spmem.
 //!
-//! [`arguments`] says what can be asked; [`run`] runs a program inside a budget, [`nodes`] lists the nodes, [`tour`]
-//! shows both. Results go to stdout, remarks to stderr. Exit status: 0, 1 when something failed, 2 for a wrong command
-//! line; `spm run` has its own (`run/mod.rs`).
+//! [`arguments`] says what can be asked; [`run`] runs a program inside a budget, [`nodes`] lists the nodes, [`explain`]
+//! tells what the wall would answer, [`tour`] shows it all. Results go to stdout, remarks to stderr. Exit status: 0, 1 when something failed, 2 for a wrong command
+//! line; `spm run` and `spm explain` have their own.
 #![cfg_attr(not(test), no_main)]
 
 mod arguments;
 mod config;
+mod explain;
 mod machine;
 mod nodes;
 mod remark;
@@ -46,6 +47,7 @@ fn dispatch() -> i32 {
     let (result, failure) = match arguments.action {
         Action::Run(options) => (run::run(&options), run::FAILURE),
         Action::Nodes(options) => (nodes::print(&options).map(|()| 0), 1),
+        Action::Explain(options) => (explain::explain(&options), 2),
         Action::Tour => (tour::tour(), 1),
         Action::TourLoad(options) => (tour::load::run(&options), 1),
     };

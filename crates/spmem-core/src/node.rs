@@ -57,6 +57,19 @@ impl Class {
         self as u8
     }
 
+    /// The class with this number; `None` but for 1 to 6.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Plain,
+            2 => Self::Slower,
+            3 => Self::Slow,
+            4 => Self::Featured,
+            5 => Self::Accelerator,
+            6 => Self::Shared,
+            _ => return None,
+        })
+    }
+
     /// The word that `spm nodes` prints.
     pub const fn name(self) -> &'static str {
         match self {

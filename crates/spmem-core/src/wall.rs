@@ -8,14 +8,18 @@
 //! Hole: a preferred mask is not widened to the default when its nodes are full (R6): name the nodes to fall back to in
 //! the mask.
 
+mod refusal;
+
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::grant::{Grant, GrantError, GrantId, Rights};
-use crate::node::{Guard, NodeType};
+use crate::grant::{Grant, GrantId, Rights};
+use crate::node::NodeType;
 use crate::nodemask::NodeMask;
 use crate::registry::Registry;
 use crate::units::{DomainId, NodeId};
+
+pub use self::refusal::{Reason, Refusal};
 
 /// Grants that a request may show.
 pub const MAX_SHOWN: usize = 16;
@@ -295,96 +299,3 @@ impl Registry {
         self.admit(&one).err()
     }
 }
-
-/// Why no node was allowed (R8, R11): the first node asked for, and what stood in its way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// The lowest node named; `None` when none was.
-    pub node: Option<NodeId>,
-    /// What refused it.
-    pub reason: Reason,
-}
-
-/// What stood in the way of a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// The request names no node.
-    NothingAsked,
-    /// The domain's default mask is empty.
-    NoDefault,
-    /// No such node is registered.
-    Absent,
-    /// Without a domain there is sysram only (R7).
-    NoDomain,
-    /// There is no such domain.
-    UnknownDomain {
-        /// As given.
-        domain: DomainId,
-    },
-    /// The masks of this domain, where the request comes from or an ancestor of that, lack the node (R4, R6).
-    OutsideDomain {
-        /// The topmost that does.
-        domain: DomainId,
-    },
-    /// More grants were shown than [`MAX_SHOWN`].
-    TooManyGrants {
-        /// How many.
-        shown: usize,
-    },
-    /// The node is SPM and no grant shown names it (R6).
-    NeedsGrant {
-        /// How hard its wall is.
-        guard: Guard,
-        /// How the node was named; on an easy node bind would do (R9).
-        strictness: Strictness,
-    },
-    /// A grant names the node but lacks this right (R6).
-    LacksRight {
-        /// The right.
-        right: Rights,
-    },
-    /// A grant was shown that is not valid.
-    BadGrant {
-        /// Why not.
-        cause: GrantError,
-    },
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(node) = self.node {
-            write!(f, "node {node}: ")?;
-        }
-        match self.reason {
-            Reason::NothingAsked => f.write_str("the mask is empty; name a node or leave the mask out"),
-            Reason::NoDefault => {
-                f.write_str("the domain's default mask holds no sysram node; widen mems or mems.sysram")
-            }
-            Reason::Absent => f.write_str("not registered; see the list of nodes"),
-            Reason::NoDomain => {
-                f.write_str("a request without a domain gets sysram only; make it from within a domain")
-            }
-            Reason::UnknownDomain { domain } => write!(f, "there is no domain {domain}; see the list of domains"),
-            Reason::OutsideDomain { domain } => {
-                write!(f, "outside the masks of domain {domain}; add the node to its mems")
-            }
-            Reason::TooManyGrants { shown } => {
-                write!(f, "{shown} grants are shown, {MAX_SHOWN} can be; leave out those not needed")
-            }
-            Reason::NeedsGrant { guard: Guard::Hard, .. } => {
-                f.write_str("walled off (spm, hard guard); a grant from its owner with ALLOC would open it")
-            }
-            Reason::NeedsGrant { guard: Guard::Easy, strictness } => write!(
-                f,
-                "walled off (spm, easy guard) and named with {strictness}; strict bind would open it, or a grant \
-                 from its owner with ALLOC"
-            ),
-            Reason::LacksRight { right } => {
-                write!(f, "the grant lacks the right {right}; ask the node's owner for one that has it")
-            }
-            Reason::BadGrant { cause } => write!(f, "walled off, and {cause}"),
-        }
-    }
-}
-
-impl core::error::Error for Refusal {}

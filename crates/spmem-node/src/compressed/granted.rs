@@ -179,7 +179,8 @@ impl FrameBlock for mm::Block {
     }
 }
 
-fn sysram_spec() -> NodeSpec {
+/// Node 0 of the embedded default machine: this machine's RAM, which the kernel gives out.
+pub fn sysram_spec() -> NodeSpec {
     NodeSpec {
         node_type: NodeType::Sysram,
         class: Class::Plain,
@@ -195,7 +196,8 @@ fn sysram_spec() -> NodeSpec {
     }
 }
 
-fn cram_spec() -> NodeSpec {
+/// Node 1 of the embedded default machine: compressed RAM made in software.
+pub fn cram_spec() -> NodeSpec {
     NodeSpec {
         node_type: NodeType::Spm,
         class: Class::Featured,

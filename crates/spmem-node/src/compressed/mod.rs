@@ -52,7 +52,7 @@ mod store_tests;
 
 pub use codec::{Codec, Encoded, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
 pub use frames::{FrameBlock, FrameBytes, FrameSource};
-pub use granted::{GrantedFrames, Owners, SetupError};
+pub use granted::{GrantedFrames, Owners, SetupError, cram_spec, sysram_spec};
 pub use handle::Fill;
 pub use stats::Stats;
 pub use store::Store;

@@ -29,14 +29,14 @@ pub(crate) struct Options {
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     println!("a check of the wall, ns (least of {} rounds)\n", options.rounds);
-    println!("{:>5}  {:>6}  {:>9}  {:>8}  {:>8}  {:>12}", "nodes", "levels", "kept pass", "admitted", "walked", "kept/walked");
+    println!(
+        "{:>5}  {:>6}  {:>9}  {:>8}  {:>8}  {:>12}",
+        "nodes", "levels", "kept pass", "admitted", "walked", "kept/walked"
+    );
     for (nodes, levels) in [(2, 1), (64, 4), (MAX_NODES, 16)] {
         let machine = Machine::new(nodes, levels)?;
         let [kept, admitted, walked] = machine.measure(options)?;
-        println!(
-            "{nodes:>5}  {levels:>6}  {kept:>9.2}  {admitted:>8.1}  {walked:>8.1}  {:>12.3}",
-            kept / walked
-        );
+        println!("{nodes:>5}  {levels:>6}  {kept:>9.2}  {admitted:>8.1}  {walked:>8.1}  {:>12.3}", kept / walked);
     }
     Ok(())
 }

@@ -1,0 +1,275 @@
+//! A machine to explain: the one that `spm run` sets up here, or one that a TOML file describes.
+//!
+//! The file has `[[node]]`, `[[domain]]` and `[[grant]]` entries ([`EXAMPLE`] has every key). Keys and values that are not
+//! known are errors that name the line; what does not fit together is refused by the memory manager, in its words.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, anyhow, bail};
+use serde::Deserialize;
+use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
+use spmem_core::nodemask::NodeMask;
+use spmem_core::registry::Registry;
+use spmem_core::units::{Bytes, DomainId, NodeId};
+use spmem_node::compressed::{cram_spec, sysram_spec};
+
+use crate::size;
+
+/// A described machine, with every key.
+pub const EXAMPLE: &str = include_str!("example.toml");
+
+/// Nodes, domains and named grants.
+#[derive(Debug)]
+pub struct Machine {
+    pub registry: Registry,
+    grants: BTreeMap<String, Grant>,
+    owners: BTreeMap<NodeId, Owner>,
+}
+
+impl Machine {
+    /// What `spm run` sets up without a configuration: node 0 and node 1, the root domain, the grant `cram`.
+    ///
+    /// # Errors
+    /// The memory manager refuses; it does not.
+    pub fn embedded() -> anyhow::Result<Self> {
+        let mut machine = Self { registry: Registry::new(), grants: BTreeMap::new(), owners: BTreeMap::new() };
+        machine.register(NodeId::ZERO, sysram_spec())?;
+        machine.register(NodeId::ONE, cram_spec())?;
+        let rights = Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
+        machine.add_grant("cram", NodeId::ONE.into(), Terms::new(rights, Bytes(u64::MAX)))?;
+        Ok(machine)
+    }
+
+    /// Reads a description.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, holds a key or value that is not known (the message names the line), or
+    /// describes what cannot be.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("the machine {} cannot be read", path.display()))?;
+        Self::parse(&text).with_context(|| format!("the machine {} is not valid", path.display()))
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let file: File = toml::from_str(text)?;
+        let mut machine = Self { registry: Registry::new(), grants: BTreeMap::new(), owners: BTreeMap::new() };
+        for node in file.node {
+            let id = NodeId::new(node.id)?;
+            machine.register(id, node.spec()?).with_context(|| format!("[[node]] {id}"))?;
+        }
+        for domain in &file.domain {
+            machine.add_domain(domain).with_context(|| format!("[[domain]] {}", domain.path))?;
+        }
+        for grant in &file.grant {
+            machine.add_described_grant(grant).with_context(|| format!("[[grant]] {}", grant.name))?;
+        }
+        Ok(machine)
+    }
+
+    fn register(&mut self, id: NodeId, spec: NodeSpec) -> anyhow::Result<()> {
+        let owner = self.registry.register(id, spec)?;
+        self.owners.insert(id, owner);
+        Ok(())
+    }
+
+    /// The domain of the path, made with all above it where it does not exist.
+    fn add_domain(&mut self, described: &Domain) -> anyhow::Result<()> {
+        let mut at = DomainId::ROOT;
+        let mut path = String::new();
+        for name in described.path.split('/').filter(|name| !name.is_empty()) {
+            path = format!("{path}/{name}");
+            at = match self.registry.find_domain(&path) {
+                Some(known) => known,
+                None => self.registry.create_domain(at, name)?,
+            };
+        }
+        if let Some(text) = &described.mems {
+            self.registry.set_mems(at, parse_mask("mems", text, NodeMask::ALL)?)?;
+        }
+        if let Some(text) = &described.sysram {
+            self.registry.set_mems_sysram(at, parse_mask("sysram", text, NodeMask::ALL)?)?;
+        }
+        Ok(())
+    }
+
+    fn add_described_grant(&mut self, described: &GrantEntry) -> anyhow::Result<()> {
+        let nodes = parse_mask("nodes", &described.nodes, *self.registry.sysram())?;
+        let rights = parse_rights(described.rights.iter().map(String::as_str))?;
+        let quota = match &described.quota {
+            Some(text) => Bytes(size::parse_bytes(text)?),
+            None => Bytes(u64::MAX),
+        };
+        self.add_grant(&described.name, nodes, Terms::new(rights, quota))
+    }
+
+    fn add_grant(&mut self, name: &str, nodes: NodeMask, terms: Terms) -> anyhow::Result<()> {
+        let owner = |node| self.owners.get(&node).with_context(|| format!("node {node} is not registered"));
+        let owners = nodes.iter().map(owner).collect::<anyhow::Result<Vec<_>>>()?;
+        let grant = self.registry.grant(&owners, terms)?;
+        if self.grants.insert(name.to_owned(), grant).is_some() {
+            bail!("there are two grants of that name");
+        }
+        Ok(())
+    }
+
+    /// Makes the grant that `--grant` asks for, unless it names one: `cram`, or `2-3:alloc,map_read` for what the nodes'
+    /// owners might grant.
+    ///
+    /// # Errors
+    /// No such grant; a node or right that there is not.
+    pub fn note_grant(&mut self, text: &str) -> anyhow::Result<()> {
+        if self.grants.contains_key(text) {
+            return Ok(());
+        }
+        let Some((nodes, rights)) = text.split_once(':') else {
+            let known: Vec<&str> = self.grants.keys().map(String::as_str).collect();
+            bail!(
+                "there is no grant `{text}` (known: {}); NODES:RIGHT,RIGHT makes one, such as 1:alloc",
+                known.join(", ")
+            );
+        };
+        let nodes = parse_mask("--grant", nodes, *self.registry.sysram())?;
+        let terms = Terms::new(parse_rights(rights.split(','))?, Bytes(u64::MAX));
+        self.add_grant(text, nodes, terms)
+    }
+
+    /// A grant that is known.
+    pub fn grant(&self, name: &str) -> Option<&Grant> {
+        self.grants.get(name)
+    }
+}
+
+/// Reads a node list; `all` stands for `default`.
+pub fn parse_mask(what: &str, text: &str, default: NodeMask) -> anyhow::Result<NodeMask> {
+    NodeMask::parse(text, default).map_err(|error| anyhow!("{what} = \"{text}\": {error}"))
+}
+
+fn parse_rights<'a>(names: impl Iterator<Item = &'a str>) -> anyhow::Result<Rights> {
+    let mut rights = Rights::empty();
+    for name in names {
+        let known = Rights::from_name(&name.to_uppercase());
+        rights |= known.with_context(|| {
+            let all: Vec<String> = Rights::all().iter_names().map(|(name, _)| name.to_lowercase()).collect();
+            format!("there is no right `{name}`; there are {}", all.join(", "))
+        })?;
+    }
+    Ok(rights)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    node: Vec<Node>,
+    #[serde(default)]
+    domain: Vec<Domain>,
+    #[serde(default)]
+    grant: Vec<GrantEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Node {
+    id: u16,
+    r#type: Type,
+    class: Option<u8>,
+    guard: Option<Hardness>,
+    owner: Option<String>,
+    #[serde(default)]
+    services: Vec<String>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Type {
+    Sysram,
+    Spm,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Hardness {
+    Hard,
+    Easy,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Domain {
+    path: String,
+    mems: Option<String>,
+    sysram: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GrantEntry {
+    name: String,
+    nodes: String,
+    rights: Vec<String>,
+    quota: Option<String>,
+}
+
+impl Node {
+    fn spec(self) -> anyhow::Result<NodeSpec> {
+        let (node_type, class, guard) = match self.r#type {
+            Type::Sysram if self.guard.is_some() => bail!("[[node]] {}: sysram has no wall, so no guard", self.id),
+            Type::Sysram => (NodeType::Sysram, Class::Plain, Guard::Easy),
+            Type::Spm => (NodeType::Spm, Class::Slower, Guard::Hard),
+        };
+        let class = match self.class {
+            None => class,
+            Some(number) => Class::from_number(number)
+                .with_context(|| format!("[[node]] {}: there is no class {number}, only 1 to 6", self.id))?,
+        };
+        let guard = match self.guard {
+            None => guard,
+            Some(Hardness::Hard) => Guard::Hard,
+            Some(Hardness::Easy) => Guard::Easy,
+        };
+        let mut services = Services::empty();
+        for name in &self.services {
+            services |= Services::from_name(&name.to_uppercase()).with_context(|| {
+                let all: Vec<String> = Services::all().iter_names().map(|(name, _)| name.to_lowercase()).collect();
+                format!("[[node]] {}: there is no service `{name}`; there are {}", self.id, all.join(", "))
+            })?;
+        }
+        let owner = self.owner.unwrap_or_else(|| "described".to_owned());
+        Ok(NodeSpec { node_type, class, services, guard, owner: owner.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_example_is_a_machine() {
+        let machine = Machine::parse(EXAMPLE).unwrap();
+        assert!(machine.registry.present().count() > 1 && machine.registry.domains().count() > 1);
+        assert!(machine.grant("staging").is_some());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_in_words() {
+        for (text, parts) in [
+            ("[[node]]\nid = 0\ntype = \"ram\"\n", ["line 3", "ram"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\ncolour = 1\n", ["line 4", "colour"]),
+            ("[[node]]\nid = 0\ntype = \"sysram\"\nguard = \"hard\"\n", ["[[node]] 0", "no guard"]),
+            ("[[node]]\nid = 1024\ntype = \"sysram\"\n", ["1024", "1023"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\nclass = 7\n", ["[[node]] 0", "class 7"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\nservices = [\"demotion\"]\n", ["[[node]] 0", "DEMOTION"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\nservices = [\"fly\"]\n", ["[[node]] 0", "`fly`"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\n[[node]]\nid = 0\ntype = \"sysram\"\n", ["[[node]] 0", "both"]),
+            ("[[domain]]\npath = \"/a/../b\"\n", ["[[domain]] /a/../b", "'..'"]),
+            ("[[domain]]\npath = \"/a\"\nmems = \"0-\"\n", ["[[domain]] /a", "byte 2"]),
+            ("[[grant]]\nname = \"g\"\nnodes = \"1\"\nrights = [\"alloc\"]\n", ["[[grant]] g", "node 1"]),
+        ] {
+            let reason = format!("{:#}", Machine::parse(text).unwrap_err());
+            assert!(parts.iter().all(|part| reason.contains(part)), "{text}: {reason}");
+        }
+    }
+}

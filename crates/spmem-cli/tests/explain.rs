@@ -1,0 +1,65 @@
+//! What `spm explain` answers.
+#![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
+
+use serde_json::Value;
+use std::process::{Command, Output};
+
+const MACHINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/explain/example.toml");
+
+fn explain(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_spm")).arg("explain").args(arguments).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn json(arguments: &[&str]) -> (Value, Option<i32>) {
+    let output = explain(&[arguments, &["--json"]].concat());
+    (serde_json::from_slice(&output.stdout).unwrap(), output.status.code())
+}
+
+#[test]
+fn the_status_tells_whether_anything_is_allowed() {
+    assert_eq!(explain(&[]).status.code(), Some(0));
+    assert_eq!(explain(&["--nodes", "1"]).status.code(), Some(1));
+    assert_eq!(explain(&["--nodes", "1", "--grant", "cram"]).status.code(), Some(0));
+    for wrong in [&["--nodes", "1-"][..], &["--domain", "/no"], &["--grant", "no"], &["--machine", "/no/file"]] {
+        let output = explain(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn interleaving_over_all_nodes_drops_the_spm_node_and_says_what_would_open_it() {
+    let text = text(&explain(&["--nodes", "0-1", "--policy", "interleave"]));
+    assert!(text.contains("allowed  0\n"), "{text}");
+    assert!(text.contains("dropped  walled off (spm, hard guard); a grant from its owner"), "{text}");
+}
+
+#[test]
+fn each_obstacle_has_its_word_the_ancestor_its_path() {
+    let ask = |nodes, more: &[&str]| {
+        let (answer, _) =
+            json(&[&["--machine", MACHINE, "--domain", "/batch/job", "--nodes", nodes], more].concat());
+        let node = &answer["nodes"][0];
+        (node["obstacle"].as_str().map(str::to_owned), node["domain"].as_str().map(str::to_owned))
+    };
+    assert_eq!(ask("0", &[]), (None, None));
+    assert_eq!(ask("3", &["--grant", "staging"]), (Some("outside-domain".into()), Some("/batch".into())));
+    assert_eq!(ask("9", &[]), (Some("absent".into()), None));
+    assert_eq!(ask("2", &[]), (None, None), "an easy guard opens to strict bind");
+    assert_eq!(ask("2", &["--policy", "preferred"]), (Some("needs-grant".into()), None));
+    assert_eq!(ask("2", &["--policy", "preferred", "--grant", "2:pin"]), (Some("lacks-right".into()), None));
+    assert_eq!(ask("2", &["--policy", "preferred", "--grant", "2:alloc"]), (None, None));
+}
+
+#[test]
+fn following_the_advice_changes_the_answer() {
+    let (answer, status) = json(&["--machine", MACHINE, "--nodes", "3"]);
+    assert_eq!((answer["errno"].as_str(), status), (Some("EINVAL"), Some(1)));
+    assert!(answer["nodes"][0]["remedy"].as_str().unwrap().contains("a grant from its owner with ALLOC"));
+    let (answer, status) = json(&["--machine", MACHINE, "--nodes", "3", "--grant", "staging"]);
+    assert_eq!((answer["allowed"].as_str(), status), (Some("3"), Some(0)));
+}
