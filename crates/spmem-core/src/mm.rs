@@ -315,13 +315,14 @@ impl MemoryManager {
         }
     }
 
-    /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9).
+    /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
+    /// that has ended is none.
     fn charge_for(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<u16, AllocError> {
         let mut refused = None;
         for &grant in pass.grants() {
             match self.charge_one(grant, order, node) {
                 Ok(Some(slot)) => return Ok(slot),
-                Ok(None) => {}
+                Ok(None) | Err(GrantError::Revoked | GrantError::Expired { .. }) => {}
                 Err(cause) => refused = Some(cause),
             }
         }

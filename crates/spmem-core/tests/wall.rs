@@ -336,3 +336,14 @@ fn a_pass_ends_with_what_opened_it() {
     mm.free(block).unwrap();
     assert!(mm.registry().held(grants[0].id()).is_empty());
 }
+
+#[test]
+fn a_grant_that_has_ended_does_not_close_an_easy_node() {
+    let world = World { hard: Set::new(), easy: Set::from([1]), ..two_nodes() };
+    let (mut mm, owners, grants) = world.build(64);
+    mm.registry_mut().revoke(&owners[1], grants[0].id()).unwrap();
+    let shown = [&grants[0]];
+    let block = mm.alloc(&world.request(&shown), Order::ZERO).unwrap();
+    assert_eq!(block.node(), id(1), "R9: strict bind opens it");
+    mm.free(block).unwrap();
+}

@@ -1,7 +1,7 @@
 //! `cargo xtask`: real programs under `spm run`, and the benches beside a peer.
 //!
 //! [`workloads`] runs unmodified programs with and without a budget and compares what they print; [`mod@bench`] measures
-//! speed: a program that fits its budget, and kernel swap on zram at equal total RAM. [`programs`] are the programs
+//! speed: a program that fits its budget, and kernel swap on zram at equal total RAM. [`sim`] runs simulated machines. [`programs`] are the programs
 //! of this tree that are measured; they know nothing of spmem. [`launch`] starts all of them, bare, under `spm`, or
 //! in a memory cgroup. Nothing here is a test of one crate: `cargo test` does not run it.
 //!
@@ -20,6 +20,7 @@ mod process_tree;
 mod programs;
 mod redis;
 mod report;
+mod sim;
 mod workloads;
 
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Task {
     /// Measure speed; print ratios.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Simulate machines on the memory manager, seed by seed, and hold every step against the rules.
+    Sim(sim::Options),
     /// A program of this tree that the other tasks measure.
     #[command(subcommand, hide = true)]
     Program(programs::Program),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
     let outcome = match cli.task {
         Task::Workloads(options) => guarded(|| workloads::run(&options)),
         Task::Bench(which) => guarded(|| bench::run(&which)),
+        Task::Sim(options) => sim::run(&options),
         Task::Program(program) => programs::run(&program),
     };
     match outcome {

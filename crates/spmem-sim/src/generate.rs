@@ -1,0 +1,135 @@
+//! Random steps from a seed, favouring the edges: full nodes, quotas that several grants race for, masks that
+//! overlap in part, nodes that are removed in use, grants that end while they are used.
+
+use rand::seq::IteratorRandom;
+use rand::{Rng, RngExt, SeedableRng};
+use rand_pcg::Pcg64Mcg;
+use spmem_core::units::PAGE_SIZE;
+
+use crate::step::{Mode, Step, Terms};
+use crate::world::World;
+
+/// Nodes that come and go.
+const NODES: u16 = 8;
+/// The most blocks at a time; beyond, more are freed than taken.
+const BLOCKS: usize = 200;
+/// The most domains at a time.
+const DOMAINS: usize = 24;
+
+/// Makes steps for a world. The same seed and the same world give the same steps.
+#[derive(Debug)]
+pub struct Generator {
+    random: Pcg64Mcg,
+    next_grant: u32,
+    next_block: u32,
+}
+
+impl Generator {
+    /// Steps from a seed.
+    pub fn new(seed: u64) -> Self {
+        Self { random: Pcg64Mcg::seed_from_u64(seed), next_grant: 0, next_block: 0 }
+    }
+
+    /// What happens next.
+    pub fn next(&mut self, world: &World) -> Step {
+        let model = &world.model;
+        if model.nodes.is_empty() {
+            return self.add_node();
+        }
+        match self.random.random_range(0..100) {
+            0..3 => self.add_node(),
+            3..5 => Step::RemoveNode { node: self.random.random_range(0..NODES) },
+            5..8 if model.domains.len() < DOMAINS => {
+                let above = self.path(world);
+                Step::MakeDomain { path: format!("{above}/{}", self.random.random_range(0..4)) }
+            }
+            5..9 => Step::DropDomain { path: self.path(world) },
+            9..13 => Step::SetMems { path: self.path(world), nodes: self.nodes() },
+            13..16 => Step::SetSysram { path: self.path(world), nodes: self.nodes() },
+            16..20 => {
+                let nodes = model.nodes.keys().copied();
+                let nodes = nodes.filter(|_| self.random.random_bool(0.3)).collect();
+                let terms = self.terms(model.now);
+                Step::Grant { grant: self.new_grant(), nodes, terms }
+            }
+            20..25 => self.narrow(world),
+            25..27 => Step::Revoke { grant: self.grant(world) },
+            27..29 => Step::Release { grant: self.grant(world) },
+            29..32 => Step::Advance { ns: self.random.random_range(0..1000) },
+            _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
+                let block = model.blocks.keys().copied().choose(&mut self.random).unwrap_or(0);
+                Step::Free { block }
+            }
+            _ => self.alloc(world),
+        }
+    }
+
+    fn add_node(&mut self) -> Step {
+        Step::AddNode {
+            node: self.random.random_range(0..NODES),
+            is_spm: self.random.random(),
+            is_easy: self.random.random(),
+            frames: self.random.random_range(1..1200),
+        }
+    }
+
+    fn alloc(&mut self, world: &World) -> Step {
+        let shown = self.random.random_range(0..4);
+        Step::Alloc {
+            block: {
+                self.next_block += 1;
+                self.next_block
+            },
+            domain: self.random.random_bool(0.95).then(|| self.path(world)),
+            order: self.random.random_range(0..=10_u8).min(self.random.random_range(0..=10)),
+            asked: self.random.random_bool(0.7).then(|| self.nodes()),
+            mode: [Mode::Bind, Mode::Bind, Mode::PreferredMany, Mode::Interleave][self.random.random_range(0..4)],
+            grants: (0..shown).map(|_| self.grant(world)).collect(),
+        }
+    }
+
+    fn narrow(&mut self, world: &World) -> Step {
+        let from = self.grant(world);
+        let mut terms = self.terms(world.model.now);
+        let mut nodes = self.nodes();
+        // Mostly something that can be: less of what there is.
+        if let Some(whole) = world.model.grants.get(&from)
+            && self.random.random_bool(0.8)
+        {
+            terms.rights &= whole.terms.rights;
+            terms.quota = terms.quota.min(whole.terms.quota);
+            terms.expires = terms.expires.min(whole.terms.expires).or(whole.terms.expires);
+            nodes = whole.nodes.iter().copied().filter(|_| self.random.random_bool(0.7)).collect();
+        }
+        Step::Narrow { grant: self.new_grant(), from, nodes, terms }
+    }
+
+    fn terms(&mut self, now: u64) -> Terms {
+        let quota = self.random.random_range(0..600) * PAGE_SIZE;
+        Terms {
+            rights: if self.random.random_bool(0.8) { 0x3f } else { self.random.random_range(0..64) },
+            quota: if self.random.random_bool(0.5) { quota } else { u64::MAX },
+            expires: self.random.random_bool(0.3).then(|| now + self.random.random_range(0..20_000)),
+        }
+    }
+
+    fn new_grant(&mut self) -> u32 {
+        self.next_grant += 1;
+        self.next_grant
+    }
+
+    /// A grant, mostly one that was made lately.
+    fn grant(&mut self, world: &World) -> u32 {
+        let recent = world.model.grants.keys().rev().copied().take(12);
+        recent.choose(&mut self.random).unwrap_or(0)
+    }
+
+    fn path(&mut self, world: &World) -> String {
+        world.model.domains.keys().choose(&mut self.random).cloned().unwrap_or_default()
+    }
+
+    fn nodes(&mut self) -> Vec<u16> {
+        let bits = self.random.next_u32();
+        (0..NODES).filter(|node| bits >> node & 1 == 1).collect()
+    }
+}

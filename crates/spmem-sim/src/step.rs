@@ -1,0 +1,156 @@
+//! Steps: what happens to a simulated machine, one at a time, in a form that can be written down.
+//!
+//! Objects go by the names that the trace gives them: nodes by number, domains by path, grants and blocks by a number
+//! of their own. A step that names what is not there is refused and changes nothing, as a program's mistake would.
+
+use serde::{Deserialize, Serialize};
+use spmem_core::grant::Rights;
+use spmem_core::units::{Bytes, Time};
+use spmem_core::wall::Strictness;
+
+/// One thing that happens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Step {
+    /// A node is registered, with frames in one range.
+    AddNode {
+        /// Its number.
+        node: u16,
+        /// Whether it is SPM.
+        is_spm: bool,
+        /// Whether its guard is easy.
+        is_easy: bool,
+        /// 4 KiB frames.
+        frames: u64,
+    },
+    /// A node loses its range and is unregistered; refused while frames are in use (R1).
+    RemoveNode {
+        /// Its number.
+        node: u16,
+    },
+    /// A domain is made; all above it must exist.
+    MakeDomain {
+        /// Its path.
+        path: String,
+    },
+    /// A domain is removed; refused while it has children or frames.
+    DropDomain {
+        /// Its path.
+        path: String,
+    },
+    /// The possible nodes of a domain are set.
+    SetMems {
+        /// Its path.
+        path: String,
+        /// None of them: no limit.
+        nodes: Vec<u16>,
+    },
+    /// The default nodes of a domain are set.
+    SetSysram {
+        /// Its path.
+        path: String,
+        /// None of them: no limit.
+        nodes: Vec<u16>,
+    },
+    /// The owners of nodes make a grant.
+    Grant {
+        /// Its number.
+        grant: u32,
+        /// On which nodes.
+        nodes: Vec<u16>,
+        /// What it is good for.
+        terms: Terms,
+    },
+    /// A part of a grant is handed on.
+    Narrow {
+        /// The number of the new grant.
+        grant: u32,
+        /// The grant it is a part of.
+        from: u32,
+        /// On which nodes.
+        nodes: Vec<u16>,
+        /// What it is good for.
+        terms: Terms,
+    },
+    /// The owner of a grant's first node ends it.
+    Revoke {
+        /// Its number.
+        grant: u32,
+    },
+    /// The holder gives a grant back.
+    Release {
+        /// Its number.
+        grant: u32,
+    },
+    /// Time passes.
+    Advance {
+        /// How much, ns.
+        ns: u64,
+    },
+    /// Somebody asks for a block.
+    Alloc {
+        /// The number it will have.
+        block: u32,
+        /// Path of the domain; none for a request without (R7).
+        domain: Option<String>,
+        /// Order of the block.
+        order: u8,
+        /// The nodes named; none for the default.
+        asked: Option<Vec<u16>>,
+        /// How strongly.
+        mode: Mode,
+        /// The grants shown.
+        grants: Vec<u32>,
+    },
+    /// A block is given back.
+    Free {
+        /// Its number.
+        block: u32,
+    },
+}
+
+/// The terms of a grant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Terms {
+    /// Rights, a bit each, in the order of `spmem_core::grant::Rights`.
+    pub rights: u8,
+    /// Bytes.
+    pub quota: u64,
+    /// The time at which it ends, ns; none for never.
+    pub expires: Option<u64>,
+}
+
+impl Terms {
+    /// As the memory manager takes them.
+    pub(crate) fn core(self) -> spmem_core::grant::Terms {
+        let terms = spmem_core::grant::Terms::new(Rights::from_bits_truncate(self.rights), Bytes(self.quota));
+        terms.until(Time(self.ends()))
+    }
+
+    pub(crate) fn ends(self) -> u64 {
+        self.expires.unwrap_or(u64::MAX)
+    }
+}
+
+/// How strongly nodes are named: mempolicy(7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// `MPOL_BIND`
+    Bind,
+    /// `MPOL_PREFERRED_MANY`
+    PreferredMany,
+    /// `MPOL_INTERLEAVE`
+    Interleave,
+}
+
+impl Mode {
+    pub(crate) const fn core(self) -> Strictness {
+        match self {
+            Self::Bind => Strictness::Bind,
+            Self::PreferredMany => Strictness::PreferredMany,
+            Self::Interleave => Strictness::Interleave,
+        }
+    }
+}
