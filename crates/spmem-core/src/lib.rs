@@ -25,3 +25,4 @@ pub mod registry;
 pub mod units;
 pub mod wall;
 pub mod watermark;
+pub mod zero;

@@ -4,7 +4,7 @@
 //! [`watermark`](crate::watermark) -> [`frames`](crate::frames). It owns the registry with all frames; a [`Block`] is
 //! what it gives out. Called by the runtime's store, the simulator and the tools. Takes no lock: `&mut self`.
 //!
-//! Holes: weighted interleave gives every node the weight 1; nothing zeroes freed frames yet (R21), the back end must.
+//! Hole: weighted interleave gives every node the weight 1.
 
 use core::fmt;
 use core::num::NonZeroU16;
@@ -32,6 +32,7 @@ pub struct Block {
     /// Of the manager: a block given to another one is noticed.
     registry: NonZeroU16,
     order: Order,
+    is_zeroed: bool,
 }
 
 const _: () = assert!(size_of::<Option<Block>>() <= 16 && crate::units::MAX_DOMAINS < UNCHARGED);
@@ -55,6 +56,12 @@ impl Block {
     /// The domain it is charged to; `None` when the request had none.
     pub fn domain(&self) -> Option<DomainId> {
         DomainId::new(self.domain).ok()
+    }
+
+    /// Whether all of it is known to be zero. If not, it must be zeroed before somebody sees it who did not write what it
+    /// holds (R21).
+    pub const fn is_zeroed(&self) -> bool {
+        self.is_zeroed
     }
 
     /// Its size.
@@ -158,13 +165,14 @@ pub struct NodeStats {
 /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 /// use spmem_core::{frames::Metadata, grant::{Rights, Terms}, mm::MemoryManager, wall::Request};
 /// use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
+/// use spmem_core::zero::Initial;
 /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
 /// #     guard: Guard::Hard, owner: "cram".into() };
 /// let mut mm = MemoryManager::new();
 /// let registry = mm.registry_mut();
 /// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap();
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
-/// registry.add_range(&owner, &spec, FrameCount(1024), lent).unwrap();
+/// registry.add_range(&owner, &spec, FrameCount(1024), lent, Initial::Zero).unwrap();
 /// let grant = registry.grant(&[&owner], Terms::new(Rights::ALLOC, Bytes(8192))).unwrap();
 ///
 /// let grants = [&grant];
@@ -249,6 +257,22 @@ impl MemoryManager {
         Ok(())
     }
 
+    /// Takes a block back of which the caller knows that every byte is zero, and that nobody can write it any more: it
+    /// need not be zeroed for the next one (R21).
+    ///
+    /// # Errors
+    /// As [`MemoryManager::free`].
+    ///
+    /// # Panics
+    /// As [`MemoryManager::free`].
+    pub fn free_zeroed(&mut self, block: Block) -> Result<(), FreeError> {
+        let (node, frame, order) = (block.node, block.frame, block.order);
+        self.free(block)?;
+        let entry = self.registry.node_mut(node).expect("its block was just freed");
+        entry.contents.note_zeroed(frame, order);
+        Ok(())
+    }
+
     /// How full a node is; `None` when it is not registered. Looks at every row of its frames.
     pub fn stats(&self, node: NodeId) -> Option<NodeStats> {
         let node = self.registry.node(node)?;
@@ -300,11 +324,12 @@ impl MemoryManager {
         let entry = self.registry.node_mut(node).expect("an allowed node is registered");
         match entry.frames.alloc(order) {
             Ok(frame) => {
+                let is_zeroed = entry.contents.give_out(frame, order);
                 let domain = pass.domain().map_or(UNCHARGED, DomainId::get);
                 if let Some(domain) = pass.domain() {
                     self.registry.domains.charge(domain, node, order.frames().0);
                 }
-                Ok(Block { frame, node, charged, domain, registry, order })
+                Ok(Block { frame, node, charged, domain, registry, order, is_zeroed })
             }
             Err(cause) => {
                 if charged != UNCHARGED {

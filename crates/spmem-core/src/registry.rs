@@ -19,6 +19,7 @@ use crate::node::{Guard, NodeError, NodeSpec, NodeType, Owner};
 use crate::nodemask::NodeMask;
 use crate::units::{DomainId, FrameCount, FrameNumber, NodeId, Time};
 use crate::watermark::Watermarks;
+use crate::zero::{Contents, Initial};
 
 /// A registered node.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub(crate) struct Node {
     pub(crate) spec: NodeSpec,
     pub(crate) frames: Frames,
     pub(crate) watermarks: Watermarks,
+    pub(crate) contents: Contents,
     serial: u64,
 }
 
@@ -36,6 +38,7 @@ pub(crate) struct Node {
 /// use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 /// use spmem_core::registry::Registry;
 /// use spmem_core::units::{FrameCount, NodeId};
+/// use spmem_core::zero::Initial;
 /// let cram = NodeSpec {
 ///     node_type: NodeType::Spm,
 ///     class: Class::Featured,
@@ -46,7 +49,7 @@ pub(crate) struct Node {
 /// let mut registry = Registry::new();
 /// let owner = registry.register(NodeId::ONE, cram.clone()).unwrap();
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
-/// registry.add_range(&owner, &cram, FrameCount(1024), lent).unwrap();
+/// registry.add_range(&owner, &cram, FrameCount(1024), lent, Initial::Zero).unwrap();
 /// assert!(registry.spm().contains(NodeId::ONE) && !registry.sysram().contains(NodeId::ONE));
 /// assert!(registry.register(NodeId::ONE, cram).is_err());
 /// ```
@@ -120,13 +123,14 @@ impl Registry {
         }
         let serial = self.next_serial;
         self.next_serial += 1;
-        let (frames, watermarks) = (Frames::new(), Watermarks::default());
-        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, serial }));
+        let (frames, watermarks, contents) = Default::default();
+        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, contents, serial }));
         self.refresh_domains(DomainId::ROOT);
         Ok(Owner { registry: self.id, serial, node })
     }
 
-    /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3). `lent` is sysram (R7).
+    /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3), `initial` what they hold
+    /// (R21). `lent` is sysram (R7).
     ///
     /// # Errors
     /// [`NodeError::NotOwner`], [`NodeError::Conflict`], [`NodeError::Frames`].
@@ -136,12 +140,15 @@ impl Registry {
         spec: &NodeSpec,
         count: FrameCount,
         lent: Metadata,
+        initial: Initial,
     ) -> Result<FrameRange, NodeError> {
         let node = self.owned(owner)?;
         if let Some(property) = node.spec.conflict(spec) {
             return Err(NodeError::Conflict { node: owner.node, property });
         }
-        Ok(node.frames.add_range(count, lent)?)
+        let range = node.frames.add_range(count, lent)?;
+        node.contents.add_range(range, initial);
+        Ok(range)
     }
 
     /// Takes a range away from a node; none of its frames may be in use. What was lent for it comes back.
@@ -153,7 +160,10 @@ impl Registry {
         owner: &Owner,
         first: FrameNumber,
     ) -> Result<(FrameRange, Metadata), NodeError> {
-        Ok(self.owned(owner)?.frames.remove_range(first)?)
+        let node = self.owned(owner)?;
+        let (range, lent) = node.frames.remove_range(first)?;
+        node.contents.remove_range(range);
+        Ok((range, lent))
     }
 
     /// Unregisters a node without frames or ranges (R1) and takes it out of every grant; the owner's token is worth

@@ -12,6 +12,7 @@ use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId, Order};
 use spmem_core::wall::{Pass, Request};
+use spmem_core::zero::Initial;
 
 type Set = BTreeSet<u16>;
 
@@ -118,7 +119,7 @@ impl Model {
         };
         if let Ok(owner) = self.mm.registry_mut().register(id(node), spec.clone()) {
             let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
-            self.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent).unwrap();
+            self.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
             assert!(self.nodes.insert(node, (owner, node_type)).is_none());
         }
     }

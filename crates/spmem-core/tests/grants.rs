@@ -9,6 +9,7 @@ use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order, Time};
 use spmem_core::wall::Request;
+use spmem_core::zero::Initial;
 
 fn lent(frames: u64) -> Metadata {
     Metadata::from_heap(FrameCount(frames)).unwrap()
@@ -106,7 +107,7 @@ impl Model {
         let mut owners = Vec::new();
         for node in 0..NODES {
             let owner = mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone()).unwrap();
-            mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES)).unwrap();
+            mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES), Initial::Zero).unwrap();
             owners.push(owner);
         }
         Self { mm, owners, grants: Vec::new(), held: Vec::new(), now: 0 }
@@ -328,7 +329,7 @@ fn a_grant_on_a_node_does_not_open_its_successor() {
     model.mm.registry_mut().remove_range(&owner, first).unwrap();
     model.mm.registry_mut().unregister(&owner).unwrap();
     let anew = model.mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
-    model.mm.registry_mut().add_range(&anew, &spec, FrameCount(8), lent(8)).unwrap();
+    model.mm.registry_mut().add_range(&anew, &spec, FrameCount(8), lent(8), Initial::Zero).unwrap();
     let shown = [model.grants[0].value.as_ref().unwrap()];
     assert!(model.mm.alloc(&Request::on(DomainId::ROOT, NodeId::ONE, &shown), Order::ZERO).is_err());
 }

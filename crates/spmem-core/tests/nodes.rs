@@ -10,6 +10,7 @@ use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Prope
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
 use spmem_core::wall::{Request, Strictness};
+use spmem_core::zero::Initial;
 
 fn lent(frames: u64) -> Metadata {
     Metadata::from_heap(FrameCount(frames)).unwrap()
@@ -100,7 +101,8 @@ impl Model {
         let Some(known) = self.nodes.get_mut(&node) else { return };
         let spec = spec.unwrap_or_else(|| NodeSpec { owner: "other".into(), ..known.spec.clone() });
         let is_alike = NodeSpec { owner: "test".into(), ..spec.clone() } == known.spec;
-        match self.mm.registry_mut().add_range(&known.owner, &spec, FrameCount(count), lent(count)) {
+        match self.mm.registry_mut().add_range(&known.owner, &spec, FrameCount(count), lent(count), Initial::Zero)
+        {
             Ok(range) => {
                 assert!(is_alike);
                 known.ranges.push(range.first);
@@ -232,6 +234,9 @@ fn a_token_of_another_table_owns_nothing() {
     let owner = mine.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
     theirs.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
     let refused = NodeError::NotOwner { node: NodeId::ONE };
-    assert_eq!(theirs.registry_mut().add_range(&owner, &spec, FrameCount(1), lent(1)), Err(refused));
+    assert_eq!(
+        theirs.registry_mut().add_range(&owner, &spec, FrameCount(1), lent(1), Initial::Zero),
+        Err(refused)
+    );
     assert_eq!(theirs.registry_mut().unregister(&owner), Err(refused));
 }

@@ -12,6 +12,7 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
 use spmem_core::wall::{MAX_SHOWN, Reason, Request, Reserve, Strictness};
 use spmem_core::watermark::Watermarks;
+use spmem_core::zero::Initial;
 
 fn lent(frames: u64) -> Metadata {
     Metadata::from_heap(FrameCount(frames)).unwrap()
@@ -123,7 +124,9 @@ impl World {
             };
             let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
             if frames > 0 {
-                mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lent(frames)).unwrap();
+                mm.registry_mut()
+                    .add_range(&owner, &spec, FrameCount(frames), lent(frames), Initial::Zero)
+                    .unwrap();
             }
             owners.push(owner);
         }

@@ -58,7 +58,7 @@ impl Generator {
             29..32 => Step::Advance { ns: self.random.random_range(0..1000) },
             _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
                 let block = model.blocks.keys().copied().choose(&mut self.random).unwrap_or(0);
-                Step::Free { block }
+                Step::Free { block, is_zeroed: self.random.random_bool(0.3) }
             }
             _ => self.alloc(world),
         }
@@ -70,6 +70,7 @@ impl Generator {
             is_spm: self.random.random(),
             is_easy: self.random.random(),
             frames: self.random.random_range(1..1200),
+            is_zero: self.random.random(),
         }
     }
 

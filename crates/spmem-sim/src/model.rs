@@ -60,6 +60,8 @@ pub(crate) struct Model {
     pub(crate) blocks: BTreeMap<u32, Block>,
     /// Who owns the frames from a place on: node and first frame to frames and block.
     pub(crate) owned: BTreeMap<(u16, u32), (u64, u32)>,
+    /// Frames that somebody may have written, 64 a word: by node and number of the word.
+    written: BTreeMap<(u16, u32), u64>,
 }
 
 impl Model {
@@ -153,6 +155,20 @@ impl Model {
         false
     }
 
+    /// Notes whether frames may hold what somebody wrote (R21).
+    pub(crate) fn set_written(&mut self, node: u16, first: u32, frames: u64, is_written: bool) {
+        for (word, mask) in words(first, frames) {
+            let bits = self.written.entry((node, word)).or_default();
+            *bits = if is_written { *bits | mask } else { *bits & !mask };
+        }
+    }
+
+    /// Whether none of the frames may hold what somebody wrote (R21).
+    pub(crate) fn is_zero(&self, node: u16, first: u32, frames: u64) -> bool {
+        words(first, frames)
+            .all(|(word, mask)| self.written.get(&(node, word)).is_none_or(|bits| bits & mask == 0))
+    }
+
     /// Frames in use on a node.
     pub(crate) fn frames_used(&self, node: u16) -> u64 {
         self.owned.range((node, 0)..=(node, u32::MAX)).map(|(_, (frames, _))| frames).sum()
@@ -165,6 +181,16 @@ impl Model {
         let (&(_, at), &(count, block)) = self.owned.range((node, 0)..=(node, last)).next_back()?;
         (u64::from(at) + count > u64::from(first)).then_some(block)
     }
+}
+
+/// The words that hold the bits of frames, and which bits of each.
+fn words(first: u32, frames: u64) -> impl Iterator<Item = (u32, u64)> {
+    let (first, end) = (u64::from(first), u64::from(first) + frames);
+    (first / 64..end.div_ceil(64)).map(move |word| {
+        let (from, to) = (first.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
+        let mask = (u64::MAX >> (64 - (to - from))) << from;
+        (u32::try_from(word).expect("a node has at most 2^32 frames"), mask)
+    })
 }
 
 /// Who pays for a block on an SPM node.

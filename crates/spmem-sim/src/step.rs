@@ -22,6 +22,8 @@ pub enum Step {
         is_easy: bool,
         /// 4 KiB frames.
         frames: u64,
+        /// Whether they hold zeros (R21).
+        is_zero: bool,
     },
     /// A node loses its range and is unregistered; refused while frames are in use (R1).
     RemoveNode {
@@ -106,6 +108,8 @@ pub enum Step {
     Free {
         /// Its number.
         block: u32,
+        /// Whether its holder has zeroed it (R21).
+        is_zeroed: bool,
     },
 }
 

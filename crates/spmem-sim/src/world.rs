@@ -8,6 +8,7 @@ use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{DomainId, FrameCount, NodeId, Order, Time};
 use spmem_core::wall::{MAX_SHOWN, Request};
+use spmem_core::zero::Initial;
 
 use crate::check::{Violation, hold};
 use crate::machine::lend;
@@ -77,7 +78,10 @@ impl World {
     /// [`Violation`]: a rule is broken.
     pub fn apply(&mut self, step: &Step) -> Applied {
         match step {
-            Step::AddNode { node, is_spm, is_easy, frames } => self.add_node(*node, *is_spm, *is_easy, *frames),
+            Step::AddNode { node, is_spm, is_easy, frames, is_zero } => {
+                let initial = if *is_zero { Initial::Zero } else { Initial::Unknown };
+                self.add_node(*node, *is_spm, *is_easy, *frames, initial)
+            }
             Step::RemoveNode { node } => self.remove_node(*node),
             Step::MakeDomain { path } => self.make_domain(path),
             Step::DropDomain { path } => self.drop_domain(path),
@@ -93,11 +97,11 @@ impl World {
                 let request = model::Request { domain: domain.as_deref(), asked, mode: *mode, grants };
                 self.alloc(*block, *order, &request)
             }
-            Step::Free { block } => self.free(*block),
+            Step::Free { block, is_zeroed } => self.free(*block, *is_zeroed),
         }
     }
 
-    fn add_node(&mut self, node: u16, is_spm: bool, is_easy: bool, frames: u64) -> Applied {
+    fn add_node(&mut self, node: u16, is_spm: bool, is_easy: bool, frames: u64, initial: Initial) -> Applied {
         let Ok(id) = NodeId::new(node) else { return refused("no such node can be") };
         let spec = NodeSpec {
             node_type: if is_spm { NodeType::Spm } else { NodeType::Sysram },
@@ -116,8 +120,13 @@ impl World {
             Ok(owner) => owner,
             Err(error) => return refused(error),
         };
-        let added = self.mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lend(FrameCount(frames)));
+        let added =
+            self.mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lend(FrameCount(frames)), initial);
+        let added = added.map(|range| range.first.0);
         hold("frames", added.is_ok(), || format!("a range of {frames} frames: {added:?}"))?;
+        if let (Ok(first), Initial::Unknown) = (added, initial) {
+            self.model.set_written(node, first, frames, true);
+        }
         self.owners.insert(node, owner);
         self.model.nodes.insert(node, model::Node { is_spm, is_easy });
         self.check_step()
@@ -136,6 +145,7 @@ impl World {
         let gone = self.mm.registry_mut().unregister(owner);
         hold("R1", gone.is_ok(), || format!("unregistering the empty node {node}: {gone:?}"))?;
         self.owners.remove(&node);
+        self.model.set_written(node, range.first.0, range.count.0, false);
         self.model.nodes.remove(&node);
         for grant in self.model.grants.values_mut() {
             grant.nodes.remove(&node);
@@ -367,6 +377,14 @@ impl World {
         if let Some(grant) = grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
             grant.used += block.bytes().0;
         }
+        let is_zero = self.model.is_zero(node, first, frames);
+        hold("R21", block.is_zeroed() == is_zero, || {
+            format!(
+                "the block at frame {first} of node {node} is zero: {is_zero}, it is said to be: {}",
+                block.is_zeroed()
+            )
+        })?;
+        self.model.set_written(node, first, frames, true);
         let domain = asked.domain.map(str::to_owned);
         self.model.owned.insert((node, first), (frames, number));
         self.model.blocks.insert(number, model::Block { domain, grant, node, first, frames });
@@ -374,14 +392,17 @@ impl World {
         self.check_node(node)
     }
 
-    fn free(&mut self, number: u32) -> Applied {
+    fn free(&mut self, number: u32, is_zeroed: bool) -> Applied {
         let (Some(block), Some(known)) = (self.blocks.remove(&number), self.model.blocks.remove(&number)) else {
             return refused("no block");
         };
         let bytes = block.bytes().0;
-        let freed = self.mm.free(block);
+        let freed = if is_zeroed { self.mm.free_zeroed(block) } else { self.mm.free(block) };
         hold("frames", freed.is_ok(), || format!("block {number} is not taken back: {freed:?}"))?;
         self.model.owned.remove(&(known.node, known.first));
+        if is_zeroed {
+            self.model.set_written(known.node, known.first, known.frames, false);
+        }
         if let Some(grant) = known.grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
             grant.used -= bytes;
         }

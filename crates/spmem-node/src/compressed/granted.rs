@@ -12,6 +12,7 @@ use spmem_core::mm::{self, AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Services};
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
 use spmem_core::wall::{Pass, Refusal, Request};
+use spmem_core::zero::Initial;
 
 use super::frames::{FrameBlock, FrameSource};
 
@@ -92,7 +93,9 @@ impl GrantedFrames {
         let mut mm = MemoryManager::new();
         let sysram = mm.registry_mut().register(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
         let cram = mm.registry_mut().register(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
-        mm.registry_mut().add_range(&cram, &cram_spec(), capacity, lent).map_err(SetupError::Node)?;
+        mm.registry_mut()
+            .add_range(&cram, &cram_spec(), capacity, lent, Initial::Zero)
+            .map_err(SetupError::Node)?;
         let rights = Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
         let grant =
             mm.registry_mut().grant(&[&cram], Terms::new(rights, capacity.bytes())).map_err(SetupError::Grant)?;
