@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
-use spmem_core::wall::Strictness;
+use spmem_core::policy::{Flags, Mode};
 
 use crate::config::EXAMPLE;
 use crate::size::SysramLimit;
@@ -90,8 +91,9 @@ pub struct ExplainArguments {
     /// The nodes it names: 0,2-3, !1, or all (the default ones); none named means the default
     #[arg(long, value_name = "LIST")]
     pub nodes: Option<String>,
-    /// How strongly it names them
-    #[arg(long, value_name = "MODE", default_value = "bind")]
+    /// How strongly it names them, as mpol= of tmpfs(5) has it: bind, preferred, preferred-many, interleave,
+    /// weighted-interleave, local or default, with =static or =relative behind
+    #[arg(long, value_name = "MODE[=FLAG]", default_value = "bind")]
     pub policy: PolicyName,
     /// A grant that is shown, by name, or NODES:RIGHT,RIGHT for one that the nodes' owner might give; may be repeated
     #[arg(long, value_name = "GRANT")]
@@ -104,31 +106,31 @@ pub struct ExplainArguments {
     pub json: bool,
 }
 
-/// The memory policies of mempolicy(7) that name nodes.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-pub enum PolicyName {
-    /// These nodes and no other
-    Bind,
-    /// Rather this node
-    Preferred,
-    /// Rather these nodes
-    PreferredMany,
-    /// These nodes in turn
-    Interleave,
-    /// These nodes in turn, by weight
-    WeightedInterleave,
+/// A mode of mempolicy(7) and its flag.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyName {
+    /// How nodes are chosen.
+    pub mode: Mode,
+    /// What their numbers mean.
+    pub flags: Flags,
 }
 
-impl PolicyName {
-    /// The core's word for it.
-    pub const fn strictness(self) -> Strictness {
-        match self {
-            Self::Bind => Strictness::Bind,
-            Self::Preferred => Strictness::Preferred,
-            Self::PreferredMany => Strictness::PreferredMany,
-            Self::Interleave => Strictness::Interleave,
-            Self::WeightedInterleave => Strictness::WeightedInterleave,
-        }
+impl FromStr for PolicyName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mode, flag) = text.split_once('=').map_or((text, None), |(mode, flag)| (mode, Some(flag)));
+        let names = Mode::ALL.map(Mode::name);
+        let Some(mode) = Mode::ALL.into_iter().find(|known| known.name() == mode) else {
+            return Err(format!("there is no mode `{mode}`; there are {}", names.join(", ")));
+        };
+        let flags = match flag {
+            None => Flags::empty(),
+            Some("static") => Flags::STATIC_NODES,
+            Some("relative") => Flags::RELATIVE_NODES,
+            Some(flag) => return Err(format!("there is no flag `{flag}`; there are static and relative")),
+        };
+        Ok(Self { mode, flags })
     }
 }
 

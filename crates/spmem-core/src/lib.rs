@@ -13,6 +13,7 @@
 
 extern crate alloc;
 
+pub mod distance;
 pub mod domain;
 pub mod frames;
 pub mod grant;
@@ -20,6 +21,7 @@ pub mod lru;
 pub mod mm;
 pub mod node;
 pub mod nodemask;
+pub mod policy;
 pub mod reclaim;
 pub mod registry;
 pub mod units;

@@ -3,8 +3,6 @@
 //! [`MemoryManager::alloc`]: request -> policy (which node first) -> [`wall`](crate::wall) ->
 //! [`watermark`](crate::watermark) -> [`frames`](crate::frames). It owns the registry with all frames; a [`Block`] is
 //! what it gives out. Called by the runtime's store, the simulator and the tools. Takes no lock: `&mut self`.
-//!
-//! Hole: weighted interleave gives every node the weight 1.
 
 use core::fmt;
 use core::num::NonZeroU16;
@@ -13,7 +11,7 @@ use crate::frames::FramesError;
 use crate::grant::{GrantError, GrantId, Rights};
 use crate::registry::{Node, Registry};
 use crate::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
-use crate::wall::{Pass, Refusal, Request, Reserve, Strictness};
+use crate::wall::{Pass, Refusal, Request, Reserve};
 use crate::watermark::Pressure;
 
 /// In [`Block::charged`]: no grant was charged. In [`Block::domain`]: no domain was.
@@ -214,8 +212,8 @@ impl MemoryManager {
 
     /// Allocates a block on one of the nodes that a pass allows, charging the domain, and the grant that opened an SPM node.
     ///
-    /// Nodes are tried lowest first, for interleaving in turn. Nothing outside the allowed set is ever tried (R6,
-    /// R10).
+    /// Nodes are tried as the policy says, then what it falls back to, nearest first. Nothing outside the allowed set is ever
+    /// tried (R6, R10).
     ///
     /// # Errors
     /// [`AllocError`], of the node tried last; nothing has changed then.
@@ -224,14 +222,21 @@ impl MemoryManager {
     /// When the pass is another manager's.
     pub fn alloc_with(&mut self, pass: &mut Pass, order: Order) -> Result<Block, AllocError> {
         pass.renew(&self.registry).map_err(AllocError::Refused)?;
-        let allowed = pass.mask();
-        if !is_interleaved(pass.strictness()) {
-            return self.alloc_first(pass, order, allowed.iter());
+        let turn = if pass.policy().mode().is_interleaved() {
+            let weight = |node| self.registry.weight(node);
+            let (mode, nodes) = (pass.policy().mode(), pass.nodes());
+            pass.turns.next(mode, &nodes, weight)
+        } else {
+            None
+        };
+        let mut last = None;
+        for &node in turn.iter().chain(&pass.chosen).chain(&pass.fallback) {
+            match self.alloc_on(pass, order, node) {
+                Ok(block) => return Ok(block),
+                Err(error) => last = Some(error),
+            }
         }
-        let last = pass.last_interleaved.or(allowed.iter().last()).unwrap_or(NodeId::ZERO);
-        let block = self.alloc_first(pass, order, allowed.ring_after(last))?;
-        pass.last_interleaved = Some(block.node);
-        Ok(block)
+        Err(last.expect("an allowed set is not empty"))
     }
 
     /// Takes a block back; the domain and the grant it was charged to regain it, the grant also when it has ended since.
@@ -294,22 +299,6 @@ impl MemoryManager {
         Some(node.watermarks.observe(node.frames.free()))
     }
 
-    fn alloc_first(
-        &mut self,
-        pass: &Pass,
-        order: Order,
-        nodes: impl Iterator<Item = NodeId>,
-    ) -> Result<Block, AllocError> {
-        let mut last = None;
-        for node in nodes {
-            match self.alloc_on(pass, order, node) {
-                Ok(block) => return Ok(block),
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.expect("an allowed set is not empty"))
-    }
-
     /// Watermark, charge, frames: on one node.
     fn alloc_on(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<Block, AllocError> {
         let registry = self.tag();
@@ -370,10 +359,6 @@ impl MemoryManager {
         let number = self.registry.id() % u64::from(u16::MAX) + 1;
         u16::try_from(number).ok().and_then(NonZeroU16::new).expect("1 to 65535")
     }
-}
-
-const fn is_interleaved(strictness: Strictness) -> bool {
-    matches!(strictness, Strictness::Interleave | Strictness::WeightedInterleave)
 }
 
 /// Whether the node's reserve stays whole; its free frames and reserve when not.

@@ -12,6 +12,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use crate::distance::{DistanceError, Distances};
 use crate::domain::Domains;
 use crate::frames::{FrameRange, Frames, Metadata};
 use crate::grant::{GrantId, Grants};
@@ -28,6 +29,8 @@ pub(crate) struct Node {
     pub(crate) frames: Frames,
     pub(crate) watermarks: Watermarks,
     pub(crate) contents: Contents,
+    /// For weighted interleave; 1 or more.
+    pub(crate) weight: u8,
     serial: u64,
 }
 
@@ -64,6 +67,7 @@ pub struct Registry {
     easy: NodeMask,
     epoch: u64,
     now: Time,
+    distances: Distances,
     pub(crate) domains: Domains,
     pub(crate) grants: Grants,
 }
@@ -90,6 +94,7 @@ impl Registry {
             easy: NodeMask::EMPTY,
             epoch: 0,
             now: Time::default(),
+            distances: Distances::default(),
             domains: Domains::new(),
             grants: Grants::new(id),
         }
@@ -124,7 +129,7 @@ impl Registry {
         let serial = self.next_serial;
         self.next_serial += 1;
         let (frames, watermarks, contents) = Default::default();
-        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, contents, serial }));
+        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, contents, weight: 1, serial }));
         self.refresh_domains(DomainId::ROOT);
         Ok(Owner { registry: self.id, serial, node })
     }
@@ -183,6 +188,7 @@ impl Registry {
             mask.remove(node);
         }
         self.grants.forget_node(node);
+        self.distances.forget(node);
         self.refresh_domains(DomainId::ROOT);
         Ok(())
     }
@@ -209,6 +215,34 @@ impl Registry {
     /// The SPM nodes with an easy guard (R9).
     pub const fn easy(&self) -> &NodeMask {
         &self.easy
+    }
+
+    /// Sets how far one node is from another.
+    ///
+    /// # Errors
+    /// [`DistanceError`]
+    pub fn set_distance(&mut self, from: NodeId, to: NodeId, distance: u8) -> Result<(), DistanceError> {
+        self.distances.set(from, to, distance)?;
+        self.bump_epoch();
+        Ok(())
+    }
+
+    /// How far nodes are from each other.
+    pub const fn distances(&self) -> &Distances {
+        &self.distances
+    }
+
+    /// Sets how many pages in a row a node gets by weighted interleave; 0 for what it began with, 1. Unlike a mask it is
+    /// anybody's who may write the machine's settings, as in /sys/kernel/mm/mempolicy/weighted_interleave.
+    pub fn set_weight(&mut self, node: NodeId, weight: u8) {
+        if let Some(node) = self.node_mut(node) {
+            node.weight = weight.max(1);
+        }
+    }
+
+    /// How many pages in a row a node gets by weighted interleave.
+    pub fn weight(&self, node: NodeId) -> u8 {
+        self.node(node).map_or(1, |node| node.weight)
     }
 
     /// Tells the time; earlier than before means nothing. The grants that have expired with it: nothing new can be allocated

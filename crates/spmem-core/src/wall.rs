@@ -4,18 +4,15 @@
 //! [`Refusal`] that says what would change the answer. [`MemoryManager::alloc`](crate::mm::MemoryManager::alloc) and
 //! `spm explain` ask the same function. A pass may be kept: it is worked out anew when a node, domain or grant has
 //! changed, so a check costs a comparison (measured: `cargo xtask bench wall`). Takes no lock.
-//!
-//! Hole: a preferred mask is not widened to the default when its nodes are full (R6): name the nodes to fall back to in
-//! the mask.
 
 mod refusal;
 
 use alloc::vec::Vec;
-use core::fmt;
 
 use crate::grant::{Grant, GrantId, Rights};
 use crate::node::NodeType;
 use crate::nodemask::NodeMask;
+use crate::policy::{Bound, Context, Flags, Mode, Policy, Turns};
 use crate::registry::Registry;
 use crate::units::{DomainId, NodeId};
 
@@ -23,34 +20,6 @@ pub use self::refusal::{Reason, Refusal};
 
 /// Grants that a request may show.
 pub const MAX_SHOWN: usize = 16;
-
-/// How strongly a program names its nodes: the kernel's memory policies, mempolicy(7).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Strictness {
-    /// These nodes and no other (`MPOL_BIND`).
-    #[default]
-    Bind,
-    /// Rather this node (`MPOL_PREFERRED`).
-    Preferred,
-    /// Rather these nodes (`MPOL_PREFERRED_MANY`).
-    PreferredMany,
-    /// These nodes in turn (`MPOL_INTERLEAVE`).
-    Interleave,
-    /// These nodes in turn, by weight (`MPOL_WEIGHTED_INTERLEAVE`).
-    WeightedInterleave,
-}
-
-impl fmt::Display for Strictness {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Bind => "bind",
-            Self::Preferred => "preferred",
-            Self::PreferredMany => "preferred-many",
-            Self::Interleave => "interleave",
-            Self::WeightedInterleave => "weighted interleave",
-        })
-    }
-}
 
 /// Whether a request may take frames below a node's `min` watermark.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -65,16 +34,17 @@ pub enum Reserve {
 /// A request for memory.
 ///
 /// ```
-/// use spmem_core::{units::DomainId, wall::{Request, Strictness}};
-/// let request = Request { strictness: Strictness::Interleave, ..Request::of(DomainId::ROOT) };
-/// assert!(request.asked.is_none() && request.grants.is_empty());
+/// use spmem_core::{nodemask::NodeMask, policy::{Flags, Mode, Policy}, units::DomainId, wall::Request};
+/// let policy = Policy::new(Mode::Interleave, Flags::empty(), NodeMask::ALL).unwrap();
+/// let request = Request { policy, ..Request::of(DomainId::ROOT) };
+/// assert!(request.grants.is_empty());
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request<'a> {
-    /// The nodes named; `None` for the default of the domain.
-    pub asked: Option<NodeMask>,
-    /// How strongly they are named.
-    pub strictness: Strictness,
+    /// The nodes named and how strongly; the default of the domain if none are.
+    pub policy: Policy,
+    /// The node of the processor that it runs on, if that matters: what is nearest to it comes first.
+    pub local: Option<NodeId>,
     /// Where the request comes from; `None` gets sysram only (R7).
     pub domain: Option<DomainId>,
     /// The grants shown, at most [`MAX_SHOWN`]; the first that covers a node is charged.
@@ -86,18 +56,12 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// A plain request out of a domain: its default nodes, no grant.
     pub const fn of(domain: DomainId) -> Self {
-        Self {
-            asked: None,
-            strictness: Strictness::Bind,
-            domain: Some(domain),
-            grants: &[],
-            reserve: Reserve::Keep,
-        }
+        Self { policy: Policy::DEFAULT, local: None, domain: Some(domain), grants: &[], reserve: Reserve::Keep }
     }
 
     /// A component's request for one node, with the grants that open it.
     pub const fn on(domain: DomainId, node: NodeId, grants: &'a [&'a Grant]) -> Self {
-        Self { asked: Some(NodeMask::of(node)), grants, ..Self::of(domain) }
+        Self { policy: Policy::bind(NodeMask::of(node)), grants, ..Self::of(domain) }
     }
 }
 
@@ -109,13 +73,18 @@ pub struct Pass {
     epoch: u64,
     /// The answer at that epoch.
     allowed: NodeMask,
-    asked: Option<NodeMask>,
-    strictness: Strictness,
+    /// The policy as it holds then; `None` before the first answer.
+    bound: Option<Bound>,
+    /// The nodes that it chooses from, in the order in which they are tried, ...
+    pub(crate) chosen: Vec<NodeId>,
+    /// ... and those that follow when they are full.
+    pub(crate) fallback: Vec<NodeId>,
+    pub(crate) turns: Turns,
+    policy: Policy,
+    local: Option<NodeId>,
     domain: Option<DomainId>,
     grants: Vec<GrantId>,
     pub(crate) reserve: Reserve,
-    /// The node that interleaving used last.
-    pub(crate) last_interleaved: Option<NodeId>,
 }
 
 impl Pass {
@@ -162,8 +131,14 @@ impl Pass {
         self.domain
     }
 
-    pub(crate) const fn strictness(&self) -> Strictness {
-        self.strictness
+    /// What was asked for.
+    pub const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The nodes that the policy chooses from: of [`Pass::mask`], those that are not what it falls back to.
+    pub fn nodes(&self) -> NodeMask {
+        self.bound.as_ref().map_or(NodeMask::EMPTY, Bound::nodes)
     }
 
     /// The grants shown.
@@ -174,47 +149,60 @@ impl Pass {
     #[cold]
     fn look_again(&mut self, registry: &Registry) -> Result<(), Refusal> {
         assert!(self.registry == registry.id(), "a pass is used with the registry that gave it");
-        self.allowed = self.work_out(registry)?;
+        self.work_out(registry)?;
         self.epoch = registry.epoch();
         Ok(())
     }
 
     /// R6, R7, R9.
-    fn work_out(&self, registry: &Registry) -> Result<NodeMask, Refusal> {
-        let Some(domain) = self.domain else {
-            let mask = self.asked.map_or(*registry.sysram(), |asked| asked.intersection(registry.sysram()));
-            return if mask.is_empty() { Err(self.refusal(registry)) } else { Ok(mask) };
+    fn work_out(&mut self, registry: &Registry) -> Result<(), Refusal> {
+        let sysram = registry.sysram();
+        let (effective, default) = match self.domain {
+            None => (sysram, sysram),
+            Some(domain) => registry
+                .domains
+                .masks(domain)
+                .ok_or(Refusal { node: None, reason: Reason::UnknownDomain { domain } })?,
         };
-        let Some((effective, default)) = registry.domains.masks(domain) else {
-            return Err(Refusal { node: None, reason: Reason::UnknownDomain { domain } });
+        let (granted, easy) = match self.domain {
+            None => (NodeMask::EMPTY, NodeMask::EMPTY),
+            Some(_) => (self.granted(registry), *registry.easy()),
         };
-        let mask = match &self.asked {
-            None => *default,
-            Some(asked) => asked.intersection(effective).intersection(&self.open(registry)),
+        let context = Context { effective: *effective, sysram: *sysram, granted, easy };
+        let bound = match self.bound {
+            None => self.policy.bind_to(&context),
+            Some(mut bound) => bound.rebind(&context).then_some(bound),
         };
-        if mask.is_empty() { Err(self.refusal(registry)) } else { Ok(mask) }
+        let bound = bound.ok_or_else(|| self.refusal(registry))?;
+        let chosen = bound.nodes();
+        let fallback = if bound.falls_back() { default.difference(&chosen) } else { NodeMask::EMPTY };
+        let allowed = chosen.union(&fallback);
+        if allowed.is_empty() {
+            return Err(self.refusal(registry));
+        }
+        let from =
+            self.policy.home().or(self.local).or(chosen.first()).or(fallback.first()).unwrap_or(NodeId::ZERO);
+        self.chosen = registry.distances().order(from, &chosen);
+        self.fallback = registry.distances().order(self.chosen.first().copied().unwrap_or(from), &fallback);
+        self.bound = Some(bound);
+        self.allowed = allowed;
+        Ok(())
     }
 
-    /// The nodes without a wall for this request: sysram, what its grants open (R6), easy nodes under strict bind (R9).
-    fn open(&self, registry: &Registry) -> NodeMask {
-        let mut open = *registry.sysram();
-        for &grant in &self.grants {
-            if let Ok(nodes) = registry.grants.nodes_with(grant, Rights::ALLOC) {
-                open = open.union(&nodes);
-            }
-        }
-        if self.strictness == Strictness::Bind {
-            open = open.union(registry.easy());
-        }
-        open
+    /// The nodes that the grants shown open (R6).
+    fn granted(&self, registry: &Registry) -> NodeMask {
+        let nodes = self.grants.iter().filter_map(|&grant| registry.grants.nodes_with(grant, Rights::ALLOC).ok());
+        nodes.fold(NodeMask::EMPTY, |open, nodes| open.union(&nodes))
     }
 
     #[cold]
     fn refusal(&self, registry: &Registry) -> Refusal {
-        let Some(asked) = &self.asked else {
-            return Refusal { node: None, reason: Reason::NoDefault };
-        };
-        let node = asked.first();
+        let is_counted = self.policy.flags() == Flags::RELATIVE_NODES;
+        if self.policy.nodes().is_empty() || is_counted {
+            let is_bind = self.policy.mode() == Mode::Bind && !is_counted;
+            return Refusal { node: None, reason: if is_bind { Reason::NothingAsked } else { Reason::NoDefault } };
+        }
+        let node = self.policy.nodes().first();
         Refusal { node, reason: node.map_or(Reason::NothingAsked, |node| self.reason(registry, node)) }
     }
 
@@ -233,7 +221,7 @@ impl Pass {
                 Err(cause) => return Reason::BadGrant { cause },
             }
         }
-        Reason::NeedsGrant { guard: spec.guard, strictness: self.strictness }
+        Reason::NeedsGrant { guard: spec.guard, mode: self.policy.mode() }
     }
 }
 
@@ -245,20 +233,20 @@ impl Registry {
     ///
     /// ```
     /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
-    /// use spmem_core::{nodemask::NodeMask, registry::Registry, units::{DomainId, NodeId}, wall::Request};
+    /// use spmem_core::{nodemask::NodeMask, policy::Policy, registry::Registry, units::{DomainId, NodeId}, wall::Request};
     /// # let spec = |node_type| NodeSpec { node_type, class: Class::Plain, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "doc".into() };
     /// let mut registry = Registry::new();
     /// registry.register(NodeId::ZERO, spec(NodeType::Sysram)).unwrap();
     /// registry.register(NodeId::ONE, spec(NodeType::Spm)).unwrap();
-    /// let wide = Request { asked: Some(NodeMask::ALL), ..Request::of(DomainId::ROOT) };
+    /// let wide = Request { policy: Policy::bind(NodeMask::ALL), ..Request::of(DomainId::ROOT) };
     /// let mut pass = registry.admit(&wide).unwrap();
     /// assert_eq!(pass.allowed(&registry), Ok(&NodeId::ZERO.into()));
     /// let refusal = registry.admit(&Request::on(DomainId::ROOT, NodeId::ONE, &[])).unwrap_err();
     /// assert!(refusal.to_string().contains("a grant from its owner with ALLOC would open it"));
     /// ```
     pub fn admit(&self, request: &Request<'_>) -> Result<Pass, Refusal> {
-        let node = request.asked.as_ref().and_then(NodeMask::first);
+        let node = request.policy.nodes().first();
         if request.grants.len() > MAX_SHOWN {
             return Err(Refusal { node, reason: Reason::TooManyGrants { shown: request.grants.len() } });
         }
@@ -274,18 +262,18 @@ impl Registry {
             registry: self.id(),
             epoch: self.epoch(),
             allowed: NodeMask::EMPTY,
-            asked: request.asked,
-            strictness: request.strictness,
+            bound: None,
+            chosen: Vec::new(),
+            fallback: Vec::new(),
+            turns: Turns::default(),
+            policy: request.policy,
+            local: request.local,
             domain: request.domain,
             grants,
             reserve: request.reserve,
-            last_interleaved: None,
         };
         match pass.work_out(self) {
-            Ok(allowed) => {
-                pass.allowed = allowed;
-                Ok(pass)
-            }
+            Ok(()) => Ok(pass),
             Err(Refusal { node, reason: Reason::NeedsGrant { .. } }) if let Some(cause) = foreign => {
                 Err(Refusal { node, reason: Reason::BadGrant { cause } })
             }
@@ -295,7 +283,10 @@ impl Registry {
 
     /// What stands between a request and one node, whatever else it asks for; `None` when nothing does.
     pub fn obstacle(&self, request: &Request<'_>, node: NodeId) -> Option<Refusal> {
-        let one = Request { asked: Some(NodeMask::of(node)), ..*request };
+        let mode = request.policy.mode();
+        let policy =
+            Policy::new(mode, Flags::STATIC_NODES, NodeMask::of(node)).unwrap_or(Policy::bind(NodeMask::of(node)));
+        let one = Request { policy, ..*request };
         self.admit(&one).err()
     }
 }

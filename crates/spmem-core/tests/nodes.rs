@@ -8,8 +8,9 @@ use spmem_core::frames::Metadata;
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
-use spmem_core::wall::{Request, Strictness};
+use spmem_core::wall::Request;
 use spmem_core::zero::Initial;
 
 fn lent(frames: u64) -> Metadata {
@@ -199,7 +200,7 @@ proptest! {
     #[test]
     fn without_spm_nodes_nothing_is_filtered(
         nodes in prop::collection::btree_set(0u16..8, 1..8), asked in prop::collection::btree_set(0u16..8, 1..8),
-        strictness in prop_oneof![Just(Strictness::Bind), Just(Strictness::Preferred), Just(Strictness::Interleave)],
+        mode in prop_oneof![Just(Mode::Bind), Just(Mode::PreferredMany), Just(Mode::Interleave)],
     ) {
         let mut mm = MemoryManager::new();
         for &node in &nodes {
@@ -211,11 +212,10 @@ proptest! {
         }
         let mask = |set: Vec<u16>| set.into_iter().map(|n| NodeId::new(n).unwrap()).collect::<NodeMask>();
         let both = mask(nodes.intersection(&asked).copied().collect());
-        let request = Request {
-            asked: Some(mask(asked.into_iter().collect())), strictness, ..Request::of(DomainId::ROOT)
-        };
+        let policy = Policy::new(mode, Flags::empty(), mask(asked.into_iter().collect())).unwrap();
+        let request = Request { policy, ..Request::of(DomainId::ROOT) };
         let pass = mm.registry().admit(&request);
-        prop_assert_eq!(pass.map(|pass| *pass.mask()).unwrap_or_default(), both);
+        prop_assert_eq!(pass.map(|pass| pass.nodes()).unwrap_or_default(), both);
         let plain = mm.registry().admit(&Request::of(DomainId::ROOT)).unwrap();
         prop_assert_eq!(*plain.mask(), mask(nodes.into_iter().collect()));
     }

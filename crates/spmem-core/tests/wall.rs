@@ -9,8 +9,9 @@ use spmem_core::grant::{Grant, Rights, Terms};
 use spmem_core::mm::{AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
-use spmem_core::wall::{MAX_SHOWN, Reason, Request, Reserve, Strictness};
+use spmem_core::wall::{MAX_SHOWN, Reason, Request, Reserve};
 use spmem_core::watermark::Watermarks;
 use spmem_core::zero::Initial;
 
@@ -34,13 +35,13 @@ fn set() -> impl Strategy<Value = Set> {
     prop::collection::btree_set(0..NODES, 0..usize::from(NODES))
 }
 
-fn strictness() -> impl Strategy<Value = Strictness> {
+fn mode() -> impl Strategy<Value = Mode> {
     prop_oneof![
-        3 => Just(Strictness::Bind),
-        1 => Just(Strictness::Preferred),
-        1 => Just(Strictness::PreferredMany),
-        1 => Just(Strictness::Interleave),
-        1 => Just(Strictness::WeightedInterleave),
+        3 => Just(Mode::Bind),
+        1 => Just(Mode::Preferred),
+        1 => Just(Mode::PreferredMany),
+        1 => Just(Mode::Interleave),
+        1 => Just(Mode::WeightedInterleave),
     ]
 }
 
@@ -54,7 +55,7 @@ struct World {
     levels: Vec<(Set, Set)>,
     has_domain: bool,
     asked: Option<Set>,
-    strictness: Strictness,
+    mode: Mode,
     /// Nodes asked for and rights; SPM nodes only are granted.
     grants: Vec<(Set, Rights)>,
 }
@@ -64,10 +65,10 @@ fn world() -> impl Strategy<Value = World> {
     let grants = prop::collection::vec((set(), (0u8..64).prop_map(Rights::from_bits_truncate)), 0..3);
     let level = || (set(), prop_oneof![Just(Set::new()), set()]);
     let domain = (prop::collection::vec(level(), 1..5), prop::bool::weighted(0.9));
-    (kinds, domain, prop::option::weighted(0.8, set()), strictness(), grants).prop_map(
-        |(kinds, (levels, has_domain), asked, strictness, grants)| {
+    (kinds, domain, prop::option::weighted(0.8, set()), mode(), grants).prop_map(
+        |(kinds, (levels, has_domain), asked, mode, grants)| {
             let of = |kind| (0u16..).zip(&kinds).filter(|(_, k)| **k == kind).map(|(n, _)| n).collect();
-            World { sysram: of(1), hard: of(2), easy: of(3), levels, has_domain, asked, strictness, grants }
+            World { sysram: of(1), hard: of(2), easy: of(3), levels, has_domain, asked, mode, grants }
         },
     )
 }
@@ -91,13 +92,11 @@ impl World {
         if mems_sysram.is_empty() { plain } else { &plain & mems_sysram }
     }
 
-    /// R6, R7, R9 as DESIGN writes them.
-    fn allowed(&self) -> Set {
-        let Some(asked) = &self.asked else {
-            return if self.has_domain { self.default() } else { self.sysram.clone() };
-        };
+    /// The nodes that are named and open: R6, R7, R9 as DESIGN writes them.
+    fn named(&self) -> Set {
+        let asked = self.asked.clone().unwrap_or_default();
         if !self.has_domain {
-            return asked & &self.sysram;
+            return &asked & &self.sysram;
         }
         let mut open = self.sysram.clone();
         for (nodes, rights) in &self.grants {
@@ -105,10 +104,36 @@ impl World {
                 open.extend(nodes & &self.spm());
             }
         }
-        if self.strictness == Strictness::Bind {
+        if self.mode == Mode::Bind {
             open.extend(&self.easy);
         }
-        &(asked & &self.effective()) & &open
+        let named = &(&asked & &self.effective()) & &open;
+        if self.mode == Mode::Preferred { named.into_iter().take(1).collect() } else { named }
+    }
+
+    /// The named ones and what they fall back to (R10).
+    fn allowed(&self) -> Set {
+        let default = if self.has_domain { self.default() } else { self.sysram.clone() };
+        if self.asked.as_ref().is_none_or(Set::is_empty) && !(self.asked.is_some() && self.mode == Mode::Bind) {
+            return default;
+        }
+        let named = self.named();
+        let falls_back = match self.mode {
+            Mode::Bind => false,
+            Mode::Interleave | Mode::WeightedInterleave => !named.is_disjoint(&self.sysram),
+            _ => true,
+        };
+        if falls_back && !named.is_empty() { &named | &default } else { named }
+    }
+
+    fn policy(&self) -> Policy {
+        let Some(asked) = &self.asked else { return Policy::DEFAULT };
+        // Naming no node is an error of its own (policy.rs); here it is asking for nothing, or for the default.
+        match Policy::new(self.mode, Flags::empty(), mask(asked)) {
+            Ok(policy) => policy,
+            Err(_) if self.mode == Mode::Bind => Policy::bind(NodeMask::EMPTY),
+            Err(_) => Policy::DEFAULT,
+        }
     }
 
     fn build(&self, frames: u64) -> (MemoryManager, Vec<Owner>, Vec<Grant>) {
@@ -159,8 +184,8 @@ impl World {
 
     fn request<'a>(&self, grants: &'a [&'a Grant]) -> Request<'a> {
         Request {
-            asked: self.asked.as_ref().map(mask),
-            strictness: self.strictness,
+            policy: self.policy(),
+            local: None,
             domain: self.has_domain.then_some(self.domain()),
             grants,
             reserve: Reserve::Keep,
@@ -178,7 +203,7 @@ impl World {
             (Reason::Absent, Some(node)) => drop(self.sysram.insert(node)),
             (Reason::NoDomain, _) => self.has_domain = true,
             (Reason::OutsideDomain { domain }, Some(node)) => drop(self.levels[domain.index()].0.insert(node)),
-            (Reason::NeedsGrant { guard: Guard::Easy, .. }, _) => self.strictness = Strictness::Bind,
+            (Reason::NeedsGrant { guard: Guard::Easy, .. }, _) => self.mode = Mode::Bind,
             (Reason::NeedsGrant { .. } | Reason::LacksRight { .. }, Some(node)) => {
                 self.grants.push((Set::from([node]), Rights::ALLOC));
             }
@@ -199,7 +224,8 @@ proptest! {
             Ok(pass) => prop_assert_eq!(*pass.mask(), expected),
             Err(refusal) => {
                 prop_assert!(expected.is_empty(), "{} but {} is allowed", refusal, expected);
-                prop_assert_eq!(refusal.node, world.asked.as_ref().and_then(Set::first).map(|&n| id(n)));
+                let first = world.policy().nodes().first();
+                prop_assert_eq!(refusal.node, first);
             }
         }
         prop_assert_eq!(Some(&mask(&world.effective())), mm.registry().effective(world.domain()));
@@ -261,7 +287,7 @@ fn two_nodes() -> World {
         levels: vec![(Set::new(), Set::new())],
         has_domain: true,
         asked: Some(Set::from([1])),
-        strictness: Strictness::Bind,
+        mode: Mode::Bind,
         grants: vec![(Set::from([1]), Rights::ALLOC)],
     }
 }
@@ -296,7 +322,7 @@ fn interleaving_takes_the_allowed_nodes_in_turn() {
     let world = World {
         sysram: Set::from([0, 2, 5]),
         asked: Some(Set::from([0, 1, 2, 5])),
-        strictness: Strictness::Interleave,
+        mode: Mode::Interleave,
         grants: Vec::new(),
         ..two_nodes()
     };

@@ -16,6 +16,9 @@ const BLOCKS: usize = 200;
 /// The most domains at a time.
 const DOMAINS: usize = 24;
 
+/// Bind is what components use.
+const MODES: [Mode; 5] = [Mode::Bind, Mode::Bind, Mode::PreferredMany, Mode::Interleave, Mode::WeightedInterleave];
+
 /// Makes steps for a world. The same seed and the same world give the same steps.
 #[derive(Debug)]
 pub struct Generator {
@@ -84,7 +87,7 @@ impl Generator {
             domain: self.random.random_bool(0.95).then(|| self.path(world)),
             order: self.random.random_range(0..=10_u8).min(self.random.random_range(0..=10)),
             asked: self.random.random_bool(0.7).then(|| self.nodes()),
-            mode: [Mode::Bind, Mode::Bind, Mode::PreferredMany, Mode::Interleave][self.random.random_range(0..4)],
+            mode: MODES[self.random.random_range(0..MODES.len())],
             grants: (0..shown).map(|_| self.grant(world)).collect(),
         }
     }

@@ -99,19 +99,32 @@ impl Model {
         grant.map(|grant| grant.nodes.clone()).unwrap_or_default()
     }
 
-    /// R6, R7, R9.
+    /// R6, R7, R9, R10: the nodes that are named and open, and what they fall back to.
     pub(crate) fn allowed(&self, request: &Request<'_>) -> Set {
         let sysram = self.of_type(false);
-        let Some(path) = request.domain else {
-            return request.asked.as_ref().map_or_else(|| sysram.clone(), |asked| asked & &sysram);
+        let default = request.domain.map_or_else(|| sysram.clone(), |path| self.default_mask(path));
+        let Some(asked) = request.asked.as_ref().filter(|asked| !asked.is_empty()) else {
+            return if request.asked.is_some() && request.mode == Mode::Bind { Set::new() } else { default };
         };
-        let Some(asked) = &request.asked else { return self.default_mask(path) };
-        let mut open = sysram;
+        let named = match request.domain {
+            None => asked & &sysram,
+            Some(path) => &(asked & &self.effective(path)) & &self.open(request, &sysram),
+        };
+        let falls_back = match request.mode {
+            Mode::Bind => false,
+            Mode::PreferredMany => !named.is_empty(),
+            Mode::Interleave | Mode::WeightedInterleave => !named.is_disjoint(&sysram),
+        };
+        if falls_back { &named | &default } else { named }
+    }
+
+    fn open(&self, request: &Request<'_>, sysram: &Set) -> Set {
+        let mut open = sysram.clone();
         request.grants.iter().for_each(|&grant| open.extend(self.opens(grant)));
         if request.mode == Mode::Bind {
             open.extend(self.nodes.iter().filter(|(_, node)| node.is_spm && node.is_easy).map(|(&node, _)| node));
         }
-        &(asked & &self.effective(path)) & &open
+        open
     }
 
     /// The grant that pays for `bytes` on an SPM node, if one can: the first shown that opens it and has the quota.

@@ -5,8 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 use spmem_core::grant::Rights;
+use spmem_core::policy;
 use spmem_core::units::{Bytes, Time};
-use spmem_core::wall::Strictness;
 
 /// One thing that happens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,7 +137,7 @@ impl Terms {
     }
 }
 
-/// How strongly nodes are named: mempolicy(7).
+/// How strongly nodes are named: mempolicy(7), by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
@@ -147,14 +147,17 @@ pub enum Mode {
     PreferredMany,
     /// `MPOL_INTERLEAVE`
     Interleave,
+    /// `MPOL_WEIGHTED_INTERLEAVE`
+    WeightedInterleave,
 }
 
 impl Mode {
-    pub(crate) const fn core(self) -> Strictness {
+    pub(crate) const fn core(self) -> policy::Mode {
         match self {
-            Self::Bind => Strictness::Bind,
-            Self::PreferredMany => Strictness::PreferredMany,
-            Self::Interleave => Strictness::Interleave,
+            Self::Bind => policy::Mode::Bind,
+            Self::PreferredMany => policy::Mode::PreferredMany,
+            Self::Interleave => policy::Mode::Interleave,
+            Self::WeightedInterleave => policy::Mode::WeightedInterleave,
         }
     }
 }

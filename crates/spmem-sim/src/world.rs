@@ -6,6 +6,7 @@ use spmem_core::grant::{Grant, GrantId};
 use spmem_core::mm::{AllocError, Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::{Flags, Policy};
 use spmem_core::units::{DomainId, FrameCount, NodeId, Order, Time};
 use spmem_core::wall::{MAX_SHOWN, Request};
 use spmem_core::zero::Initial;
@@ -319,11 +320,17 @@ impl World {
                 found => found,
             },
         };
-        let mask = asked.asked.as_ref().map(mask_of);
+        let policy = match &asked.asked {
+            None => Policy::DEFAULT,
+            Some(nodes) => match Policy::new(asked.mode.core(), Flags::empty(), mask_of(nodes)) {
+                Ok(policy) => policy,
+                Err(_) if asked.mode == Mode::Bind => Policy::bind(NodeMask::EMPTY),
+                Err(_) => Policy::DEFAULT,
+            },
+        };
         let shown: Vec<&Grant> =
             asked.grants.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
-        let request =
-            Request { asked: mask, strictness: asked.mode.core(), domain, grants: &shown, ..Request::default() };
+        let request = Request { policy, domain, grants: &shown, ..Request::default() };
         let allowed = self.model.allowed(asked);
         match self.mm.alloc(&request, order) {
             Ok(block) => {

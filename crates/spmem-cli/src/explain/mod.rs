@@ -12,6 +12,8 @@ use anyhow::Context;
 use serde::Serialize;
 use spmem_core::grant::Grant;
 use spmem_core::node::NodeType;
+use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::Policy;
 use spmem_core::registry::Registry;
 use spmem_core::units::NodeId;
 use spmem_core::wall::{Pass, Refusal, Request};
@@ -33,6 +35,8 @@ struct Answer {
     asked: Option<String>,
     /// As a node list; empty when refused.
     allowed: String,
+    /// Of them: those that the policy chooses from. The others follow when these are full.
+    chosen: String,
     /// Null when something is allowed.
     errno: Option<&'static str>,
     /// Why nothing is, where no single node is the reason.
@@ -83,18 +87,23 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
     let default = registry.default_mask(domain).copied().unwrap_or_default();
     let asked = options.nodes.as_deref().map(|text| parse_mask("--nodes", text, default)).transpose()?;
     let grants: Vec<&Grant> = options.grant.iter().filter_map(|name| machine.grant(name)).collect();
-    let strictness = options.policy.strictness();
-    let request = Request { asked, strictness, grants: &grants, ..Request::of(domain) };
+    let policy = match asked {
+        None => Policy::DEFAULT,
+        Some(nodes) => Policy::new(options.policy.mode, options.policy.flags, nodes)?,
+    };
+    let request = Request { policy, grants: &grants, ..Request::of(domain) };
     let result = registry.admit(&request);
-    let looked_at = asked.unwrap_or(*registry.present());
+    let fallback = result.as_ref().map_or(NodeMask::EMPTY, |pass| *pass.mask());
+    let looked_at = asked.map_or(*registry.present(), |asked| asked.union(&fallback));
     let nodes = looked_at.iter().map(|node| node_answer(registry, &request, result.as_ref(), node)).collect();
     let refusal = result.as_ref().err();
     Ok(Answer {
         schema: 1,
         domain: registry.domain_path(domain).unwrap_or_default(),
-        policy: strictness.to_string(),
+        policy: policy.mode().to_string(),
         asked: asked.map(|mask| mask.to_string()),
         allowed: result.as_ref().map_or_else(|_| String::new(), |pass| pass.mask().to_string()),
+        chosen: result.as_ref().map_or_else(|_| String::new(), |pass| pass.nodes().to_string()),
         errno: refusal.map(|_| "EINVAL"),
         reason: refusal
             .filter(|refusal| refusal.node.is_none())
@@ -168,7 +177,10 @@ fn table(answer: &Answer) -> String {
         answer.policy
     );
     let _ = match answer.errno {
-        None => writeln!(text, "allowed  {}", answer.allowed),
+        None if answer.chosen == answer.allowed || answer.chosen == "none" => {
+            writeln!(text, "allowed  {}", answer.allowed)
+        }
+        None => writeln!(text, "allowed  {}, of them first {}", answer.allowed, answer.chosen),
         Some(errno) => writeln!(text, "allowed  none: {errno}"),
     };
     if let Some(reason) = &answer.reason {

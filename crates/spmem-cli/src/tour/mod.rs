@@ -14,8 +14,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
 use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::units::{DomainId, NodeId, Order};
-use spmem_core::wall::{Request, Strictness};
+use spmem_core::wall::Request;
 use spmem_node::compressed::{FrameSource, GrantedFrames};
 
 use crate::config::Config;
@@ -56,8 +57,8 @@ fn show_wall(out: &mut impl Write, frames: &mut GrantedFrames) -> anyhow::Result
         Err(refusal) => writeln!(out, "   a page on node 1, no grant      refused: {refusal}")?,
     }
 
-    let wide =
-        Request { asked: Some(NodeMask::ALL), strictness: Strictness::Interleave, ..Request::of(DomainId::ROOT) };
+    let everywhere = Policy::new(Mode::Interleave, Flags::empty(), NodeMask::ALL)?;
+    let wide = Request { policy: everywhere, ..Request::of(DomainId::ROOT) };
     let pass = frames.mm().registry().admit(&wide).map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
     let allowed = pass.mask();
     writeln!(

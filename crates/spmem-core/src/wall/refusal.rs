@@ -3,9 +3,10 @@
 use alloc::string::String;
 use core::fmt;
 
-use super::{MAX_SHOWN, Strictness};
+use super::MAX_SHOWN;
 use crate::grant::{GrantError, Rights};
 use crate::node::Guard;
+use crate::policy::Mode;
 use crate::registry::Registry;
 use crate::units::{DomainId, NodeId};
 
@@ -49,7 +50,7 @@ pub enum Reason {
         /// How hard its wall is.
         guard: Guard,
         /// How the node was named; on an easy node bind would do (R9).
-        strictness: Strictness,
+        mode: Mode,
     },
     /// A grant names the node but lacks this right (R6).
     LacksRight {
@@ -151,8 +152,8 @@ impl fmt::Display for What {
             }
             Reason::TooManyGrants { shown } => write!(f, "{shown} grants are shown, {MAX_SHOWN} can be"),
             Reason::NeedsGrant { guard: Guard::Hard, .. } => f.write_str("walled off (spm, hard guard)"),
-            Reason::NeedsGrant { guard: Guard::Easy, strictness } => {
-                write!(f, "walled off (spm, easy guard) and named with {strictness}")
+            Reason::NeedsGrant { guard: Guard::Easy, mode } => {
+                write!(f, "walled off (spm, easy guard) and named with {mode}")
             }
             Reason::LacksRight { right } => write!(f, "the grant lacks the right {right}"),
             Reason::BadGrant { cause } => write!(f, "walled off, and {cause}"),

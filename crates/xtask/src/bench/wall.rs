@@ -11,6 +11,7 @@ use anyhow::Context;
 use spmem_core::grant::{Rights, Terms};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::policy::Policy;
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, MAX_NODES, NodeId};
 use spmem_core::wall::Request;
@@ -88,7 +89,7 @@ impl Machine {
     fn measure(&self, options: &Options) -> anyhow::Result<[f64; 3]> {
         let (registry, last) = (&self.registry, self.last);
         let shown = [&self.grant];
-        let request = Request { asked: Some(NodeMask::ALL), ..Request::on(self.deepest, last, &shown) };
+        let request = Request { policy: Policy::bind(NodeMask::ALL), ..Request::on(self.deepest, last, &shown) };
         let mut pass = registry.admit(&request).context("the machine lets its own request through")?;
         let walked = self.walk();
         anyhow::ensure!(*pass.mask() == walked, "both ways must lead to the same nodes");
