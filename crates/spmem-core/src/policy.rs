@@ -103,6 +103,8 @@ pub enum Errno {
     Enodev,
     /// `EOPNOTSUPP`
     Eopnotsupp,
+    /// `ENOENT`
+    Enoent,
 }
 
 impl Errno {
@@ -114,6 +116,7 @@ impl Errno {
             Self::Eacces => "EACCES",
             Self::Enodev => "ENODEV",
             Self::Eopnotsupp => "EOPNOTSUPP",
+            Self::Enoent => "ENOENT",
         }
     }
 }
@@ -152,6 +155,8 @@ impl PolicyError {
     /// What Linux returns.
     pub const fn errno(self) -> Errno {
         match self {
+            // There is no policy to give a home to.
+            Self::HomeNode { mode: Mode::Default } => Errno::Enoent,
             Self::HomeNode { .. } => Errno::Eopnotsupp,
             _ => Errno::Einval,
         }
@@ -226,7 +231,8 @@ impl Policy {
     /// The same policy, nearest to `home` first instead of to where the task runs (set_mempolicy_home_node(2)).
     ///
     /// # Errors
-    /// [`PolicyError::HomeNode`], `EOPNOTSUPP` to Linux; [`PolicyError::HomeAbsent`] when `present` lacks it.
+    /// [`PolicyError::HomeNode`], `EOPNOTSUPP` to Linux (`ENOENT` without a policy); [`PolicyError::HomeAbsent`] when
+    /// `present` lacks it.
     pub fn with_home(self, home: NodeId, present: &NodeMask) -> Result<Self, PolicyError> {
         if !present.contains(home) {
             return Err(PolicyError::HomeAbsent { node: home });
