@@ -4,8 +4,11 @@
 //! perform what it decides and provide exclusion: every change goes through `&mut self`.
 //!
 //! The straight line of an allocation, one module a step:
-//! [`wall::Request`] -> [`registry::Registry::admit`] -> [`watermark`] -> [`frames`], joined in [`mm::MemoryManager::alloc`].
-//! The straight line of pressure: [`reclaim::plan`] says how many pages must leave, [`lru::on_sweep`] which ones.
+//! [`wall::Request`] -> [`policy`] -> [`registry::Registry::admit`] -> [`watermark`] -> [`frames`], joined in
+//! [`mm::MemoryManager::alloc`].
+//! The straight line of pressure on a node: [`mm::MemoryManager::shortage`] -> [`page`] (which blocks) -> [`tier`] (where to)
+//! -> [`migrate`] (how). Of a program inside a budget: [`reclaim::plan`] says how many pages must leave, [`lru::on_sweep`]
+//! which ones.
 //!
 //! Rules are cited by number: `R6` is the wall, `R12` grants, and so on.
 #![no_std]
@@ -18,12 +21,16 @@ pub mod domain;
 pub mod frames;
 pub mod grant;
 pub mod lru;
+pub mod migrate;
 pub mod mm;
 pub mod node;
 pub mod nodemask;
+pub mod oom;
+pub mod page;
 pub mod policy;
 pub mod reclaim;
 pub mod registry;
+pub mod tier;
 pub mod units;
 pub mod wall;
 pub mod watermark;

@@ -8,11 +8,15 @@ use core::fmt;
 use core::num::NonZeroU16;
 
 use crate::frames::FramesError;
-use crate::grant::{GrantError, GrantId, Rights};
+use crate::grant::{Grant, GrantError, GrantId, Rights};
+use crate::node::Services;
 use crate::registry::{Node, Registry};
 use crate::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
-use crate::wall::{Pass, Refusal, Request, Reserve};
+use crate::wall::{Mobility, Pass, Refusal, Request, Reserve};
 use crate::watermark::Pressure;
+
+/// Services for which it must be known which blocks can move.
+const MOVING: Services = Services::MIGRATION.union(Services::RECLAIM);
 
 /// In [`Block::charged`]: no grant was charged. In [`Block::domain`]: no domain was.
 const UNCHARGED: u16 = u16::MAX;
@@ -21,15 +25,15 @@ const UNCHARGED: u16 = u16::MAX;
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a dropped block stays allocated"]
 pub struct Block {
-    frame: FrameNumber,
-    node: NodeId,
+    pub(crate) frame: FrameNumber,
+    pub(crate) node: NodeId,
     /// Slot of the grant charged.
     charged: u16,
     /// Number of the domain charged.
     domain: u16,
     /// Of the manager: a block given to another one is noticed.
     registry: NonZeroU16,
-    order: Order,
+    pub(crate) order: Order,
     is_zeroed: bool,
 }
 
@@ -127,12 +131,17 @@ impl core::error::Error for AllocError {
 pub enum FreeError {
     /// It was allocated by another manager; here it is again.
     Foreign(Block),
+    /// It is on its way somewhere: complete the move or call it off first. Here it is again.
+    Moving(Block),
 }
 
 impl fmt::Display for FreeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Foreign(block) = self;
-        write!(f, "the block at frame {} of node {} is another manager's", block.frame, block.node)
+        let (block, what) = match self {
+            Self::Foreign(block) => (block, "is another manager's"),
+            Self::Moving(block) => (block, "is on its way; complete the move or call it off first"),
+        };
+        write!(f, "the block at frame {} of node {} {what}", block.frame, block.node)
     }
 }
 
@@ -182,7 +191,7 @@ pub struct NodeStats {
 /// ```
 #[derive(Debug, Default)]
 pub struct MemoryManager {
-    registry: Registry,
+    pub(crate) registry: Registry,
 }
 
 impl MemoryManager {
@@ -239,10 +248,22 @@ impl MemoryManager {
         Err(last.expect("an allowed set is not empty"))
     }
 
+    /// Allocates for a move: a grant opens an SPM node with `right` instead of ALLOC.
+    pub(crate) fn alloc_under(
+        &mut self,
+        request: &Request<'_>,
+        order: Order,
+        grants: &[&Grant],
+        right: Rights,
+    ) -> Result<Block, AllocError> {
+        let mut pass = self.registry.admit_for(request, grants, right).map_err(AllocError::Refused)?;
+        self.alloc_with(&mut pass, order)
+    }
+
     /// Takes a block back; the domain and the grant it was charged to regain it, the grant also when it has ended since.
     ///
     /// # Errors
-    /// [`FreeError::Foreign`] when another manager allocated it.
+    /// [`FreeError::Foreign`] when another manager allocated it, [`FreeError::Moving`] while it is on its way.
     ///
     /// # Panics
     /// When the block's frames are not what it says: an invariant of this crate is broken.
@@ -251,6 +272,10 @@ impl MemoryManager {
             return Err(FreeError::Foreign(block));
         }
         let node = self.registry.node_mut(block.node).expect("a node with frames in use stays (R1)");
+        if node.pages.get(block.frame).is_some_and(|page| page.is_isolated) {
+            return Err(FreeError::Moving(block));
+        }
+        node.pages.untrack(block.frame);
         let freed = node.frames.free_block(block.frame, block.order);
         assert!(freed.is_ok(), "a block is not copyable, so it is freed once: {freed:?}");
         if block.charged != UNCHARGED {
@@ -318,7 +343,11 @@ impl MemoryManager {
                 if let Some(domain) = pass.domain() {
                     self.registry.domains.charge(domain, node, order.frames().0);
                 }
-                Ok(Block { frame, node, charged, domain, registry, order, is_zeroed })
+                let block = Block { frame, node, charged, domain, registry, order, is_zeroed };
+                if pass.mobility == Mobility::Movable {
+                    self.track(&block);
+                }
+                Ok(block)
             }
             Err(cause) => {
                 if charged != UNCHARGED {
@@ -329,12 +358,20 @@ impl MemoryManager {
         }
     }
 
+    /// From now on the block can move, where its node offers that.
+    pub(crate) fn track(&mut self, block: &Block) {
+        let entry = self.registry.node_mut(block.node).expect("a node with frames in use stays (R1)");
+        if entry.spec.services.intersects(MOVING) {
+            entry.pages.track(block.frame, block.order, block.domain());
+        }
+    }
+
     /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
     /// that has ended is none.
     fn charge_for(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<u16, AllocError> {
         let mut refused = None;
         for &grant in pass.grants() {
-            match self.charge_one(grant, order, node) {
+            match self.charge_one(grant, order, node, pass.right) {
                 Ok(Some(slot)) => return Ok(slot),
                 Ok(None) | Err(GrantError::Revoked | GrantError::Expired { .. }) => {}
                 Err(cause) => refused = Some(cause),
@@ -346,13 +383,15 @@ impl MemoryManager {
         }
     }
 
-    fn charge_one(&mut self, grant: GrantId, order: Order, node: NodeId) -> Result<Option<u16>, GrantError> {
+    fn charge_one(
+        &mut self,
+        grant: GrantId,
+        order: Order,
+        node: NodeId,
+        right: Rights,
+    ) -> Result<Option<u16>, GrantError> {
         let grants = &mut self.registry.grants;
-        if grants.allows(grant, node, Rights::ALLOC)? {
-            grants.charge(grant, order.bytes()).map(Some)
-        } else {
-            Ok(None)
-        }
+        if grants.allows(grant, node, right)? { grants.charge(grant, order.bytes()).map(Some) } else { Ok(None) }
     }
 
     fn tag(&self) -> NonZeroU16 {

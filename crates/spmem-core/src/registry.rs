@@ -18,6 +18,8 @@ use crate::frames::{FrameRange, Frames, Metadata};
 use crate::grant::{GrantId, Grants};
 use crate::node::{Guard, NodeError, NodeSpec, NodeType, Owner};
 use crate::nodemask::NodeMask;
+use crate::page::Pages;
+use crate::tier::Tiers;
 use crate::units::{DomainId, FrameCount, FrameNumber, NodeId, Time};
 use crate::watermark::Watermarks;
 use crate::zero::{Contents, Initial};
@@ -29,6 +31,7 @@ pub(crate) struct Node {
     pub(crate) frames: Frames,
     pub(crate) watermarks: Watermarks,
     pub(crate) contents: Contents,
+    pub(crate) pages: Pages,
     /// For weighted interleave; 1 or more.
     pub(crate) weight: u8,
     serial: u64,
@@ -68,6 +71,7 @@ pub struct Registry {
     epoch: u64,
     now: Time,
     distances: Distances,
+    tiers: Tiers,
     pub(crate) domains: Domains,
     pub(crate) grants: Grants,
 }
@@ -95,6 +99,7 @@ impl Registry {
             epoch: 0,
             now: Time::default(),
             distances: Distances::default(),
+            tiers: Tiers::default(),
             domains: Domains::new(),
             grants: Grants::new(id),
         }
@@ -128,8 +133,9 @@ impl Registry {
         }
         let serial = self.next_serial;
         self.next_serial += 1;
-        let (frames, watermarks, contents) = Default::default();
-        self.nodes[node.index()] = Some(Box::new(Node { spec, frames, watermarks, contents, weight: 1, serial }));
+        let (frames, watermarks, contents, pages) = Default::default();
+        self.nodes[node.index()] =
+            Some(Box::new(Node { spec, frames, watermarks, contents, pages, weight: 1, serial }));
         self.refresh_domains(DomainId::ROOT);
         Ok(Owner { registry: self.id, serial, node })
     }
@@ -189,6 +195,7 @@ impl Registry {
         }
         self.grants.forget_node(node);
         self.distances.forget(node);
+        self.tiers.forget(node);
         self.refresh_domains(DomainId::ROOT);
         Ok(())
     }
@@ -230,6 +237,21 @@ impl Registry {
     /// How far nodes are from each other.
     pub const fn distances(&self) -> &Distances {
         &self.distances
+    }
+
+    /// Sets a node's abstract distance, and with it its tier.
+    pub fn set_abstract_distance(&mut self, node: NodeId, abstract_distance: u64) {
+        self.tiers.set(node, abstract_distance);
+    }
+
+    /// Which tier each node is in.
+    pub const fn tiers(&self) -> &Tiers {
+        &self.tiers
+    }
+
+    /// The blocks of a node that can move; `None` when it is not registered.
+    pub fn pages(&self, node: NodeId) -> Option<&Pages> {
+        self.node(node).map(|node| &node.pages)
     }
 
     /// Sets how many pages in a row a node gets by weighted interleave; 0 for what it began with, 1. Unlike a mask it is

@@ -31,6 +31,16 @@ pub enum Reserve {
     Use,
 }
 
+/// Whether the holder of a block can be asked to move it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Mobility {
+    /// It stays where it is until it is freed.
+    #[default]
+    Unmovable,
+    /// Its holder moves it when a plan says so ([`migrate`](crate::migrate)).
+    Movable,
+}
+
 /// A request for memory.
 ///
 /// ```
@@ -51,12 +61,21 @@ pub struct Request<'a> {
     pub grants: &'a [&'a Grant],
     /// Whether the reserve may be used.
     pub reserve: Reserve,
+    /// Whether what is given can be moved later.
+    pub mobility: Mobility,
 }
 
 impl<'a> Request<'a> {
     /// A plain request out of a domain: its default nodes, no grant.
     pub const fn of(domain: DomainId) -> Self {
-        Self { policy: Policy::DEFAULT, local: None, domain: Some(domain), grants: &[], reserve: Reserve::Keep }
+        Self {
+            policy: Policy::DEFAULT,
+            local: None,
+            domain: Some(domain),
+            grants: &[],
+            reserve: Reserve::Keep,
+            mobility: Mobility::Unmovable,
+        }
     }
 
     /// A component's request for one node, with the grants that open it.
@@ -84,7 +103,10 @@ pub struct Pass {
     local: Option<NodeId>,
     domain: Option<DomainId>,
     grants: Vec<GrantId>,
+    /// What a grant must carry to open a node.
+    pub(crate) right: Rights,
     pub(crate) reserve: Reserve,
+    pub(crate) mobility: Mobility,
 }
 
 impl Pass {
@@ -191,7 +213,7 @@ impl Pass {
 
     /// The nodes that the grants shown open (R6).
     fn granted(&self, registry: &Registry) -> NodeMask {
-        let nodes = self.grants.iter().filter_map(|&grant| registry.grants.nodes_with(grant, Rights::ALLOC).ok());
+        let nodes = self.grants.iter().filter_map(|&grant| registry.grants.nodes_with(grant, self.right).ok());
         nodes.fold(NodeMask::EMPTY, |open, nodes| open.union(&nodes))
     }
 
@@ -216,7 +238,7 @@ impl Pass {
         debug_assert_eq!(spec.node_type, NodeType::Spm, "a reachable sysram node is allowed");
         for &grant in &self.grants {
             match registry.grants.nodes(grant) {
-                Ok(nodes) if nodes.contains(node) => return Reason::LacksRight { right: Rights::ALLOC },
+                Ok(nodes) if nodes.contains(node) => return Reason::LacksRight { right: self.right },
                 Ok(_) => {}
                 Err(cause) => return Reason::BadGrant { cause },
             }
@@ -246,13 +268,23 @@ impl Registry {
     /// assert!(refusal.to_string().contains("a grant from its owner with ALLOC would open it"));
     /// ```
     pub fn admit(&self, request: &Request<'_>) -> Result<Pass, Refusal> {
+        self.admit_for(request, request.grants, Rights::ALLOC)
+    }
+
+    /// Lets a request through for which `grants` open nodes with `right`.
+    pub(crate) fn admit_for(
+        &self,
+        request: &Request<'_>,
+        shown: &[&Grant],
+        right: Rights,
+    ) -> Result<Pass, Refusal> {
         let node = request.policy.nodes().first();
-        if request.grants.len() > MAX_SHOWN {
-            return Err(Refusal { node, reason: Reason::TooManyGrants { shown: request.grants.len() } });
+        if shown.len() > MAX_SHOWN {
+            return Err(Refusal { node, reason: Reason::TooManyGrants { shown: shown.len() } });
         }
         let mut grants = Vec::new();
         let mut foreign = None;
-        for grant in request.grants {
+        for grant in shown {
             match self.grants.own(grant) {
                 Ok(id) => grants.push(id),
                 Err(cause) => foreign = Some(cause),
@@ -270,7 +302,9 @@ impl Registry {
             local: request.local,
             domain: request.domain,
             grants,
+            right,
             reserve: request.reserve,
+            mobility: request.mobility,
         };
         match pass.work_out(self) {
             Ok(()) => Ok(pass),

@@ -11,7 +11,7 @@ use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
-use spmem_core::wall::{MAX_SHOWN, Reason, Request, Reserve};
+use spmem_core::wall::{MAX_SHOWN, Mobility, Reason, Request, Reserve};
 use spmem_core::watermark::Watermarks;
 use spmem_core::zero::Initial;
 
@@ -189,6 +189,7 @@ impl World {
             domain: self.has_domain.then_some(self.domain()),
             grants,
             reserve: Reserve::Keep,
+            mobility: Mobility::Unmovable,
         }
     }
 
@@ -338,7 +339,9 @@ fn a_block_of_another_manager_comes_back_untouched() {
     let world = World { asked: None, ..two_nodes() };
     let ((mut mine, ..), (mut theirs, ..)) = (world.build(64), world.build(64));
     let block = mine.alloc(&world.request(&[]), Order::ZERO).unwrap();
-    let spmem_core::mm::FreeError::Foreign(block) = theirs.free(block).unwrap_err();
+    let spmem_core::mm::FreeError::Foreign(block) = theirs.free(block).unwrap_err() else {
+        panic!("it is foreign")
+    };
     mine.free(block).unwrap();
     assert_eq!(theirs.stats(id(0)).unwrap().used, FrameCount(0));
 }

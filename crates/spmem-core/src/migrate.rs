@@ -1,0 +1,302 @@
+//! Migration: blocks move from node to node, by plans that can stop anywhere (mm/migrate.c, mm/vmscan.c).
+//!
+//! The memory manager does not touch bytes: it takes a cold block out of the count ([`MemoryManager::take_cold`]), finds a
+//! target that the block's own domain and the grants allow (R14), and hands out a [`Move`]: from here, into this new block.
+//! The holder of the old block copies, and gives it back for the new one ([`MemoryManager::complete`]), or does not, and
+//! calls it off ([`MemoryManager::call_off`]). Until then the old block is valid, afterwards the new one; no frame has two
+//! owners and none is lost at any point.
+//!
+//! What is planned is opted in node by node (R3): a node without RECLAIM is never searched, from one without MIGRATION
+//! nothing moves, and what is pinned stays (R15). Takes no lock.
+
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::grant::{Grant, Rights};
+use crate::mm::{AllocError, Block, FreeError, MemoryManager};
+use crate::node::Services;
+use crate::nodemask::NodeMask;
+use crate::page::Page;
+use crate::policy::Policy;
+use crate::units::{DomainId, FrameCount, NodeId};
+use crate::wall::{Mobility, Request};
+
+/// Frames looked at, for each block that is wanted, to find cold ones.
+const LOOKS_PER_BLOCK: usize = 512;
+
+/// A block that is on its way, but not where to. Plan it or put it back.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a dropped one never moves again"]
+pub struct Isolated {
+    node: NodeId,
+    page: Page,
+}
+
+impl Isolated {
+    /// The node it lies on.
+    pub const fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// What is known of it.
+    pub const fn page(&self) -> &Page {
+        &self.page
+    }
+}
+
+/// A block is to move: its holder copies it into the new one. Complete it or call it off.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a dropped one leaves both blocks in use"]
+pub struct Move {
+    from: Isolated,
+    to: Block,
+}
+
+impl Move {
+    /// The block that is to move.
+    pub const fn from(&self) -> &Isolated {
+        &self.from
+    }
+
+    /// Where to: allocated, and nobody else's.
+    pub const fn to(&self) -> &Block {
+        &self.to
+    }
+}
+
+/// Why a block stays where it is. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stay {
+    /// The node is not registered with a service that this needs (R3, R15).
+    NotOffered {
+        /// The node.
+        node: NodeId,
+        /// What it lacks.
+        missing: Services,
+    },
+    /// No block that can move begins there, or it is pinned, or on its way already.
+    NotMovable {
+        /// The node.
+        node: NodeId,
+    },
+    /// The block's domain and the grants shown leave no node in the tiers in question (R14).
+    NoTarget {
+        /// Whose it is.
+        domain: Option<DomainId>,
+    },
+    /// None of the targets has room.
+    NoRoom {
+        /// What the last one answered.
+        cause: AllocError,
+    },
+}
+
+impl fmt::Display for Stay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotOffered { node, missing } => write!(f, "node {node} does not offer {missing}"),
+            Self::NotMovable { node } => write!(f, "no block that can move begins there on node {node}"),
+            Self::NoTarget { domain: Some(domain) } => {
+                write!(f, "domain {domain} and the grants shown leave no node to go to")
+            }
+            Self::NoTarget { domain: None } => f.write_str("a block without a domain has no node to go to"),
+            Self::NoRoom { cause } => write!(f, "no room: {cause}"),
+        }
+    }
+}
+
+impl core::error::Error for Stay {}
+
+impl MemoryManager {
+    /// The holder, or somebody who watches, says that a block was used.
+    pub fn note_used(&mut self, block: &Block) {
+        if let Some(node) = self.registry.node_mut(block.node) {
+            node.pages.on_used(block.frame);
+        }
+    }
+
+    /// Keeps a block where it is, or lets it move again; whether that could be: not while it is on its way. A pin for long
+    /// needs a node with LONGTERM_PIN.
+    ///
+    /// # Errors
+    /// [`Stay::NotOffered`]
+    pub fn set_pinned(&mut self, block: &Block, is_pinned: bool) -> Result<bool, Stay> {
+        self.offered(block.node, Services::LONGTERM_PIN)?;
+        let node = self.registry.node_mut(block.node);
+        Ok(node.is_some_and(|node| node.pages.set_pinned(block.frame, is_pinned)))
+    }
+
+    /// How many frames must leave a node so that it is no longer short (watermarks: begun below low, aimed at high); 0 for
+    /// one that is never reclaimed.
+    pub fn shortage(&self, node: NodeId) -> FrameCount {
+        let Some(entry) = self.registry.node(node) else { return FrameCount(0) };
+        let (free, marks) = (entry.frames.free(), &entry.watermarks);
+        let is_due = entry.spec.services.contains(Services::RECLAIM) && free < marks.low();
+        FrameCount(if is_due { marks.high().0.saturating_sub(free.0) } else { 0 })
+    }
+
+    /// Takes up to `wanted` blocks that were not used for longest, to be moved. From a node without RECLAIM none, and it is
+    /// not even looked at (R15).
+    pub fn take_cold(&mut self, node: NodeId, wanted: usize) -> Vec<Isolated> {
+        let Some(entry) = self.registry.node_mut(node) else { return Vec::new() };
+        if !entry.spec.services.contains(Services::RECLAIM) {
+            return Vec::new();
+        }
+        let limit = wanted.saturating_mul(LOOKS_PER_BLOCK);
+        let mut pages = entry.pages.isolate(wanted, limit);
+        if pages.is_empty() && entry.pages.age() {
+            pages = entry.pages.isolate(wanted, limit);
+        }
+        pages.into_iter().map(|page| Isolated { node, page }).collect()
+    }
+
+    /// Takes one block, however warm, to be moved.
+    ///
+    /// # Errors
+    /// [`Stay::NotOffered`] from a node without MIGRATION (R15), [`Stay::NotMovable`].
+    pub fn take(&mut self, block: &Block) -> Result<Isolated, Stay> {
+        self.offered(block.node, Services::MIGRATION)?;
+        let stay = Stay::NotMovable { node: block.node };
+        let entry = self.registry.node_mut(block.node).ok_or(stay)?;
+        let page = entry.pages.get(block.frame).ok_or(stay)?;
+        let is_taken = entry.pages.isolate_one(block.frame);
+        if is_taken { Ok(Isolated { node: block.node, page }) } else { Err(stay) }
+    }
+
+    /// A block stays after all.
+    pub fn put_back(&mut self, isolated: &Isolated) {
+        if let Some(entry) = self.registry.node_mut(isolated.node) {
+            entry.pages.put_back(isolated.page.frame);
+        }
+    }
+
+    /// Plans a move to a lower tier: to sysram, and to SPM nodes on which a grant shown carries DEMOTE_TO (R14).
+    ///
+    /// # Errors
+    /// [`Stay`]; the block is put back then.
+    pub fn plan_demotion(&mut self, isolated: Isolated, grants: &[&Grant]) -> Result<Move, Stay> {
+        let needs = Services::DEMOTION | Services::MIGRATION;
+        self.plan(isolated, needs, grants, |mm, isolated, open| {
+            mm.registry.tiers().demotion_order(isolated.node, open, mm.registry.distances())
+        })
+    }
+
+    /// Plans a move to a higher tier, near to the node where the block is used: to the domain's default (R14).
+    ///
+    /// # Errors
+    /// [`Stay`]; the block is put back then.
+    pub fn plan_promotion(&mut self, isolated: Isolated, used_at: NodeId) -> Result<Move, Stay> {
+        let needs = Services::PROMOTION | Services::MIGRATION;
+        self.plan(isolated, needs, &[], |mm, isolated, open| {
+            mm.registry.tiers().promotion_order(isolated.node, used_at, open, mm.registry.distances())
+        })
+    }
+
+    /// Plans a move to any of `targets`, nearest first: away from a node that is to be emptied, or that a domain's masks no
+    /// longer reach (R5, R13). A block on an SPM node goes to SPM nodes only, a block on sysram to sysram (R10).
+    ///
+    /// # Errors
+    /// [`Stay`]; the block is put back then.
+    pub fn plan_evacuation(
+        &mut self,
+        isolated: Isolated,
+        targets: &NodeMask,
+        grants: &[&Grant],
+    ) -> Result<Move, Stay> {
+        self.plan(isolated, Services::MIGRATION, grants, |mm, isolated, open| {
+            let registry = &mm.registry;
+            let is_spm = registry.spm().contains(isolated.node);
+            let alike = if is_spm { registry.spm() } else { registry.sysram() };
+            let mut open = open.intersection(targets).intersection(alike);
+            open.remove(isolated.node);
+            registry.distances().order(isolated.node, &open)
+        })
+    }
+
+    /// Finds a target among the nodes that are open to the block, in the order that `order` gives them.
+    fn plan(
+        &mut self,
+        isolated: Isolated,
+        needs: Services,
+        grants: &[&Grant],
+        order: impl Fn(&Self, &Isolated, &NodeMask) -> Vec<NodeId>,
+    ) -> Result<Move, Stay> {
+        let planned = self.offered(isolated.node, needs).and_then(|()| {
+            let open = self.open_to(&isolated, grants);
+            let domain = isolated.page.domain;
+            let mut stay = Stay::NoTarget { domain };
+            for node in order(self, &isolated, &open) {
+                // Nobody holds it before the move is complete: until then it cannot move.
+                let policy = Policy::bind(NodeMask::of(node));
+                let request = Request { policy, domain, mobility: Mobility::Unmovable, ..Request::default() };
+                match self.alloc_under(&request, isolated.page.order, grants, Rights::DEMOTE_TO) {
+                    Ok(to) => return Ok(to),
+                    Err(cause) => stay = Stay::NoRoom { cause },
+                }
+            }
+            Err(stay)
+        });
+        match planned {
+            Ok(to) => Ok(Move { from: isolated, to }),
+            Err(stay) => {
+                self.put_back(&isolated);
+                Err(stay)
+            }
+        }
+    }
+
+    /// R14: sysram and what a grant shown opens with DEMOTE_TO, as far as the block's own domain reaches.
+    fn open_to(&self, isolated: &Isolated, grants: &[&Grant]) -> NodeMask {
+        let registry = &self.registry;
+        let mut open = *registry.sysram();
+        // R7: without a domain there is sysram only.
+        let Some(domain) = isolated.page.domain else { return open };
+        for grant in grants {
+            let nodes =
+                registry.grants.own(grant).and_then(|id| registry.grants.nodes_with(id, Rights::DEMOTE_TO));
+            open = nodes.map_or(open, |nodes| open.union(&nodes));
+        }
+        registry.effective(domain).map_or(NodeMask::EMPTY, |effective| open.intersection(effective))
+    }
+
+    fn offered(&self, node: NodeId, needs: Services) -> Result<(), Stay> {
+        let services = self.registry.spec(node).map_or(Services::empty(), |spec| spec.services);
+        let missing = needs - services;
+        if missing.is_empty() { Ok(()) } else { Err(Stay::NotOffered { node, missing }) }
+    }
+
+    /// The holder has copied: gives the old block back for the new one.
+    ///
+    /// # Errors
+    /// Both again, when the block is not the one that was to move.
+    pub fn complete(&mut self, moved: Move, old: Block) -> Result<Block, (Move, Block)> {
+        let isolated = &moved.from;
+        if (old.node, old.frame) != (isolated.node, isolated.page.frame) {
+            return Err((moved, old));
+        }
+        self.put_back(isolated);
+        match self.free(old) {
+            Ok(()) => {
+                self.track(&moved.to);
+                Ok(moved.to)
+            }
+            Err(FreeError::Foreign(old) | FreeError::Moving(old)) => {
+                // Another manager's block with the same place: the move stays as it was.
+                if let Some(entry) = self.registry.node_mut(moved.from.node) {
+                    entry.pages.isolate_one(moved.from.page.frame);
+                }
+                Err((moved, old))
+            }
+        }
+    }
+
+    /// The move does not happen: the old block stays, the new one is given back.
+    ///
+    /// # Errors
+    /// [`FreeError::Foreign`] when the move is another manager's.
+    pub fn call_off(&mut self, moved: Move) -> Result<(), FreeError> {
+        self.free(moved.to)?;
+        self.put_back(&moved.from);
+        Ok(())
+    }
+}

@@ -1,0 +1,180 @@
+//! Tiers: nodes ordered by what an access costs; demotion goes down, promotion up (mm/memory-tiers.c).
+//!
+//! A node's *abstract distance* follows from its latency and bandwidth relative to plain DRAM's; a tier holds the nodes whose
+//! distances fall into one chunk. [`Tiers::demotion_order`] and [`Tiers::promotion_order`] say where a page may go next,
+//! nearest first, out of the nodes that its domain and the grants allow (R14). [`RateLimit`] bounds promotion.
+//! Pure. Called by [`migrate`](crate::migrate).
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+
+use crate::distance::Distances;
+use crate::nodemask::NodeMask;
+use crate::units::{Bytes, NodeId, Time};
+
+/// Width of a tier in abstract distance (`MEMTIER_CHUNK_SIZE`).
+pub const CHUNK: u64 = 128;
+/// Abstract distance of DRAM: the middle of its tier (`MEMTIER_ADISTANCE_DRAM`).
+pub const DRAM: u64 = 4 * CHUNK + CHUNK / 2;
+
+/// What an access to a node costs, from where it is fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Performance {
+    /// Mean of read and write, ns; at least 1.
+    pub latency_ns: u64,
+    /// Mean of read and write, MiB/s; at least 1.
+    pub bandwidth_mib_s: u64,
+}
+
+impl Performance {
+    /// The abstract distance where `dram` performs at [`DRAM`]: in proportion to latency, and to the inverse of bandwidth
+    /// (`mt_perf_to_adistance`).
+    ///
+    /// ```
+    /// use spmem_core::tier::{DRAM, Performance};
+    /// let dram = Performance { latency_ns: 80, bandwidth_mib_s: 100_000 };
+    /// let cxl = Performance { latency_ns: 240, bandwidth_mib_s: 50_000 };
+    /// assert_eq!((dram.abstract_distance(&dram), cxl.abstract_distance(&dram)), (DRAM, 6 * DRAM));
+    /// ```
+    pub fn abstract_distance(&self, dram: &Self) -> u64 {
+        let scaled =
+            u128::from(DRAM) * u128::from(self.latency_ns.max(1)) * u128::from(dram.bandwidth_mib_s.max(1));
+        let by = u128::from(dram.latency_ns.max(1)) * u128::from(self.bandwidth_mib_s.max(1));
+        u64::try_from(scaled / by).unwrap_or(u64::MAX)
+    }
+}
+
+/// The tiers of a machine; the lowest number is the fastest.
+///
+/// ```
+/// use spmem_core::tier::{DRAM, Tiers};
+/// use spmem_core::units::NodeId;
+/// let mut tiers = Tiers::default();
+/// tiers.set(NodeId::ONE, 3 * DRAM);
+/// assert!(tiers.tier(NodeId::ZERO) < tiers.tier(NodeId::ONE));
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Tiers(BTreeMap<NodeId, u64>);
+
+impl Tiers {
+    /// Sets a node's abstract distance.
+    pub fn set(&mut self, node: NodeId, abstract_distance: u64) {
+        self.0.insert(node, abstract_distance);
+    }
+
+    /// A node is gone.
+    pub(crate) fn forget(&mut self, node: NodeId) {
+        self.0.remove(&node);
+    }
+
+    /// The tier of a node; that of DRAM where nothing is known.
+    pub fn tier(&self, node: NodeId) -> u64 {
+        self.0.get(&node).copied().unwrap_or(DRAM) / CHUNK
+    }
+
+    /// The nodes of `allowed` that lie in lower tiers than `from`: the next tier first, and within it the nearest; then the
+    /// tiers below.
+    pub fn demotion_order(&self, from: NodeId, allowed: &NodeMask, distances: &Distances) -> Vec<NodeId> {
+        let own = self.tier(from);
+        let mut nodes = distances.order(from, allowed);
+        nodes.retain(|&node| self.tier(node) > own);
+        nodes.sort_by_key(|&node| self.tier(node));
+        nodes
+    }
+
+    /// The nodes of `allowed` that lie in higher tiers than `from`: the highest first, and within it the nearest to where the
+    /// page is used.
+    pub fn promotion_order(
+        &self,
+        from: NodeId,
+        used_at: NodeId,
+        allowed: &NodeMask,
+        distances: &Distances,
+    ) -> Vec<NodeId> {
+        let own = self.tier(from);
+        let mut nodes = distances.order(used_at, allowed);
+        nodes.retain(|&node| self.tier(node) < own);
+        nodes.sort_by_key(|&node| self.tier(node));
+        nodes
+    }
+}
+
+/// So many bytes a second, and what has saved up of it for at most a second (`numa_balancing_promote_rate_limit_MBps`).
+///
+/// ```
+/// use spmem_core::{tier::RateLimit, units::{Bytes, Time}};
+/// let mut limit = RateLimit::new(Bytes(1 << 20), Time(0));
+/// assert!(limit.take(Bytes(1 << 20), Time(0)) && !limit.take(Bytes(4096), Time(0)));
+/// assert!(limit.take(Bytes(4096), Time(10_000_000))); // a hundredth of a second brings 10 KiB
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimit {
+    per_second: Bytes,
+    saved: u64,
+    since: Time,
+}
+
+impl RateLimit {
+    /// A second's worth is there at once.
+    pub const fn new(per_second: Bytes, now: Time) -> Self {
+        Self { per_second, saved: per_second.0, since: now }
+    }
+
+    /// Takes `bytes`, if there are so many; whether it did.
+    pub fn take(&mut self, bytes: Bytes, now: Time) -> bool {
+        let gained = u128::from(self.per_second.0) * u128::from(now.since(self.since)) / 1_000_000_000;
+        // What is less than a byte is kept for the next time by not moving on.
+        if gained > 0 {
+            let saved = u128::from(self.saved).saturating_add(gained).min(u128::from(self.per_second.0));
+            self.saved = u64::try_from(saved).unwrap_or(self.per_second.0);
+            self.since = now;
+        }
+        let may = bytes.0 <= self.saved;
+        if may {
+            self.saved -= bytes.0;
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(node: u16) -> NodeId {
+        NodeId::new(node).unwrap()
+    }
+
+    #[test]
+    fn demotion_goes_to_the_next_tier_first_and_there_to_the_nearest_and_never_up_or_aside() {
+        let (mut tiers, mut distances) = (Tiers::default(), Distances::default());
+        for (node, adistance) in [(0, DRAM), (1, DRAM), (2, 3 * DRAM), (3, 3 * DRAM), (4, 9 * DRAM), (5, DRAM / 2)]
+        {
+            tiers.set(id(node), adistance);
+        }
+        distances.set(id(0), id(3), 15).unwrap();
+        distances.set(id(0), id(4), 12).unwrap();
+        let all = NodeMask::ALL.intersection(&(0..6).map(id).collect());
+        let order = |from| tiers.demotion_order(id(from), &all, &distances);
+        assert_eq!(order(0), [id(3), id(2), id(4)]);
+        assert_eq!(order(4), []);
+        assert_eq!(tiers.promotion_order(id(4), id(0), &all, &distances), [id(5), id(0), id(1), id(3), id(2)]);
+        assert_eq!(
+            tiers.demotion_order(id(0), &id(4).into(), &distances),
+            [id(4)],
+            "what is not allowed is passed over"
+        );
+    }
+
+    #[test]
+    fn a_rate_is_kept_however_it_is_asked_for() {
+        let mut limit = RateLimit::new(Bytes(1_000_000), Time(0));
+        let mut taken = 0;
+        for ms in 0..10_000_u64 {
+            while limit.take(Bytes(300), Time(ms * 1_000_000)) {
+                taken += 300;
+            }
+        }
+        assert!((10_900_000..=11_000_000).contains(&taken), "{taken}: ten seconds, and one that was saved up");
+    }
+}
