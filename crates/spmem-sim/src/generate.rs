@@ -4,6 +4,7 @@
 use rand::seq::IteratorRandom;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
+use spmem_core::node::Services;
 use spmem_core::units::PAGE_SIZE;
 
 use crate::step::{Mode, Step, Terms};
@@ -18,6 +19,10 @@ const DOMAINS: usize = 24;
 
 /// Bind is what components use.
 const MODES: [Mode; 5] = [Mode::Bind, Mode::Bind, Mode::PreferredMany, Mode::Interleave, Mode::WeightedInterleave];
+
+/// All, none, and what a node without the rest might offer.
+const SERVICES: [Services; 6] =
+    [Services::all(), Services::all(), Services::all(), Services::empty(), Services::RECLAIM, Services::MIGRATION];
 
 /// Makes steps for a world. The same seed and the same world give the same steps.
 #[derive(Debug)]
@@ -58,10 +63,17 @@ impl Generator {
             20..25 => self.narrow(world),
             25..27 => Step::Revoke { grant: self.grant(world) },
             27..29 => Step::Release { grant: self.grant(world) },
+            32..36 => Step::Use { block: self.block(world) },
+            36..40 => Step::Demote {
+                node: self.random.random_range(0..NODES),
+                wanted: self.random.random_range(1..40),
+                grants: (0..4).map(|_| self.grant(world)).collect(),
+                is_completed: self.random.random_bool(0.8),
+            },
+            40..42 => Step::Gather { path: self.path(world), grants: (0..4).map(|_| self.grant(world)).collect() },
             29..32 => Step::Advance { ns: self.random.random_range(0..1000) },
             _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
-                let block = model.blocks.keys().copied().choose(&mut self.random).unwrap_or(0);
-                Step::Free { block, is_zeroed: self.random.random_bool(0.3) }
+                Step::Free { block: self.block(world), is_zeroed: self.random.random_bool(0.3) }
             }
             _ => self.alloc(world),
         }
@@ -74,6 +86,8 @@ impl Generator {
             is_easy: self.random.random(),
             frames: self.random.random_range(1..1200),
             is_zero: self.random.random(),
+            services: SERVICES[self.random.random_range(0..SERVICES.len())].bits(),
+            tier: self.random.random_range(0..3),
         }
     }
 
@@ -89,6 +103,7 @@ impl Generator {
             asked: self.random.random_bool(0.7).then(|| self.nodes()),
             mode: MODES[self.random.random_range(0..MODES.len())],
             grants: (0..shown).map(|_| self.grant(world)).collect(),
+            is_movable: self.random.random_bool(0.7),
         }
     }
 
@@ -126,6 +141,10 @@ impl Generator {
     fn grant(&mut self, world: &World) -> u32 {
         let recent = world.model.grants.keys().rev().copied().take(12);
         recent.choose(&mut self.random).unwrap_or(0)
+    }
+
+    fn block(&mut self, world: &World) -> u32 {
+        world.model.blocks.keys().copied().choose(&mut self.random).unwrap_or(0)
     }
 
     fn path(&mut self, world: &World) -> String {

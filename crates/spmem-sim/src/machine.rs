@@ -29,7 +29,15 @@ impl Shape {
         let mut steps = Vec::new();
         for node in 0..self.nodes {
             let (is_spm, is_easy) = (node % 2 == 1, node % 4 == 3);
-            steps.push(Step::AddNode { node, is_spm, is_easy, frames: self.frames_per_node, is_zero: true });
+            steps.push(Step::AddNode {
+                node,
+                is_spm,
+                is_easy,
+                frames: self.frames_per_node,
+                is_zero: true,
+                services: spmem_core::node::Services::all().bits(),
+                tier: u8::from(is_spm),
+            });
             if is_spm {
                 let terms = Terms { rights: 0x3f, quota: u64::MAX, expires: None };
                 steps.push(Step::Grant { grant: u32::from(node), nodes: vec![node], terms });

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use spmem_core::grant::Rights;
+use spmem_core::node::Services;
 
 use crate::step::{Mode, Terms};
 
@@ -12,6 +13,8 @@ pub(crate) type Set = BTreeSet<u16>;
 pub(crate) struct Node {
     pub(crate) is_spm: bool,
     pub(crate) is_easy: bool,
+    pub(crate) services: Services,
+    pub(crate) tier: u8,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +42,7 @@ pub(crate) struct Block {
     pub(crate) node: u16,
     pub(crate) first: u32,
     pub(crate) frames: u64,
+    pub(crate) is_movable: bool,
 }
 
 /// What a request says.
@@ -93,8 +97,9 @@ impl Model {
             .is_some_and(|grant| grant.is_held && !grant.is_revoked && grant.terms.ends() > self.now)
     }
 
-    fn opens(&self, grant: u32) -> Set {
-        let carries = |grant: &&Grant| Rights::from_bits_truncate(grant.terms.rights).contains(Rights::ALLOC);
+    /// The nodes on which a grant carries a right.
+    pub(crate) fn opens(&self, grant: u32, right: Rights) -> Set {
+        let carries = |grant: &&Grant| Rights::from_bits_truncate(grant.terms.rights).contains(right);
         let grant = self.grants.get(&grant).filter(|_| self.is_live(grant)).filter(carries);
         grant.map(|grant| grant.nodes.clone()).unwrap_or_default()
     }
@@ -120,7 +125,7 @@ impl Model {
 
     fn open(&self, request: &Request<'_>, sysram: &Set) -> Set {
         let mut open = sysram.clone();
-        request.grants.iter().for_each(|&grant| open.extend(self.opens(grant)));
+        request.grants.iter().for_each(|&grant| open.extend(self.opens(grant, Rights::ALLOC)));
         if request.mode == Mode::Bind {
             open.extend(self.nodes.iter().filter(|(_, node)| node.is_spm && node.is_easy).map(|(&node, _)| node));
         }
@@ -128,9 +133,9 @@ impl Model {
     }
 
     /// The grant that pays for `bytes` on an SPM node, if one can: the first shown that opens it and has the quota.
-    pub(crate) fn payer(&self, request: &Request<'_>, node: u16, bytes: u64) -> Payer {
+    pub(crate) fn payer(&self, shown: &[u32], right: Rights, node: u16, bytes: u64) -> Payer {
         let covering: Vec<u32> =
-            request.grants.iter().copied().filter(|&grant| self.opens(grant).contains(&node)).collect();
+            shown.iter().copied().filter(|&grant| self.opens(grant, right).contains(&node)).collect();
         match covering.iter().find(|&&grant| self.left(grant) >= bytes) {
             Some(&grant) => Payer::Grant(grant),
             None if covering.is_empty() => Payer::Nobody,

@@ -24,6 +24,10 @@ pub enum Step {
         frames: u64,
         /// Whether they hold zeros (R21).
         is_zero: bool,
+        /// Services, a bit each, in the order of `spmem_core::node::Services` (R3).
+        services: u16,
+        /// How far below DRAM it is, in tiers.
+        tier: u8,
     },
     /// A node loses its range and is unregistered; refused while frames are in use (R1).
     RemoveNode {
@@ -101,6 +105,31 @@ pub enum Step {
         asked: Option<Vec<u16>>,
         /// How strongly.
         mode: Mode,
+        /// The grants shown.
+        grants: Vec<u32>,
+        /// Whether its holder moves it when asked to.
+        is_movable: bool,
+    },
+    /// A block is used.
+    Use {
+        /// Its number.
+        block: u32,
+    },
+    /// Cold blocks of a node are demoted (R14, R15).
+    Demote {
+        /// The node.
+        node: u16,
+        /// How many, at most.
+        wanted: usize,
+        /// The grants shown.
+        grants: Vec<u32>,
+        /// Whether the moves are completed, or called off.
+        is_completed: bool,
+    },
+    /// What lies outside a domain's masks is moved inside (R5).
+    Gather {
+        /// Its path.
+        path: String,
         /// The grants shown.
         grants: Vec<u32>,
     },

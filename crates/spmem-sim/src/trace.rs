@@ -6,7 +6,7 @@
 //! use spmem_sim::{Step, trace};
 //! let text = concat!(
 //!     "{\"spmem_trace\":1}\n",
-//!     "{\"add_node\":{\"node\":0,\"is_spm\":false,\"is_easy\":false,\"frames\":1024,\"is_zero\":true}}\n",
+//!     "{\"add_node\":{\"node\":0,\"is_spm\":false,\"is_easy\":false,\"frames\":1024,\"is_zero\":true,\"services\":0,\"tier\":0}}\n",
 //!     "{\"advance\":{\"ns\":1000}}\n",
 //! );
 //! let steps = trace::read(text).unwrap();

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use spmem_core::grant::{Grant, GrantId};
+use spmem_core::grant::{Grant, GrantId, Rights};
+use spmem_core::migrate::{Move, Stay};
 use spmem_core::mm::{AllocError, Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::page::Pages;
 use spmem_core::policy::{Flags, Policy};
+use spmem_core::tier::DRAM;
 use spmem_core::units::{DomainId, FrameCount, NodeId, Order, Time};
-use spmem_core::wall::{MAX_SHOWN, Request};
+use spmem_core::wall::{MAX_SHOWN, Mobility, Request};
 use spmem_core::zero::Initial;
 
 use crate::check::{Violation, hold};
@@ -79,9 +82,11 @@ impl World {
     /// [`Violation`]: a rule is broken.
     pub fn apply(&mut self, step: &Step) -> Applied {
         match step {
-            Step::AddNode { node, is_spm, is_easy, frames, is_zero } => {
+            Step::AddNode { node, is_spm, is_easy, frames, is_zero, services, tier } => {
                 let initial = if *is_zero { Initial::Zero } else { Initial::Unknown };
-                self.add_node(*node, *is_spm, *is_easy, *frames, initial)
+                let services = Services::from_bits_truncate(*services);
+                let known = model::Node { is_spm: *is_spm, is_easy: *is_easy, services, tier: *tier };
+                self.add_node(*node, known, *frames, initial)
             }
             Step::RemoveNode { node } => self.remove_node(*node),
             Step::MakeDomain { path } => self.make_domain(path),
@@ -93,26 +98,38 @@ impl World {
             Step::Revoke { grant } => self.revoke(*grant),
             Step::Release { grant } => Ok(self.release(*grant)),
             Step::Advance { ns } => self.advance(*ns),
-            Step::Alloc { block, domain, order, asked, mode, grants } => {
+            Step::Alloc { block, domain, order, asked, mode, grants, is_movable } => {
                 let asked = asked.as_ref().map(|nodes| nodes.iter().copied().collect());
                 let request = model::Request { domain: domain.as_deref(), asked, mode: *mode, grants };
-                self.alloc(*block, *order, &request)
+                self.alloc(*block, *order, &request, *is_movable)
             }
+            Step::Use { block } => {
+                let Some(block) = self.blocks.get(block) else { return refused("no block") };
+                self.mm.note_used(block);
+                Ok(Outcome::Done)
+            }
+            Step::Demote { node, wanted, grants, is_completed } => {
+                self.demote(*node, *wanted, grants, *is_completed)
+            }
+            Step::Gather { path, grants } => self.gather(path, grants),
             Step::Free { block, is_zeroed } => self.free(*block, *is_zeroed),
         }
     }
 
-    fn add_node(&mut self, node: u16, is_spm: bool, is_easy: bool, frames: u64, initial: Initial) -> Applied {
+    fn add_node(&mut self, node: u16, known: model::Node, frames: u64, initial: Initial) -> Applied {
         let Ok(id) = NodeId::new(node) else { return refused("no such node can be") };
         let spec = NodeSpec {
-            node_type: if is_spm { NodeType::Spm } else { NodeType::Sysram },
-            class: if is_spm { Class::Slow } else { Class::Plain },
-            services: Services::empty(),
-            guard: if is_easy { Guard::Easy } else { Guard::Hard },
+            node_type: if known.is_spm { NodeType::Spm } else { NodeType::Sysram },
+            class: if known.is_spm { Class::Slow } else { Class::Plain },
+            services: known.services,
+            guard: if known.is_easy { Guard::Easy } else { Guard::Hard },
             owner: "simulated".into(),
         };
         if frames == 0 {
             return refused("a node without frames");
+        }
+        if let Err(error) = known.services.check() {
+            return refused(error);
         }
         let result = self.mm.registry_mut().register(id, spec.clone());
         let is_known = self.model.nodes.contains_key(&node);
@@ -129,7 +146,8 @@ impl World {
             self.model.set_written(node, first, frames, true);
         }
         self.owners.insert(node, owner);
-        self.model.nodes.insert(node, model::Node { is_spm, is_easy });
+        self.mm.registry_mut().set_abstract_distance(id, DRAM * (1 + 2 * u64::from(known.tier)));
+        self.model.nodes.insert(node, known);
         self.check_step()
     }
 
@@ -309,7 +327,7 @@ impl World {
         Ok(Outcome::Done)
     }
 
-    fn alloc(&mut self, number: u32, order: u8, asked: &model::Request<'_>) -> Applied {
+    fn alloc(&mut self, number: u32, order: u8, asked: &model::Request<'_>, is_movable: bool) -> Applied {
         let (Ok(order), false) = (Order::new(order), self.blocks.contains_key(&number)) else {
             return refused("no such order, or a block of that number");
         };
@@ -330,11 +348,12 @@ impl World {
         };
         let shown: Vec<&Grant> =
             asked.grants.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
-        let request = Request { policy, domain, grants: &shown, ..Request::default() };
+        let mobility = if is_movable { Mobility::Movable } else { Mobility::Unmovable };
+        let request = Request { policy, domain, grants: &shown, mobility, ..Request::default() };
         let allowed = self.model.allowed(asked);
         match self.mm.alloc(&request, order) {
             Ok(block) => {
-                self.take(number, block, asked, &allowed)?;
+                self.take(number, block, asked, &allowed, is_movable)?;
                 Ok(Outcome::Done)
             }
             Err(AllocError::Refused(refusal)) => {
@@ -345,7 +364,7 @@ impl World {
                 let bytes = order.bytes().0;
                 let has_room = |node: u16| {
                     let frames = NodeId::new(node).ok().and_then(|node| self.mm.registry().frames(node));
-                    let is_paid = self.model.payer(asked, node, bytes) != Payer::OverQuota;
+                    let is_paid = self.model.payer(asked.grants, Rights::ALLOC, node, bytes) != Payer::OverQuota;
                     is_paid && frames.is_some_and(|frames| frames.largest_free() >= Some(order))
                 };
                 let room = allowed.iter().copied().find(|&node| has_room(node));
@@ -362,13 +381,14 @@ impl World {
         block: Block,
         asked: &model::Request<'_>,
         allowed: &Set,
+        is_movable: bool,
     ) -> Result<(), Violation> {
         let (node, first, frames) = (block.node().get(), block.first_frame().0, block.order().frames().0);
         hold("R6", allowed.contains(&node), || format!("{asked:?} got node {node}, allowed are {allowed:?}"))?;
         let mut grant = None;
         let known = &self.model.nodes[&node];
         if known.is_spm {
-            match self.model.payer(asked, node, block.bytes().0) {
+            match self.model.payer(asked.grants, Rights::ALLOC, node, block.bytes().0) {
                 Payer::Grant(payer) => grant = Some(payer),
                 Payer::Nobody => {
                     let is_named = known.is_easy && asked.mode == Mode::Bind && asked.asked.is_some();
@@ -377,13 +397,17 @@ impl World {
                 Payer::OverQuota => hold("R12", false, || format!("{asked:?} exceeds its quota on node {node}"))?,
             }
         }
+        let domain = asked.domain.map(str::to_owned);
+        self.settle(number, block, model::Block { domain, grant, node, first, frames, is_movable })
+    }
+
+    /// A block has a place: nobody else's, and zero if it is said to be.
+    fn settle(&mut self, number: u32, block: Block, known: model::Block) -> Result<(), Violation> {
+        let model::Block { node, first, frames, grant, .. } = known;
         let owner = self.model.owner_of(node, first, frames);
         hold("frames", owner.is_none(), || format!("frame {first} of node {node} is block {owner:?}'s already"))?;
         let is_aligned = u64::from(first).is_multiple_of(frames);
         hold("frames", is_aligned, || format!("a block of {frames} frames at frame {first}"))?;
-        if let Some(grant) = grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
-            grant.used += block.bytes().0;
-        }
         let is_zero = self.model.is_zero(node, first, frames);
         hold("R21", block.is_zeroed() == is_zero, || {
             format!(
@@ -392,26 +416,131 @@ impl World {
             )
         })?;
         self.model.set_written(node, first, frames, true);
-        let domain = asked.domain.map(str::to_owned);
+        if let Some(grant) = grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
+            grant.used += block.bytes().0;
+        }
         self.model.owned.insert((node, first), (frames, number));
-        self.model.blocks.insert(number, model::Block { domain, grant, node, first, frames });
+        self.model.blocks.insert(number, known);
         self.blocks.insert(number, block);
         self.check_node(node)
     }
 
-    fn free(&mut self, number: u32, is_zeroed: bool) -> Applied {
-        let (Some(block), Some(known)) = (self.blocks.remove(&number), self.model.blocks.remove(&number)) else {
-            return refused("no block");
+    /// A block leaves its place.
+    fn unsettle(&mut self, number: u32) -> Option<(Block, model::Block)> {
+        let (block, known) = (self.blocks.remove(&number)?, self.model.blocks.remove(&number)?);
+        self.model.owned.remove(&(known.node, known.first));
+        if let Some(grant) = known.grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
+            grant.used -= block.bytes().0;
+        }
+        Some((block, known))
+    }
+
+    /// R14, R15: cold blocks go down.
+    fn demote(&mut self, node: u16, wanted: usize, shown: &[u32], is_completed: bool) -> Applied {
+        let (Ok(id), Some(known)) = (NodeId::new(node), self.model.nodes.get(&node)) else {
+            return refused("no node");
         };
-        let bytes = block.bytes().0;
+        let services = known.services;
+        let looked_at = |mm: &MemoryManager| mm.registry().pages(id).map(Pages::looked_at);
+        let before = looked_at(&self.mm);
+        let taken = self.mm.take_cold(id, wanted);
+        let may_look = services.contains(Services::RECLAIM);
+        hold("R15", may_look || taken.is_empty() && looked_at(&self.mm) == before, || {
+            format!("node {node} was searched without RECLAIM")
+        })?;
+        let needs = Services::DEMOTION | Services::MIGRATION;
+        for isolated in taken {
+            let grants: Vec<&Grant> =
+                shown.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
+            match self.mm.plan_demotion(isolated, &grants) {
+                Ok(planned) => {
+                    hold("R15", services.contains(needs), || format!("node {node} demotes without the services"))?;
+                    let tier = |node: NodeId| self.model.nodes[&node.get()].tier;
+                    let (from, to) = (id, planned.to().node());
+                    hold("R14", tier(to) > tier(from), || format!("node {from} demotes to node {to}"))?;
+                    self.finish(planned, shown, is_completed)?;
+                }
+                Err(stay) => {
+                    let is_reason = !matches!(stay, Stay::NotOffered { .. }) || !services.contains(needs);
+                    hold("R3", is_reason, || format!("node {node}: {stay}"))?;
+                }
+            }
+        }
+        self.check_node(node)?;
+        Ok(Outcome::Done)
+    }
+
+    /// R5: what lies outside a domain's masks moves inside, or stays for a reason.
+    fn gather(&mut self, path: &str, shown: &[u32]) -> Applied {
+        if !self.model.domains.contains_key(path) {
+            return refused("no domain");
+        }
+        let effective = self.model.effective(path);
+        let outside = self.model.blocks.iter();
+        let outside = outside.filter(|(_, b)| b.domain.as_deref() == Some(path) && !effective.contains(&b.node));
+        let outside: Vec<u32> = outside.map(|(&number, _)| number).collect();
+        for number in outside {
+            let (is_movable, node) = (self.model.blocks[&number].is_movable, self.model.blocks[&number].node);
+            let has_service = self.model.nodes[&node].services.contains(Services::MIGRATION);
+            let isolated = match self.mm.take(&self.blocks[&number]) {
+                Ok(isolated) => isolated,
+                Err(stay) => {
+                    hold("R5", !is_movable || !has_service, || format!("block {number} cannot move: {stay}"))?;
+                    continue;
+                }
+            };
+            hold("R15", is_movable && has_service, || format!("block {number} of node {node} moves"))?;
+            let grants: Vec<&Grant> =
+                shown.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
+            if let Ok(planned) = self.mm.plan_evacuation(isolated, &mask_of(&effective), &grants) {
+                self.finish(planned, shown, true)?;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Completes a move, or calls it off, and holds it against R12 and R14.
+    fn finish(&mut self, planned: Move, shown: &[u32], is_completed: bool) -> Result<(), Violation> {
+        let from = (planned.from().node().get(), planned.from().page().frame.0);
+        let number = self.model.owned.get(&from).map(|&(_, number)| number);
+        let Some(number) = number else { return hold("frames", false, || format!("nobody owns {from:?}")) };
+        let to = planned.to();
+        let (node, first, frames) = (to.node().get(), to.first_frame().0, to.order().frames().0);
+        let known = &self.model.blocks[&number];
+        let reach =
+            known.domain.as_deref().map_or_else(|| self.model.of_type(false), |path| self.model.effective(path));
+        hold("R14", reach.contains(&node), || format!("block {number} goes to node {node}, outside its domain"))?;
+        let payer = self.model.payer(shown, Rights::DEMOTE_TO, node, to.bytes().0);
+        let grant = match payer {
+            _ if !self.model.nodes[&node].is_spm => None,
+            Payer::Grant(grant) => Some(grant),
+            Payer::Nobody | Payer::OverQuota => {
+                return hold("R14", false, || format!("block {number} goes to SPM node {node}: {payer:?}"));
+            }
+        };
+        if !is_completed {
+            // What was allocated for it counts as written all the same.
+            self.model.set_written(node, first, frames, true);
+            let is_off = self.mm.call_off(planned);
+            return hold("R14", is_off.is_ok(), || format!("a move cannot be called off: {is_off:?}"));
+        }
+        let (domain, is_movable) = (known.domain.clone(), known.is_movable);
+        let Some((old, _)) = self.unsettle(number) else { return Ok(()) };
+        match self.mm.complete(planned, old) {
+            Ok(new) => {
+                self.settle(number, new, model::Block { domain, grant, node, first, frames, is_movable })?;
+                self.check_node(from.0)
+            }
+            Err(_) => hold("R14", false, || format!("the move of block {number} cannot be completed")),
+        }
+    }
+
+    fn free(&mut self, number: u32, is_zeroed: bool) -> Applied {
+        let Some((block, known)) = self.unsettle(number) else { return refused("no block") };
         let freed = if is_zeroed { self.mm.free_zeroed(block) } else { self.mm.free(block) };
         hold("frames", freed.is_ok(), || format!("block {number} is not taken back: {freed:?}"))?;
-        self.model.owned.remove(&(known.node, known.first));
         if is_zeroed {
             self.model.set_written(known.node, known.first, known.frames, false);
-        }
-        if let Some(grant) = known.grant.and_then(|grant| self.model.grants.get_mut(&grant)) {
-            grant.used -= bytes;
         }
         self.check_node(known.node)?;
         Ok(Outcome::Done)

@@ -1,4 +1,4 @@
-//! R1 to R13 and R21 on random machines: every step of many seeds is held against the model.
+//! R1 to R15 and R21 on random machines: every step of many seeds is held against the model.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use spmem_sim::{Generator, Outcome, World, trace};
