@@ -135,6 +135,13 @@ impl MemoryManager {
         FrameCount(if is_due { marks.high().0.saturating_sub(free.0) } else { 0 })
     }
 
+    /// Reclaim has freed so many frames of a node: a boost of its marks is paid off by as much.
+    pub fn note_reclaimed(&mut self, node: NodeId, freed: FrameCount) {
+        if let Some(entry) = self.registry.node_mut(node) {
+            entry.watermarks.pay_off(freed);
+        }
+    }
+
     /// Takes up to `wanted` blocks that were not used for longest, to be moved. From a node without RECLAIM none, and it is
     /// not even looked at (R15).
     pub fn take_cold(&mut self, node: NodeId, wanted: usize) -> Vec<Isolated> {

@@ -10,6 +10,7 @@ use core::num::NonZeroU16;
 use crate::frames::FramesError;
 use crate::grant::{Grant, GrantError, GrantId, Rights};
 use crate::node::Services;
+use crate::oom::{self, Use, Victim};
 use crate::registry::{Node, Registry};
 use crate::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
 use crate::wall::{Mobility, Pass, Refusal, Request, Reserve};
@@ -72,7 +73,7 @@ impl Block {
     }
 }
 
-/// Why nothing was allocated. Nothing has changed.
+/// Why nothing was allocated. Nothing has changed, but that the marks of a node may be boosted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AllocError {
     /// The wall leaves no node (R8).
@@ -350,6 +351,10 @@ impl MemoryManager {
                 Ok(block)
             }
             Err(cause) => {
+                // Enough frames, but none of that size together: more must be freed than the marks ask for.
+                if entry.frames.free() >= order.frames() {
+                    entry.watermarks.boost(order.frames());
+                }
                 if charged != UNCHARGED {
                     self.registry.grants.uncharge(charged, order.bytes());
                 }
@@ -392,6 +397,21 @@ impl MemoryManager {
     ) -> Result<Option<u16>, GrantError> {
         let grants = &mut self.registry.grants;
         if grants.allows(grant, node, right)? { grants.charge(grant, order.bytes()).map(Some) } else { Ok(None) }
+    }
+
+    /// Who must give when `node` has nothing left and nothing of it can move: of the domains that use it, the one that exceeds
+    /// its `share` of it by most. `None` for a node that is not OOM_ELIGIBLE: there the request fails (R10, R16).
+    pub fn choose_victim(&self, node: NodeId, share: impl Fn(DomainId) -> FrameCount) -> Option<Victim> {
+        let spec = self.registry.spec(node)?;
+        if !spec.services.contains(Services::OOM_ELIGIBLE) {
+            return None;
+        }
+        let uses = self.registry.domains().map(|domain| Use {
+            domain,
+            used: self.registry.used_by(domain, node),
+            share: share(domain),
+        });
+        oom::choose(uses)
     }
 
     fn tag(&self) -> NonZeroU16 {

@@ -1,23 +1,20 @@
 //! Out of memory: who must give when a node has nothing left and nothing of it can move (mm/oom_kill.c).
 //!
-//! [`choose`] names a domain, by what it uses of the nodes that are short relative to its share; whoever runs things decides
-//! what that means. It never answers with another node: pressure on sysram makes no SPM node a fallback, and none on an SPM
+//! [`choose`] names a domain, by what it uses of the node that is short relative to its share; whoever runs things decides
+//! what that means ([`MemoryManager::choose_victim`](crate::mm::MemoryManager::choose_victim)). It never answers with another node: pressure on sysram makes no SPM node a fallback, and none on an SPM
 //! node takes more sysram (R10, R16). Pure.
 
 use crate::units::{DomainId, FrameCount};
 
-/// A domain that uses frames of the nodes that are short. The caller leaves out those whose masks do not reach them, and
-/// nodes without OOM_ELIGIBLE.
+/// What a domain uses of the node that is short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Use {
     /// The domain.
     pub domain: DomainId,
-    /// What it uses of these nodes.
+    /// What it uses of the node.
     pub used: FrameCount,
-    /// What it is meant to have of them at least; 0 for nothing in particular.
+    /// What it is meant to have of it at least; 0 for nothing in particular.
     pub share: FrameCount,
-    /// It may be chosen.
-    pub is_eligible: bool,
 }
 
 /// Who must give.
@@ -31,7 +28,7 @@ pub struct Victim {
     pub excess: FrameCount,
 }
 
-/// The eligible domain that exceeds its share by most; of those that do alike, the one that uses most, then the one with the
+/// The domain that exceeds its share by most; of those that do alike, the one that uses most, then the one with the
 /// lowest number. `None` when none uses anything: then the request must fail (R10).
 ///
 /// ```
@@ -41,13 +38,12 @@ pub struct Victim {
 ///     domain: DomainId::new(number).unwrap(),
 ///     used: FrameCount(used),
 ///     share: FrameCount(share),
-///     is_eligible: true,
 /// };
-/// let victim = choose(&[of(1, 900, 800), of(2, 500, 0)]).unwrap();
+/// let victim = choose([of(1, 900, 800), of(2, 500, 0)]).unwrap();
 /// assert_eq!((victim.domain.get(), victim.excess), (2, FrameCount(500)));
 /// ```
-pub fn choose(uses: &[Use]) -> Option<Victim> {
-    let victims = uses.iter().filter(|of| of.is_eligible && of.used.0 > 0).map(|of| Victim {
+pub fn choose(uses: impl IntoIterator<Item = Use>) -> Option<Victim> {
+    let victims = uses.into_iter().filter(|of| of.used.0 > 0).map(|of| Victim {
         domain: of.domain,
         used: of.used,
         excess: FrameCount(of.used.0.saturating_sub(of.share.0)),

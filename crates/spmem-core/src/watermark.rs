@@ -2,7 +2,8 @@
 //!
 //! [`Watermarks::observe`] turns a free count into a [`Pressure`]; allocation refuses to go below `min` unless the
 //! request may use the reserve, and the pressure loop starts at `low` and stops at `high`, as in the kernel's kswapd.
-//! Takes no lock. Hole: high orders are not boosted.
+//! A *boost* raises low and high for a while, so that reclaim frees more than it otherwise would: after a large block was not
+//! to be had although there were frames (mm/page_alloc.c, boost_watermark). What reclaim frees pays it off. Takes no lock.
 
 use core::fmt;
 
@@ -14,7 +15,11 @@ pub struct Watermarks {
     min: FrameCount,
     low: FrameCount,
     high: FrameCount,
+    boost: FrameCount,
 }
+
+/// The boost is at most so many thousandths of high (`watermark_boost_factor`, 150 %).
+pub const BOOST_MAX_PER_MILLE: u64 = 1500;
 
 /// How short a node is, mildest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,7 +72,7 @@ impl Watermarks {
     /// ```
     pub const fn new(min: FrameCount, low: FrameCount, high: FrameCount) -> Result<Self, WatermarkError> {
         if min.0 <= low.0 && low.0 <= high.0 {
-            Ok(Self { min, low, high })
+            Ok(Self { min, low, high, boost: FrameCount(0) })
         } else {
             Err(WatermarkError::NotRising { min, low, high })
         }
@@ -75,9 +80,9 @@ impl Watermarks {
 
     /// How short a node with `free` free frames is.
     pub const fn observe(&self, free: FrameCount) -> Pressure {
-        if free.0 >= self.high.0 {
+        if free.0 >= self.high().0 {
             Pressure::None
-        } else if free.0 >= self.low.0 {
+        } else if free.0 >= self.low().0 {
             Pressure::Easing
         } else if free.0 >= self.min.0 {
             Pressure::Short
@@ -91,14 +96,36 @@ impl Watermarks {
         self.min
     }
 
-    /// Where reclaim starts.
+    /// Where reclaim starts, the boost included.
     pub const fn low(&self) -> FrameCount {
-        self.low
+        FrameCount(self.low.0 + self.boost.0)
     }
 
-    /// Where reclaim stops.
+    /// Where reclaim stops, the boost included.
     pub const fn high(&self) -> FrameCount {
-        self.high
+        FrameCount(self.high.0 + self.boost.0)
+    }
+
+    /// Raises low and high by so many frames more, up to [`BOOST_MAX_PER_MILLE`] of high. Without a high mark nothing
+    /// happens: then nobody reclaims.
+    ///
+    /// ```
+    /// use spmem_core::{units::FrameCount, watermark::Watermarks};
+    /// let mut marks = Watermarks::new(FrameCount(10), FrameCount(20), FrameCount(30)).unwrap();
+    /// marks.boost(FrameCount(1000));
+    /// assert_eq!((marks.min(), marks.high()), (FrameCount(10), FrameCount(75)));
+    /// marks.pay_off(FrameCount(40));
+    /// assert_eq!(marks.high(), FrameCount(35));
+    /// ```
+    pub const fn boost(&mut self, by: FrameCount) {
+        let most = self.high.0.saturating_mul(BOOST_MAX_PER_MILLE) / 1000;
+        let boost = self.boost.0.saturating_add(by.0);
+        self.boost = FrameCount(if boost < most { boost } else { most });
+    }
+
+    /// Reclaim has freed so many frames: the boost is less by as much.
+    pub const fn pay_off(&mut self, freed: FrameCount) {
+        self.boost = FrameCount(self.boost.0.saturating_sub(freed.0));
     }
 }
 

@@ -348,6 +348,45 @@ fn cold_blocks_of_a_full_node_go_down_a_tier_and_the_used_ones_stay() {
 }
 
 #[test]
+fn a_large_block_that_is_not_to_be_had_raises_the_marks_until_reclaim_has_paid() {
+    let mut machine = Machine::new();
+    let marks = Watermarks::new(FrameCount(0), FrameCount(8), FrameCount(16)).unwrap();
+    machine.mm.registry_mut().set_watermarks(&machine.owners[0], marks).unwrap();
+    let mut held: Vec<Option<Block>> = (0..64).map(|_| machine.alloc(DomainId::ROOT, 0, 0)).collect();
+    for block in held.iter_mut().step_by(2) {
+        machine.mm.free(block.take().unwrap()).unwrap();
+    }
+    assert_eq!(machine.mm.shortage(id(0)), FrameCount(0), "half of it is free");
+    assert!(machine.alloc(DomainId::ROOT, 0, 4).is_none());
+    assert!(machine.alloc(DomainId::ROOT, 0, 4).is_none());
+    held.push(machine.alloc(DomainId::ROOT, 0, 0));
+    assert_eq!(machine.mm.shortage(id(0)), FrameCount(9), "31 are free, low is 32 and high 40 now");
+    machine.mm.note_reclaimed(id(0), FrameCount(24));
+    assert_eq!(machine.mm.shortage(id(0)), FrameCount(0));
+}
+
+#[test]
+fn the_domain_that_exceeds_its_share_by_most_must_give_and_only_on_a_node_that_asks_for_that() {
+    let mut machine = Machine::new();
+    let blocks: Vec<_> = (0..3).map(|_| machine.alloc(machine.inner, 0, 3).unwrap()).collect();
+    let more = machine.alloc(DomainId::ROOT, 0, 4).unwrap();
+    let share = |domain| FrameCount(if domain == DomainId::ROOT { 0 } else { 10 });
+    assert_eq!(machine.mm.choose_victim(id(0), share), None, "R3: no OOM_ELIGIBLE, no victim");
+    let spec = NodeSpec { services: Services::OOM_ELIGIBLE, ..machine.mm.registry().spec(id(0)).unwrap().clone() };
+    let owner = machine.mm.registry_mut().register(id(6), spec.clone()).unwrap();
+    let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
+    machine.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
+    let mine = machine.alloc(machine.inner, 6, 5).unwrap();
+    let theirs = machine.alloc(DomainId::ROOT, 6, 4).unwrap();
+    let victim = machine.mm.choose_victim(id(6), share).unwrap();
+    assert_eq!((victim.domain, victim.excess), (machine.inner, FrameCount(22)));
+    for block in blocks.into_iter().chain([more, mine, theirs]) {
+        machine.mm.free(block).unwrap();
+    }
+    assert_eq!(machine.mm.choose_victim(id(6), share), None, "who uses nothing has nothing to give");
+}
+
+#[test]
 fn a_move_of_one_manager_is_no_move_of_another() {
     let (mut mine, mut theirs) = (Machine::new(), Machine::new());
     let (my_block, their_block) =
