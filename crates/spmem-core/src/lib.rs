@@ -16,6 +16,7 @@
 
 extern crate alloc;
 
+pub mod compact;
 pub mod distance;
 pub mod domain;
 pub mod frames;

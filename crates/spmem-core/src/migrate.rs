@@ -18,7 +18,7 @@ use crate::node::Services;
 use crate::nodemask::NodeMask;
 use crate::page::Page;
 use crate::policy::Policy;
-use crate::units::{DomainId, FrameCount, NodeId};
+use crate::units::{DomainId, FrameCount, FrameNumber, NodeId};
 use crate::wall::{Mobility, Request};
 
 /// Frames looked at, for each block that is wanted, to find cold ones.
@@ -53,6 +53,10 @@ pub struct Move {
 }
 
 impl Move {
+    pub(crate) const fn new(from: Isolated, to: Block) -> Self {
+        Self { from, to }
+    }
+
     /// The block that is to move.
     pub const fn from(&self) -> &Isolated {
         &self.from
@@ -163,11 +167,14 @@ impl MemoryManager {
     /// [`Stay::NotOffered`] from a node without MIGRATION (R15), [`Stay::NotMovable`].
     pub fn take(&mut self, block: &Block) -> Result<Isolated, Stay> {
         self.offered(block.node, Services::MIGRATION)?;
-        let stay = Stay::NotMovable { node: block.node };
-        let entry = self.registry.node_mut(block.node).ok_or(stay)?;
-        let page = entry.pages.get(block.frame).ok_or(stay)?;
-        let is_taken = entry.pages.isolate_one(block.frame);
-        if is_taken { Ok(Isolated { node: block.node, page }) } else { Err(stay) }
+        self.take_at(block.node, block.frame).ok_or(Stay::NotMovable { node: block.node })
+    }
+
+    /// Takes the block that begins at a frame, if it can move.
+    pub(crate) fn take_at(&mut self, node: NodeId, frame: FrameNumber) -> Option<Isolated> {
+        let entry = self.registry.node_mut(node)?;
+        let page = entry.pages.get(frame)?;
+        entry.pages.isolate_one(frame).then_some(Isolated { node, page })
     }
 
     /// A block stays after all.
@@ -266,7 +273,7 @@ impl MemoryManager {
         registry.effective(domain).map_or(NodeMask::EMPTY, |effective| open.intersection(effective))
     }
 
-    fn offered(&self, node: NodeId, needs: Services) -> Result<(), Stay> {
+    pub(crate) fn offered(&self, node: NodeId, needs: Services) -> Result<(), Stay> {
         let services = self.registry.spec(node).map_or(Services::empty(), |spec| spec.services);
         let missing = needs - services;
         if missing.is_empty() { Ok(()) } else { Err(Stay::NotOffered { node, missing }) }
@@ -276,24 +283,21 @@ impl MemoryManager {
     ///
     /// # Errors
     /// Both again, when the block is not the one that was to move.
-    pub fn complete(&mut self, moved: Move, old: Block) -> Result<Block, (Move, Block)> {
+    pub fn complete(&mut self, mut moved: Move, mut old: Block) -> Result<Block, (Move, Block)> {
         let isolated = &moved.from;
-        if (old.node, old.frame) != (isolated.node, isolated.page.frame) {
+        if (old.node, old.frame) != (isolated.node, isolated.page.frame) || !self.is_own(&old) {
             return Err((moved, old));
         }
         self.put_back(isolated);
+        if moved.to.node == old.node {
+            Self::succeed(&mut old, &mut moved.to);
+        }
         match self.free(old) {
             Ok(()) => {
                 self.track(&moved.to);
                 Ok(moved.to)
             }
-            Err(FreeError::Foreign(old) | FreeError::Moving(old)) => {
-                // Another manager's block with the same place: the move stays as it was.
-                if let Some(entry) = self.registry.node_mut(moved.from.node) {
-                    entry.pages.isolate_one(moved.from.page.frame);
-                }
-                Err((moved, old))
-            }
+            Err(error) => unreachable!("it is this manager's and not on its way any more: {error}"),
         }
     }
 

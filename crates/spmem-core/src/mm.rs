@@ -261,6 +261,21 @@ impl MemoryManager {
         self.alloc_with(&mut pass, order)
     }
 
+    /// Allocates a block that takes another one's place on the same node, and its charges when it does ([`Self::succeed`]).
+    pub(crate) fn alloc_unpaid(&mut self, node: NodeId, order: Order) -> Option<Block> {
+        let registry = self.tag();
+        let entry = self.registry.node_mut(node)?;
+        let frame = entry.frames.alloc(order).ok()?;
+        let is_zeroed = entry.contents.give_out(frame, order);
+        Some(Block { frame, node, charged: UNCHARGED, domain: UNCHARGED, registry, order, is_zeroed })
+    }
+
+    /// An unpaid block takes over what the old one, of its size and node, was charged to.
+    pub(crate) const fn succeed(old: &mut Block, new: &mut Block) {
+        (new.charged, new.domain) = (old.charged, old.domain);
+        (old.charged, old.domain) = (UNCHARGED, UNCHARGED);
+    }
+
     /// Takes a block back; the domain and the grant it was charged to regain it, the grant also when it has ended since.
     ///
     /// # Errors
@@ -269,7 +284,7 @@ impl MemoryManager {
     /// # Panics
     /// When the block's frames are not what it says: an invariant of this crate is broken.
     pub fn free(&mut self, block: Block) -> Result<(), FreeError> {
-        if block.registry != self.tag() {
+        if !self.is_own(&block) {
             return Err(FreeError::Foreign(block));
         }
         let node = self.registry.node_mut(block.node).expect("a node with frames in use stays (R1)");
@@ -412,6 +427,11 @@ impl MemoryManager {
             share: share(domain),
         });
         oom::choose(uses)
+    }
+
+    /// Whether the block was allocated here.
+    pub(crate) fn is_own(&self, block: &Block) -> bool {
+        block.registry == self.tag()
     }
 
     fn tag(&self) -> NonZeroU16 {

@@ -1,0 +1,198 @@
+//! Compaction: blocks move together within their node, so that large ones become free (mm/compaction.c).
+//!
+//! Two scanners: the one that empties goes down from the top of the node, window by window; the free blocks that take what it
+//! finds come from the bottom, as every allocation's do. Where they meet, the node is as compact as moving makes it. What it
+//! gives out are moves ([`Move`]), a few at a time: it can stop anywhere. The same serves to free a given run of frames: for
+//! a contiguous range, or before a range is removed.
+//!
+//! Only on nodes with COMPACTION (R3, R15). Takes no lock. Hole: blocks that cannot move are not kept apart from those that
+//! can, so one of them in a window keeps all of it.
+
+use alloc::vec::Vec;
+
+use crate::frames::{FrameRange, FramesError};
+use crate::migrate::{Isolated, Move, Stay};
+use crate::mm::{Block, MemoryManager};
+use crate::node::Services;
+use crate::units::{FrameCount, FrameNumber, NodeId, Order};
+
+/// How far compaction of a node has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compaction {
+    node: NodeId,
+    order: Order,
+    /// Windows from here on were looked at.
+    top: FrameNumber,
+    is_over: bool,
+}
+
+impl Compaction {
+    /// Whether the scanners have met.
+    pub const fn is_over(&self) -> bool {
+        self.is_over
+    }
+}
+
+/// What it takes to free a run of frames.
+#[derive(Debug, Default)]
+#[must_use = "the moves must be completed or called off"]
+pub struct Emptying {
+    /// What can move, and where to.
+    pub moves: Vec<Move>,
+    /// First frames of blocks that cannot.
+    pub stuck: Vec<FrameNumber>,
+}
+
+impl MemoryManager {
+    /// Begins to make free blocks of an order on a node.
+    ///
+    /// # Errors
+    /// [`Stay::NotOffered`] by a node without COMPACTION (R15).
+    pub fn begin_compaction(&self, node: NodeId, order: Order) -> Result<Compaction, Stay> {
+        self.offered(node, Services::COMPACTION)?;
+        let last = self.registry().frames(node).and_then(|frames| frames.ranges().last());
+        let top = last.map_or(0, |range| u64::from(range.first.0) + range.count.0);
+        let top = FrameNumber(u32::try_from(top).unwrap_or(u32::MAX));
+        Ok(Compaction { node, order, top, is_over: false })
+    }
+
+    /// Goes on: the moves that empty the next window in which everything can move. None when it is over.
+    pub fn plan_compaction(&mut self, compaction: &mut Compaction) -> Vec<Move> {
+        let size = compaction.order.frames();
+        while !compaction.is_over {
+            let start = u64::from(compaction.top.0.saturating_sub(1)) / size.0 * size.0;
+            if compaction.top.0 == 0 {
+                compaction.is_over = true;
+                break;
+            }
+            let first = FrameNumber(u32::try_from(start).unwrap_or(0));
+            compaction.top = first;
+            let window = FrameRange { first, count: size };
+            let (blocks, stuck) = self.blocks_in(compaction.node, window);
+            if blocks.is_empty() || !stuck.is_empty() {
+                continue;
+            }
+            let emptying = self.plan_blocks(compaction.node, window, blocks, Below::Yes);
+            if emptying.stuck.is_empty() {
+                return emptying.moves;
+            }
+            // The scanners have met: what was planned of this window would free nothing.
+            compaction.is_over = true;
+            for planned in emptying.moves {
+                let is_off = self.call_off(planned);
+                assert!(is_off.is_ok(), "a move of this manager: {is_off:?}");
+            }
+        }
+        Vec::new()
+    }
+
+    /// Plans to free a run of frames by moving what is in it elsewhere on the node: for a contiguous range, or to remove it.
+    ///
+    /// # Errors
+    /// [`Stay::NotOffered`] by a node without COMPACTION (R15).
+    pub fn plan_emptying(&mut self, node: NodeId, run: FrameRange) -> Result<Emptying, Stay> {
+        self.offered(node, Services::COMPACTION)?;
+        let (blocks, mut stuck) = self.blocks_in(node, run);
+        let mut emptying = self.plan_blocks(node, run, blocks, Below::No);
+        emptying.stuck.append(&mut stuck);
+        Ok(emptying)
+    }
+
+    /// The blocks of a run that can move, and those that cannot. A block that begins before the run counts as one that cannot.
+    fn blocks_in(&self, node: NodeId, run: FrameRange) -> (Vec<FrameNumber>, Vec<FrameNumber>) {
+        let (mut movable, mut stuck) = (Vec::new(), Vec::new());
+        let Some(entry) = self.registry().node(node) else { return (movable, stuck) };
+        let end = u64::from(run.first.0) + run.count.0;
+        let mut at = u64::from(run.first.0);
+        while at < end {
+            let frame = FrameNumber(u32::try_from(at).unwrap_or(u32::MAX));
+            let can_move = entry.pages.get(frame).is_some_and(|page| !page.is_pinned && !page.is_isolated);
+            match entry.frames.allocated_order(frame) {
+                Ok(order) => {
+                    if can_move {
+                        movable.push(frame)
+                    } else {
+                        stuck.push(frame)
+                    }
+                    at += order.frames().0;
+                }
+                Err(FramesError::NotFirst { .. }) => {
+                    stuck.push(frame);
+                    at += 1;
+                }
+                Err(_) => at += 1,
+            }
+        }
+        (movable, stuck)
+    }
+
+    /// Finds a place outside the run for each block.
+    fn plan_blocks(&mut self, node: NodeId, run: FrameRange, blocks: Vec<FrameNumber>, below: Below) -> Emptying {
+        let mut emptying = Emptying::default();
+        // Free blocks inside the run come up as well: they are held until it is planned.
+        let mut held = Vec::new();
+        for frame in blocks {
+            let Some(isolated) = self.take_at(node, frame) else {
+                emptying.stuck.push(frame);
+                continue;
+            };
+            match self.alloc_outside(&isolated, run, below, &mut held) {
+                Some(to) => emptying.moves.push(Move::new(isolated, to)),
+                None => {
+                    self.put_back(&isolated);
+                    emptying.stuck.push(frame);
+                    if below == Below::Yes {
+                        break;
+                    }
+                }
+            }
+        }
+        for block in held {
+            let freed = self.free(block);
+            assert!(freed.is_ok(), "a block of this manager that nobody else has seen: {freed:?}");
+        }
+        emptying
+    }
+
+    /// A block as large as `isolated`, on the same node, outside the run.
+    fn alloc_outside(
+        &mut self,
+        isolated: &Isolated,
+        run: FrameRange,
+        below: Below,
+        held: &mut Vec<Block>,
+    ) -> Option<Block> {
+        loop {
+            let block = self.alloc_unpaid(isolated.node(), isolated.page().order)?;
+            let first = block.first_frame();
+            let is_behind = first.0 >= run.first.0;
+            if !is_behind || below == Below::No && !run.contains(first) {
+                return Some(block);
+            }
+            held.push(block);
+            if below == Below::Yes {
+                return None;
+            }
+        }
+    }
+}
+
+/// Whether only places before the run will do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Below {
+    Yes,
+    No,
+}
+
+/// Frames that are free in whole blocks of an order.
+///
+/// ```
+/// use spmem_core::{compact::free_in_blocks, units::{FrameCount, Order}};
+/// let mut counts = [0; Order::COUNT];
+/// (counts[0], counts[9], counts[10]) = (100, 2, 1);
+/// assert_eq!(free_in_blocks(&counts, Order::HUGE), FrameCount(2048));
+/// ```
+pub fn free_in_blocks(free_blocks: &[u64; Order::COUNT], order: Order) -> FrameCount {
+    let large = Order::all().filter(|&of| of >= order);
+    FrameCount(large.map(|of| free_blocks[of.index()] * of.frames().0).sum())
+}
