@@ -8,6 +8,8 @@
 //! Only on nodes with COMPACTION (R3, R15). Takes no lock. Hole: blocks that cannot move are not kept apart from those that
 //! can, so one of them in a window keeps all of it.
 
+mod deferral;
+
 use alloc::vec::Vec;
 
 use crate::frames::{FrameRange, FramesError};
@@ -15,6 +17,8 @@ use crate::migrate::{Isolated, Move, Stay};
 use crate::mm::{Block, MemoryManager};
 use crate::node::Services;
 use crate::units::{FrameCount, FrameNumber, NodeId, Order};
+
+pub use self::deferral::Deferral;
 
 /// How far compaction of a node has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,10 +51,13 @@ impl MemoryManager {
     /// Begins to make free blocks of an order on a node.
     ///
     /// # Errors
-    /// [`Stay::NotOffered`] by a node without COMPACTION (R15).
-    pub fn begin_compaction(&self, node: NodeId, order: Order) -> Result<Compaction, Stay> {
+    /// [`Stay::NotOffered`] by a node without COMPACTION (R15), [`Stay::Deferred`] for a while after it did not help.
+    pub fn begin_compaction(&mut self, node: NodeId, order: Order) -> Result<Compaction, Stay> {
         self.offered(node, Services::COMPACTION)?;
-        let last = self.registry().frames(node).and_then(|frames| frames.ranges().last());
+        if self.registry.node_mut(node).is_some_and(|entry| entry.deferral.is_deferred(order)) {
+            return Err(Stay::Deferred { node });
+        }
+        let last = self.registry.frames(node).and_then(|frames| frames.ranges().last());
         let top = last.map_or(0, |range| u64::from(range.first.0) + range.count.0);
         let top = FrameNumber(u32::try_from(top).unwrap_or(u32::MAX));
         Ok(Compaction { node, order, top, is_over: false })
@@ -86,6 +93,17 @@ impl MemoryManager {
         Vec::new()
     }
 
+    /// Compaction has ended, its moves are done or called off: where it gave no block of the order, it is not begun again for
+    /// some tries.
+    pub fn end_compaction(&mut self, compaction: &Compaction) {
+        let Some(entry) = self.registry.node_mut(compaction.node) else { return };
+        if entry.frames.largest_free() >= Some(compaction.order) {
+            entry.deferral.on_success(compaction.order);
+        } else {
+            entry.deferral.on_failure(compaction.order);
+        }
+    }
+
     /// Plans to free a run of frames by moving what is in it elsewhere on the node: for a contiguous range, or to remove it.
     ///
     /// # Errors
@@ -101,7 +119,7 @@ impl MemoryManager {
     /// The blocks of a run that can move, and those that cannot. A block that begins before the run counts as one that cannot.
     fn blocks_in(&self, node: NodeId, run: FrameRange) -> (Vec<FrameNumber>, Vec<FrameNumber>) {
         let (mut movable, mut stuck) = (Vec::new(), Vec::new());
-        let Some(entry) = self.registry().node(node) else { return (movable, stuck) };
+        let Some(entry) = self.registry.node(node) else { return (movable, stuck) };
         let end = u64::from(run.first.0) + run.count.0;
         let mut at = u64::from(run.first.0);
         while at < end {

@@ -88,6 +88,11 @@ pub enum Stay {
         /// Whose it is.
         domain: Option<DomainId>,
     },
+    /// Compaction did not help lately: it is tried again later.
+    Deferred {
+        /// The node.
+        node: NodeId,
+    },
     /// None of the targets has room.
     NoRoom {
         /// What the last one answered.
@@ -104,6 +109,7 @@ impl fmt::Display for Stay {
                 write!(f, "domain {domain} and the grants shown leave no node to go to")
             }
             Self::NoTarget { domain: None } => f.write_str("a block without a domain has no node to go to"),
+            Self::Deferred { node } => write!(f, "compaction of node {node} did not help lately; try again later"),
             Self::NoRoom { cause } => write!(f, "no room: {cause}"),
         }
     }

@@ -334,10 +334,11 @@ impl MemoryManager {
         })
     }
 
-    /// How short a node is of frames; `None` when it is not registered.
-    pub fn pressure(&self, node: NodeId) -> Option<Pressure> {
+    /// How short a node is of blocks of an order; `None` when it is not registered.
+    pub fn pressure(&self, node: NodeId, order: Order) -> Option<Pressure> {
         let node = self.registry.node(node)?;
-        Some(node.watermarks.observe(node.frames.free()))
+        let frames = &node.frames;
+        Some(node.watermarks.observe_order(frames.free(), order, frames.largest_free()))
     }
 
     /// Watermark, charge, frames: on one node.

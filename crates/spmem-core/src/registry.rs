@@ -12,6 +12,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use crate::compact::Deferral;
 use crate::distance::{DistanceError, Distances};
 use crate::domain::Domains;
 use crate::frames::{FrameRange, Frames, Metadata};
@@ -32,6 +33,7 @@ pub(crate) struct Node {
     pub(crate) watermarks: Watermarks,
     pub(crate) contents: Contents,
     pub(crate) pages: Pages,
+    pub(crate) deferral: Deferral,
     /// For weighted interleave; 1 or more.
     pub(crate) weight: u8,
     serial: u64,
@@ -133,9 +135,9 @@ impl Registry {
         }
         let serial = self.next_serial;
         self.next_serial += 1;
-        let (frames, watermarks, contents, pages) = Default::default();
+        let (frames, watermarks, contents, pages, deferral) = Default::default();
         self.nodes[node.index()] =
-            Some(Box::new(Node { spec, frames, watermarks, contents, pages, weight: 1, serial }));
+            Some(Box::new(Node { spec, frames, watermarks, contents, pages, deferral, weight: 1, serial }));
         self.refresh_domains(DomainId::ROOT);
         Ok(Owner { registry: self.id, serial, node })
     }

@@ -2,15 +2,19 @@
 //!
 //! A node's *abstract distance* follows from its latency and bandwidth relative to plain DRAM's; a tier holds the nodes whose
 //! distances fall into one chunk. [`Tiers::demotion_order`] and [`Tiers::promotion_order`] say where a page may go next,
-//! nearest first, out of the nodes that its domain and the grants allow (R14). [`RateLimit`] bounds promotion.
+//! nearest first, out of the nodes that its domain and the grants allow (R14). [`Promotion`] says whether it goes up.
 //! Pure. Called by [`migrate`](crate::migrate).
+
+mod promotion;
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 use crate::distance::Distances;
 use crate::nodemask::NodeMask;
-use crate::units::{Bytes, NodeId, Time};
+use crate::units::NodeId;
+
+pub use self::promotion::{Promotion, Verdict};
 
 /// Width of a tier in abstract distance (`MEMTIER_CHUNK_SIZE`).
 pub const CHUNK: u64 = 128;
@@ -99,44 +103,6 @@ impl Tiers {
     }
 }
 
-/// So many bytes a second, and what has saved up of it for at most a second (`numa_balancing_promote_rate_limit_MBps`).
-///
-/// ```
-/// use spmem_core::{tier::RateLimit, units::{Bytes, Time}};
-/// let mut limit = RateLimit::new(Bytes(1 << 20), Time(0));
-/// assert!(limit.take(Bytes(1 << 20), Time(0)) && !limit.take(Bytes(4096), Time(0)));
-/// assert!(limit.take(Bytes(4096), Time(10_000_000))); // a hundredth of a second brings 10 KiB
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RateLimit {
-    per_second: Bytes,
-    saved: u64,
-    since: Time,
-}
-
-impl RateLimit {
-    /// A second's worth is there at once.
-    pub const fn new(per_second: Bytes, now: Time) -> Self {
-        Self { per_second, saved: per_second.0, since: now }
-    }
-
-    /// Takes `bytes`, if there are so many; whether it did.
-    pub fn take(&mut self, bytes: Bytes, now: Time) -> bool {
-        let gained = u128::from(self.per_second.0) * u128::from(now.since(self.since)) / 1_000_000_000;
-        // What is less than a byte is kept for the next time by not moving on.
-        if gained > 0 {
-            let saved = u128::from(self.saved).saturating_add(gained).min(u128::from(self.per_second.0));
-            self.saved = u64::try_from(saved).unwrap_or(self.per_second.0);
-            self.since = now;
-        }
-        let may = bytes.0 <= self.saved;
-        if may {
-            self.saved -= bytes.0;
-        }
-        may
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,17 +130,5 @@ mod tests {
             [id(4)],
             "what is not allowed is passed over"
         );
-    }
-
-    #[test]
-    fn a_rate_is_kept_however_it_is_asked_for() {
-        let mut limit = RateLimit::new(Bytes(1_000_000), Time(0));
-        let mut taken = 0;
-        for ms in 0..10_000_u64 {
-            while limit.take(Bytes(300), Time(ms * 1_000_000)) {
-                taken += 300;
-            }
-        }
-        assert!((10_900_000..=11_000_000).contains(&taken), "{taken}: ten seconds, and one that was saved up");
     }
 }

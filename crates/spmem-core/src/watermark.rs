@@ -7,7 +7,7 @@
 
 use core::fmt;
 
-use crate::units::FrameCount;
+use crate::units::{FrameCount, Order};
 
 /// Free frames below which something happens; always `min <= low <= high`. All zero (the default) asks for nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,6 +89,22 @@ impl Watermarks {
         } else {
             Pressure::Critical
         }
+    }
+
+    /// How short the node is for a request of `order`, given its largest free block (the kernel's `__zone_watermark_ok`):
+    /// what the block takes beyond one frame does not count as free, and without such a block the node is short.
+    ///
+    /// ```
+    /// use spmem_core::{units::{FrameCount, Order}, watermark::{Pressure, Watermarks}};
+    /// let marks = Watermarks::new(FrameCount(10), FrameCount(20), FrameCount(30)).unwrap();
+    /// let largest = Order::new(2).ok();
+    /// assert_eq!(marks.observe_order(FrameCount(100), Order::ZERO, largest), Pressure::None);
+    /// assert_eq!(marks.observe_order(FrameCount(100), Order::HUGE, largest), Pressure::Critical);
+    /// ```
+    pub fn observe_order(&self, free: FrameCount, order: Order, largest: Option<Order>) -> Pressure {
+        let pressure = self.observe(FrameCount(free.0.saturating_sub(order.frames().0 - 1)));
+        let has_block = largest.is_some_and(|largest| largest >= order);
+        if has_block || order == Order::ZERO { pressure } else { pressure.max(Pressure::Short) }
     }
 
     /// The reserve: frames that only a request with [`Reserve::Use`](crate::wall::Reserve::Use) may take.

@@ -88,6 +88,7 @@ impl Machine {
             }
             self.check();
         }
+        self.mm.end_compaction(&compaction);
         moves
     }
 }
@@ -127,6 +128,16 @@ fn a_node_without_the_service_is_not_compacted() {
     assert_eq!(machine.mm.begin_compaction(NodeId::ONE, Order::HUGE), Err(refused), "R3, R15");
     let run = FrameRange { first: frame, count: FrameCount(512) };
     assert_eq!(machine.mm.plan_emptying(NodeId::ONE, run).unwrap_err(), refused);
+}
+
+#[test]
+fn compaction_that_did_not_help_is_not_tried_again_at_once() {
+    let mut machine = Machine::new(ALL);
+    while machine.alloc(0, Mobility::Movable).is_some() {}
+    machine.compact();
+    let deferred = Stay::Deferred { node: NodeId::ONE };
+    assert_eq!(machine.mm.begin_compaction(NodeId::ONE, Order::HUGE), Err(deferred));
+    assert!(machine.mm.begin_compaction(NodeId::ONE, Order::HUGE).is_ok(), "the second try goes through");
 }
 
 #[test]
