@@ -24,6 +24,7 @@
 )]
 
 mod cache;
+mod placed;
 mod word;
 mod zone;
 
@@ -104,6 +105,20 @@ pub enum FramesError {
         /// The block's.
         allocated: Order,
     },
+    /// A block of that order never begins at the frame.
+    Misaligned {
+        /// As given.
+        frame: FrameNumber,
+        /// As given.
+        order: Order,
+    },
+    /// Something of the block that was asked for is in use, or in a cache.
+    NotFree {
+        /// As given.
+        frame: FrameNumber,
+        /// As given.
+        order: Order,
+    },
     /// The range to be removed has frames in use, or is no range of this node.
     RangeInUse {
         /// As given.
@@ -148,6 +163,12 @@ impl fmt::Display for FramesError {
             }
             Self::WrongOrder { frame, order, allocated } => {
                 write!(f, "the block at frame {frame} is of order {allocated}, not {order}")
+            }
+            Self::Misaligned { frame, order } => {
+                write!(f, "a block of order {order} cannot begin at frame {frame}")
+            }
+            Self::NotFree { frame, order } => {
+                write!(f, "the block of order {order} at frame {frame} is not all free")
             }
             Self::RangeInUse { first, used: FrameCount(0) } => {
                 write!(f, "no range begins at frame {first}")

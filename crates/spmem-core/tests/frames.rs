@@ -31,6 +31,9 @@ struct Oracle {
 #[derive(Clone, Debug)]
 enum Op {
     Alloc(u8),
+    /// Any frame and order.
+    AllocAt(u32, u8),
+    AllocHighest(u8),
     /// Which block, by position.
     Free(prop::sample::Index),
     /// Any frame and order: right only by chance.
@@ -45,6 +48,9 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => prop_oneof![4 => 0u8..=2, 1 => 0u8..=10].prop_map(Op::Alloc),
+        2 => (0u32..6000, 0u8..=10).prop_map(|(frame, order)| Op::AllocAt(frame, order)),
+        2 => (0u32..6000, 0u8..=10).prop_map(|(frame, order)| Op::AllocAt(frame >> order << order, order)),
+        2 => (0u8..=10).prop_map(Op::AllocHighest),
         6 => any::<prop::sample::Index>().prop_map(Op::Free),
         2 => (0u32..6000, 0u8..=10).prop_map(|(frame, order)| Op::FreeWrong(frame, order)),
         1 => (1u64..3000).prop_map(Op::Contiguous),
@@ -105,6 +111,32 @@ impl Oracle {
                 assert!(!self.has_free(order), "{error}, but a block of order {order} is free");
                 assert!(matches!(error, FramesError::Exhausted { .. }));
             }
+        }
+    }
+
+    fn give(&mut self, first: FrameNumber, order: Order) {
+        self.owners[Self::span((first, order))].fill(Owner::Block(self.next));
+        self.blocks.push((self.next, first, order));
+        self.next += 1;
+    }
+
+    fn alloc_at(&mut self, frame: FrameNumber, order: Order) {
+        let is_aligned = frame.0.is_multiple_of(1 << order.get());
+        let may = is_aligned && self.is_free(frame.0 as usize, order);
+        let result = self.frames.alloc_at(frame, order);
+        assert_eq!(result.is_ok(), may, "{frame} of {order}: {result:?}");
+        if may {
+            self.give(frame, order);
+        }
+    }
+
+    fn alloc_highest(&mut self, order: Order) {
+        let starts = (0..self.owners.len()).step_by(1 << order.get());
+        let highest = starts.rev().find(|&first| self.is_free(first, order)).map(|first| first as u32);
+        let given = self.frames.alloc_highest(order);
+        assert_eq!(given.ok(), highest.map(FrameNumber), "{given:?}");
+        if let Ok(first) = given {
+            self.give(first, order);
         }
     }
 
@@ -253,6 +285,8 @@ impl Oracle {
     fn step(&mut self, op: Op) {
         match op {
             Op::Alloc(k) => self.alloc(order(k)),
+            Op::AllocAt(frame, k) => self.alloc_at(FrameNumber(frame), order(k)),
+            Op::AllocHighest(k) => self.alloc_highest(order(k)),
             Op::Free(at) if !self.blocks.is_empty() => self.free(at.index(self.blocks.len())),
             Op::FreeWrong(frame, k) => self.free_wrong(FrameNumber(frame), order(k)),
             Op::Contiguous(count) => self.alloc_contiguous(count),

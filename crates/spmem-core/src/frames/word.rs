@@ -60,6 +60,12 @@ pub(super) fn count_blocks(free: u64, counts: &mut [u64]) {
     }
 }
 
+/// The highest free block of `order`.
+pub(super) fn highest(free: u64, order: usize) -> Option<usize> {
+    let runs = (0..order).fold(free, double);
+    runs.checked_ilog2().map(|bit| bit as usize)
+}
+
 /// Where a block of `order` is best taken from the word: the smallest free block that holds it, the lowest of those.
 pub(super) fn place(free: u64, order: usize) -> Option<usize> {
     let mut runs = free;

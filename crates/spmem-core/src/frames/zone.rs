@@ -220,6 +220,20 @@ impl<'a> Zone<'a> {
         }
     }
 
+    /// The highest free block of `order`: its first frame.
+    pub(super) fn find_highest(&self, order: usize) -> Option<usize> {
+        let (base, summary) = index(order);
+        let at = (base..summary).rev().find(|&at| self.get(at) != u64::MAX)?;
+        let unit = (at - base) * 64 + (!self.get(at)).ilog2() as usize;
+        let expect = "the index says that it has such a block";
+        Some(if order < ROW_ORDER {
+            unit * ROW_FRAMES + word::highest(!self.get(ROW + unit), order).expect(expect)
+        } else {
+            let free = !self.get(TREE + unit) & TREE_USED;
+            unit * TREE_FRAMES + word::highest(free, order - ROW_ORDER).expect(expect) * ROW_FRAMES
+        })
+    }
+
     /// Adds the free blocks by order, each counted once at the highest order it reaches.
     pub(super) fn count_free_blocks(&self, counts: &mut [u64; Order::COUNT]) {
         let (in_rows, in_trees) = counts.split_at_mut(ROW_ORDER);

@@ -1,0 +1,86 @@
+//! Blocks at a place that the caller chooses: what compaction takes its targets from.
+//!
+//! [`Frames::alloc_at`] takes the block at a frame, [`Frames::alloc_highest`] the highest there is: a scanner for free
+//! frames comes down with it while one for frames to move goes up. Called by compaction. One zone lock at a time.
+
+use core::sync::atomic::Ordering::Acquire;
+
+use super::zone::Zone;
+use super::{Frames, FramesError};
+use crate::units::{FrameNumber, Order};
+
+impl Frames {
+    /// Takes the block of `order` that begins at `frame`, if all of it is free.
+    ///
+    /// # Errors
+    /// [`FramesError::Foreign`] when not all of it is in a range, [`FramesError::Misaligned`], [`FramesError::NotFree`]
+    /// (what is in a cache is not free); nothing has changed then.
+    ///
+    /// ```
+    /// use spmem_core::frames::{Frames, FramesError, Metadata};
+    /// use spmem_core::units::{FrameCount, FrameNumber, Order};
+    /// let mut frames = Frames::new();
+    /// frames.add_range(FrameCount(1024), Metadata::from_heap(FrameCount(1024)).unwrap()).unwrap();
+    /// let (frame, order) = (FrameNumber(40), Order::new(3).unwrap());
+    /// assert_eq!(frames.alloc_at(frame, order), Ok(()));
+    /// assert_eq!(frames.alloc_at(frame, order), Err(FramesError::NotFree { frame, order }));
+    /// ```
+    pub fn alloc_at(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
+        let place = self.find(frame)?;
+        let range = &self.ranges[place.range];
+        let len = 1 << order.get();
+        // Ranges begin at multiples of the largest block, and so do zones.
+        if !place.offset.is_multiple_of(len) {
+            return Err(FramesError::Misaligned { frame, order });
+        }
+        let count = usize::try_from(range.span.count.0).expect("a node has at most 2^32 frames");
+        if place.offset + len > count {
+            return Err(FramesError::Foreign { frame: range.number(count - 1) });
+        }
+        let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
+        if !zone.is_free(place.in_zone(), place.in_zone() + len) {
+            return Err(FramesError::NotFree { frame, order });
+        }
+        zone.take_at(place.in_zone(), order.index());
+        range.states().set(place.offset, Some(order));
+        self.settle(range, place.zone(), &zone);
+        Ok(())
+    }
+
+    /// Takes the free block of `order` that lies highest. Looks at the zones from the top down.
+    ///
+    /// # Errors
+    /// [`FramesError::Exhausted`]; never while a block of that order stays free.
+    ///
+    /// ```
+    /// use spmem_core::frames::{Frames, Metadata};
+    /// use spmem_core::units::{FrameCount, FrameNumber, Order};
+    /// let mut frames = Frames::new();
+    /// frames.add_range(FrameCount(1024), Metadata::from_heap(FrameCount(1024)).unwrap()).unwrap();
+    /// assert_eq!(frames.alloc_highest(Order::ZERO), Ok(FrameNumber(1023)));
+    /// ```
+    pub fn alloc_highest(&self, order: Order) -> Result<FrameNumber, FramesError> {
+        loop {
+            let epoch = self.epoch.load(Acquire);
+            for range in self.ranges.iter().rev() {
+                for number in (0..range.zones).rev() {
+                    if range.hint(order.index(), number / 64).load(Acquire) >> (number % 64) & 1 != 0 {
+                        continue;
+                    }
+                    let zone = Zone::lock(range.zone_words(number), self.relax);
+                    if let Some(first) = zone.find_highest(order.index()) {
+                        zone.take_at(first, order.index());
+                        let offset = number * super::ZONE_FRAMES + first;
+                        range.states().set(offset, Some(order));
+                        self.settle(range, number, &zone);
+                        return Ok(range.number(offset));
+                    }
+                }
+            }
+            // As in `search`: a block may have become free behind our back.
+            if self.epoch.load(Acquire) == epoch {
+                return Err(self.exhausted(order));
+            }
+        }
+    }
+}
