@@ -1,12 +1,12 @@
 //! Compaction: blocks move together within their node, so that large ones become free (mm/compaction.c).
 //!
-//! Two scanners: the one that empties goes down from the top of the node, window by window; the free blocks that take what it
-//! finds come from the bottom, as every allocation's do. Where they meet, the node is as compact as moving makes it. What it
-//! gives out are moves ([`Move`]), a few at a time: it can stop anywhere. The same serves to free a given run of frames: for
-//! a contiguous range, or before a range is removed.
+//! Two scanners: the one that empties goes up from the bottom of the node, window by window; the free blocks that take what
+//! it finds come from the top. Where they meet, the node is as compact as moving makes it. What it gives out are moves
+//! ([`Move`]), a few at a time: it can stop anywhere. The same serves to free a given run of frames: for a contiguous range,
+//! or before a range is removed.
 //!
-//! Only on nodes with COMPACTION (R3, R15). Takes no lock. Hole: blocks that cannot move are not kept apart from those that
-//! can, so one of them in a window keeps all of it.
+//! Blocks that cannot move keep their window, so they are kept apart from those that can: they are allocated from the bottom,
+//! movable ones from the top ([`MemoryManager::alloc_with`]). Only on nodes with COMPACTION (R3, R15). Takes no lock.
 
 mod deferral;
 
@@ -25,8 +25,8 @@ pub use self::deferral::Deferral;
 pub struct Compaction {
     node: NodeId,
     order: Order,
-    /// Windows from here on were looked at.
-    top: FrameNumber,
+    /// Where the next window begins.
+    next: u64,
     is_over: bool,
 }
 
@@ -57,29 +57,29 @@ impl MemoryManager {
         if self.registry.node_mut(node).is_some_and(|entry| entry.deferral.is_deferred(order)) {
             return Err(Stay::Deferred { node });
         }
-        let last = self.registry.frames(node).and_then(|frames| frames.ranges().last());
-        let top = last.map_or(0, |range| u64::from(range.first.0) + range.count.0);
-        let top = FrameNumber(u32::try_from(top).unwrap_or(u32::MAX));
-        Ok(Compaction { node, order, top, is_over: false })
+        let first = self.registry.frames(node).and_then(|frames| frames.ranges().next());
+        let next = first.map_or(0, |range| u64::from(range.first.0));
+        Ok(Compaction { node, order, next, is_over: first.is_none() })
     }
 
     /// Goes on: the moves that empty the next window in which everything can move. None when it is over.
     pub fn plan_compaction(&mut self, compaction: &mut Compaction) -> Vec<Move> {
         let size = compaction.order.frames();
         while !compaction.is_over {
-            let start = u64::from(compaction.top.0.saturating_sub(1)) / size.0 * size.0;
-            if compaction.top.0 == 0 {
+            let end = self.registry.frames(compaction.node).and_then(|frames| frames.ranges().last());
+            let end = end.map_or(0, |range| u64::from(range.first.0) + range.count.0);
+            let Some(first) = u32::try_from(compaction.next).ok().filter(|_| compaction.next < end) else {
                 compaction.is_over = true;
                 break;
-            }
-            let first = FrameNumber(u32::try_from(start).unwrap_or(0));
-            compaction.top = first;
-            let window = FrameRange { first, count: size };
+            };
+            // Ranges begin at multiples of the largest block, so a window never begins in one and ends in another.
+            compaction.next += size.0;
+            let window = FrameRange { first: FrameNumber(first), count: size };
             let (blocks, stuck) = self.blocks_in(compaction.node, window);
             if blocks.is_empty() || !stuck.is_empty() {
                 continue;
             }
-            let emptying = self.plan_blocks(compaction.node, window, blocks, Below::Yes);
+            let emptying = self.plan_blocks(compaction.node, window, blocks, Above::Yes);
             if emptying.stuck.is_empty() {
                 return emptying.moves;
             }
@@ -111,7 +111,7 @@ impl MemoryManager {
     pub fn plan_emptying(&mut self, node: NodeId, run: FrameRange) -> Result<Emptying, Stay> {
         self.offered(node, Services::COMPACTION)?;
         let (blocks, mut stuck) = self.blocks_in(node, run);
-        let mut emptying = self.plan_blocks(node, run, blocks, Below::No);
+        let mut emptying = self.plan_blocks(node, run, blocks, Above::No);
         emptying.stuck.append(&mut stuck);
         Ok(emptying)
     }
@@ -145,7 +145,7 @@ impl MemoryManager {
     }
 
     /// Finds a place outside the run for each block.
-    fn plan_blocks(&mut self, node: NodeId, run: FrameRange, blocks: Vec<FrameNumber>, below: Below) -> Emptying {
+    fn plan_blocks(&mut self, node: NodeId, run: FrameRange, blocks: Vec<FrameNumber>, above: Above) -> Emptying {
         let mut emptying = Emptying::default();
         // Free blocks inside the run come up as well: they are held until it is planned.
         let mut held = Vec::new();
@@ -154,12 +154,12 @@ impl MemoryManager {
                 emptying.stuck.push(frame);
                 continue;
             };
-            match self.alloc_outside(&isolated, run, below, &mut held) {
+            match self.alloc_outside(&isolated, run, above, &mut held) {
                 Some(to) => emptying.moves.push(Move::new(isolated, to)),
                 None => {
                     self.put_back(&isolated);
                     emptying.stuck.push(frame);
-                    if below == Below::Yes {
+                    if above == Above::Yes {
                         break;
                     }
                 }
@@ -177,27 +177,27 @@ impl MemoryManager {
         &mut self,
         isolated: &Isolated,
         run: FrameRange,
-        below: Below,
+        above: Above,
         held: &mut Vec<Block>,
     ) -> Option<Block> {
         loop {
             let block = self.alloc_unpaid(isolated.node(), isolated.page().order)?;
             let first = block.first_frame();
-            let is_behind = first.0 >= run.first.0;
-            if !is_behind || below == Below::No && !run.contains(first) {
+            let is_behind = first.0 >= run.first.0 && !run.contains(first);
+            if is_behind || above == Above::No && !run.contains(first) {
                 return Some(block);
             }
             held.push(block);
-            if below == Below::Yes {
+            if above == Above::Yes {
                 return None;
             }
         }
     }
 }
 
-/// Whether only places before the run will do.
+/// Whether only places behind the run will do.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Below {
+enum Above {
     Yes,
     No,
 }

@@ -265,7 +265,7 @@ impl MemoryManager {
     pub(crate) fn alloc_unpaid(&mut self, node: NodeId, order: Order) -> Option<Block> {
         let registry = self.tag();
         let entry = self.registry.node_mut(node)?;
-        let frame = entry.frames.alloc(order).ok()?;
+        let frame = entry.frames.alloc_highest(order).ok()?;
         let is_zeroed = entry.contents.give_out(frame, order);
         Some(Block { frame, node, charged: UNCHARGED, domain: UNCHARGED, registry, order, is_zeroed })
     }
@@ -353,7 +353,10 @@ impl MemoryManager {
         })?;
         let charged = if needs_grant { self.charge_for(pass, order, node)? } else { UNCHARGED };
         let entry = self.registry.node_mut(node).expect("an allowed node is registered");
-        match entry.frames.alloc(order) {
+        // Apart from those that cannot move: one of these keeps its neighbours from becoming a large block.
+        let is_movable = pass.mobility == Mobility::Movable && entry.spec.services.intersects(MOVING);
+        let taken = if is_movable { entry.frames.alloc_highest(order) } else { entry.frames.alloc(order) };
+        match taken {
             Ok(frame) => {
                 let is_zeroed = entry.contents.give_out(frame, order);
                 let domain = pass.domain().map_or(UNCHARGED, DomainId::get);

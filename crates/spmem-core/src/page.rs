@@ -93,6 +93,8 @@ pub struct Pages {
     counts: [u64; NUMBERS as usize],
     /// Where [`Pages::isolate`] goes on.
     hand: u32,
+    /// Behind the highest block that ever was: the hand turns back there.
+    end: usize,
     /// Words that were looked at, ever.
     looked_at: u64,
 }
@@ -118,6 +120,7 @@ impl Pages {
         let bits = TRACKED | u32::from(order.get()) << ORDER_SHIFT | domain_bits;
         let word = Word(bits).with_generation(self.youngest);
         self.counts[usize::from(self.youngest)] += 1;
+        self.end = self.end.max(frame.0 as usize + 1);
         self.set(frame, word);
     }
 
@@ -217,7 +220,7 @@ impl Pages {
 
     /// The next block of a generation from the hand on, which stays behind it; `left` frames may be looked at.
     fn next_of(&mut self, generation: u8, left: &mut usize) -> Option<FrameNumber> {
-        let end = self.pieces.len() * PIECE_FRAMES;
+        let end = self.end;
         while *left > 0 && end > 0 {
             let at = self.hand as usize % end;
             let (number, from) = (at / PIECE_FRAMES, at % PIECE_FRAMES);
@@ -227,7 +230,7 @@ impl Pages {
                 *left -= 1;
                 continue;
             };
-            let run = piece[from..].len().min(*left);
+            let run = (PIECE_FRAMES - from).min(end - at).min(*left);
             let is_it = |&bits: &u32| {
                 let word = Word(bits);
                 word.has(TRACKED) && !word.has(ISOLATED) && word.generation() == generation
