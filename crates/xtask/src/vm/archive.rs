@@ -125,6 +125,8 @@ pub(crate) fn fetch_kernel(cache: &Path, kernel: Kernel, tools: &Tools) -> anyho
             .status()
             .context("cannot run depmod")?;
         ensure!(status.success(), "depmod failed");
+        let list = folder.join("lib/modules").join(&release).join("modules.builtin");
+        ensure!(list.exists(), "the packages {} lack modules.builtin", packages.join(", "));
         apt.forget_packages()
     })?;
     let release = find_release(&root)?;
@@ -214,7 +216,7 @@ impl Apt {
             fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let sources = apt.join("sources.list");
-        fs::write(&sources, source_lines()?)?;
+        fs::write(&sources, source_lines(&known_suites()?)?)?;
         fs::write(apt.join("status"), "")?;
         let named = [
             ("Dir::Etc::SourceList", sources),
@@ -228,6 +230,8 @@ impl Apt {
             ("Dir::Log", apt.join("cache")),
             ("Acquire::Languages", "none".into()),
             ("Acquire::Retries", "3".into()),
+            // Without it, a failed update is a success with a warning.
+            ("APT::Update::Error-Mode", "any".into()),
             ("APT::Sandbox::User", "root".into()),
             ("APT::Install-Recommends", "false".into()),
             ("APT::Architecture", "amd64".into()),
@@ -259,26 +263,10 @@ impl Apt {
 
     /// The image that a meta-package stands for, and what is part of the same build.
     fn kernel_packages(&self, kernel: Kernel) -> anyhow::Result<Vec<String>> {
-        let depends = |package: &str| -> anyhow::Result<Vec<String>> {
-            let text = self.run("apt-cache", &["depends", "--important", package], None)?;
-            let names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
-            Ok(names.map(str::to_owned).collect())
-        };
+        let depends = |package: &str| self.run("apt-cache", &["depends", "--important", package], None);
         let meta = kernel.meta_package();
-        // linux-image-6.12.1+deb12-amd64, not linux-image-amd64.
-        let is_image = |name: &String| {
-            name.strip_prefix("linux-image-")
-                .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
-        };
-        let image = depends(&meta)?
-            .into_iter()
-            .find(is_image)
-            .with_context(|| format!("the archive has no kernel for {meta}"))?;
-        let release = image.trim_start_matches("linux-image-").to_owned();
-        let parts = depends(&image)?.into_iter().filter(|name| {
-            ["linux-binary-", "linux-modules-"].iter().any(|part| *name == format!("{part}{release}"))
-        });
-        let parts: Vec<String> = parts.collect();
+        let image = image_in(&depends(&meta)?).with_context(|| format!("the archive has no kernel for {meta}"))?;
+        let parts = parts_in(&depends(&image)?, &image);
         Ok([image].into_iter().chain(parts).collect())
     }
 
@@ -317,18 +305,43 @@ fn debs(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files.filter(|file| file.extension().is_some_and(|end| end == "deb")).collect())
 }
 
-/// Our suites, at the places that this machine's apt knows.
-fn source_lines() -> anyhow::Result<String> {
+fn dependencies(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "))
+}
+
+/// `linux-image-6.12.1+deb12-amd64`, not `linux-image-amd64`.
+fn image_in(text: &str) -> Option<String> {
+    let is_image = |name: &&str| {
+        let release = name.strip_prefix("linux-image-").unwrap_or_default();
+        release.starts_with(|first: char| first.is_ascii_digit())
+    };
+    dependencies(text).find(is_image).map(str::to_owned)
+}
+
+/// Newer kernels come in several packages: the list of built-in modules, the kernel, the modules.
+fn parts_in(text: &str, image: &str) -> Vec<String> {
+    let release = image.trim_start_matches("linux-image-");
+    let parts = ["linux-base-", "linux-binary-", "linux-modules-"].map(|part| format!("{part}{release}"));
+    dependencies(text).filter(|name| parts.iter().any(|part| part == name)).map(str::to_owned).collect()
+}
+
+/// `SUITE SITE` lines: what this machine's apt knows of Debian.
+fn known_suites() -> anyhow::Result<String> {
     let output = Command::new("apt-get")
         .args(["indextargets", "--format", "$(CODENAME) $(SITE)", "Origin: Debian", "Created-By: Packages"])
         .output()
         .context("cannot run apt-get indextargets")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// sources.list(5) with our suites, at the places of `known`.
+fn source_lines(known: &str) -> anyhow::Result<String> {
     let site = |is_wanted: fn(&str) -> bool| {
-        let known = text.lines().filter_map(|line| line.split_once(' '));
-        known.filter(|(suite, _)| is_wanted(suite)).map(|(_, site)| site.trim_end_matches('/').to_owned()).next()
+        let (_, site) =
+            known.lines().filter_map(|line| line.split_once(' ')).find(|(suite, _)| is_wanted(suite))?;
+        Some(site.trim_end_matches('/').to_owned())
     };
-    let main = site(|suite| !suite.contains('-') || suite.ends_with("-updates") || suite.ends_with("-backports"));
+    let main = site(|suite| !suite.ends_with("-security"));
     let Some(main) = main else {
         bail!(
             "this machine's apt knows no Debian archive: add one to its sources and run `apt-get update`, or use a \
@@ -338,10 +351,40 @@ fn source_lines() -> anyhow::Result<String> {
     let security = site(|suite| suite.ends_with("-security")).unwrap_or_else(|| format!("{main}-security"));
     let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
     let suites = [
-        (main.as_str(), RELEASE.to_owned()),
-        (security.as_str(), format!("{RELEASE}-security")),
-        (main.as_str(), QEMU_SUITE.to_owned()),
-        (main.as_str(), NEWEST_SUITE.to_owned()),
+        (&main, RELEASE.to_owned()),
+        (&security, format!("{RELEASE}-security")),
+        (&main, QEMU_SUITE.to_owned()),
+        (&main, NEWEST_SUITE.to_owned()),
     ];
     Ok(suites.iter().map(|(site, suite)| format!("deb {signed}{site} {suite} main\n")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_meta_package_leads_to_the_image_and_its_parts() {
+        let meta = "linux-image-amd64\n  Depends: linux-base-amd64\n  Depends: linux-image-7.3.4-amd64\n";
+        let image = image_in(meta).unwrap();
+        assert_eq!(image, "linux-image-7.3.4-amd64");
+        let text = "linux-image-7.3.4-amd64\n |Depends: dracut\n  Depends: linux-base-7.3.4-amd64\n  \
+                    Depends: linux-base\n  Depends: linux-modules-7.3.4-amd64\n";
+        assert_eq!(parts_in(text, &image), ["linux-base-7.3.4-amd64", "linux-modules-7.3.4-amd64"]);
+        assert!(image_in("linux-image-amd64\n").is_none());
+    }
+
+    #[test]
+    fn suites_are_looked_for_where_apt_has_debian() {
+        let lines = source_lines("trixie-security http://b/sec/\ntrixie http://a/debian/\n").unwrap();
+        let places: Vec<&str> = lines.lines().filter_map(|line| line.split("http://").nth(1)).collect();
+        let expected = [
+            "a/debian bookworm main",
+            "b/sec bookworm-security main",
+            "a/debian bookworm-backports main",
+            "a/debian trixie-backports main",
+        ];
+        assert_eq!(places, expected);
+        assert!(source_lines("").unwrap_err().to_string().contains("no Debian archive"));
+    }
 }

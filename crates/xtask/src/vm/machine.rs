@@ -40,6 +40,17 @@ pub(crate) struct Machine<'a> {
     bed: &'a Bed,
 }
 
+/// The packages of a machine, fetched where they are missing.
+///
+/// # Errors
+/// This machine cannot fetch them; the message says what is missing.
+pub(crate) fn fetch(bed: &Bed, kernel: Kernel) -> anyhow::Result<(Tools, KernelFiles)> {
+    let cache = bed.cache.join("vm");
+    let tools = fetch_tools(&cache)?;
+    let kernel = fetch_kernel(&cache, kernel, &tools)?;
+    Ok((tools, kernel))
+}
+
 /// How a run ended.
 pub(crate) enum Ending {
     /// The command's exit status.
@@ -51,14 +62,11 @@ pub(crate) enum Ending {
 }
 
 impl<'a> Machine<'a> {
-    /// Fetches what is missing.
+    /// Makes what is booted of what was fetched.
     ///
     /// # Errors
-    /// It cannot be fetched or unpacked.
-    pub(crate) fn new(bed: &'a Bed, kernel: Kernel) -> anyhow::Result<Self> {
-        let cache = bed.cache.join("vm");
-        let tools = fetch_tools(&cache)?;
-        let kernel = fetch_kernel(&cache, kernel, &tools)?;
+    /// The packages are not what they should be, or there is no room.
+    pub(crate) fn new(bed: &'a Bed, (tools, kernel): (Tools, KernelFiles)) -> anyhow::Result<Self> {
         let scratch = bed.dir.join(&kernel.release);
         fs::create_dir_all(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
         let boot = boot_files(&kernel, &tools, &scratch)?;
@@ -98,8 +106,14 @@ impl<'a> Machine<'a> {
             }
             sleep(POLL);
         };
-        drop(undo);
-        child.wait().context("cannot wait for QEMU")?;
+        match ended {
+            // Awaited: its number may be another process's by now.
+            Some(_) => undo.forget(),
+            None => {
+                drop(undo);
+                child.wait().context("cannot wait for QEMU")?;
+            }
+        }
         let read = |name: &str| fs::read_to_string(job.join(name)).ok();
         if read("setup.status").is_some() {
             return Ok(Ending::NoSetup(read("setup.log").unwrap_or_default()));

@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let topology = Topology::load(&options.topology)?;
     let mode = topology.mode(options.mode.as_deref())?;
     let bed = Bed::new(NeedSpm::No)?;
-    let machine = Machine::new(&bed, options.kernel)?;
+    let machine = Machine::new(&bed, machine::fetch(&bed, options.kernel)?)?;
     let limit = Duration::from_secs(options.timeout);
     let status = match machine.run((&topology, mode), &options.command, limit, Stdio::inherit())? {
         Ending::Status(status) => status,

@@ -41,6 +41,11 @@ make_cxl_pmem_region() {
     cxl create-region -t pmem -m -d decoder0.0 -w 1 mem0 && wait_for /sys/bus/nd/devices/region0
 }
 
+# Without labels the whole region is one raw namespace, and there is no room for another.
+start_labels() {
+    ndctl disable-region "$1" && ndctl init-labels --force "$2" && ndctl enable-region "$1"
+}
+
 make_namespace() {
     ndctl create-namespace --force "$@" || return
     case "$*" in

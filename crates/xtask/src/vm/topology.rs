@@ -41,7 +41,7 @@ pub(crate) struct Topology {
     nodes: Vec<Node>,
     /// Distances between them as in SLIT; none where the kernel's own are kept.
     #[serde(default)]
-    pub(crate) distances: Vec<Vec<u8>>,
+    distances: Vec<Vec<u8>>,
     /// HMAT rows; none where there is no HMAT.
     #[serde(default)]
     pub(crate) access: Vec<Access>,
@@ -180,6 +180,15 @@ impl Topology {
             .iter()
             .find(|mode| mode.name == name)
             .with_context(|| format!("{} has no mode `{name}`; it has: {}", self.name, self.mode_names()))
+    }
+
+    /// How far one node is from another; none where the table has no entry. Without a table all are equally near.
+    pub(crate) fn distance(&self, from: u32, to: u32) -> Option<u8> {
+        const LOCAL: u8 = 10;
+        if self.distances.is_empty() {
+            return Some(LOCAL);
+        }
+        self.distances.get(from as usize)?.get(to as usize).copied()
     }
 
     /// Its modes, for a person.
