@@ -6,7 +6,8 @@
 //! of this tree that are measured; they know nothing of spmem. [`launch`] starts all of them, bare, under `spm`, or
 //! in a memory cgroup. Nothing here is a test of one crate: `cargo test` does not run it.
 //!
-//! Exit status: 0 when everything ran and every output was the same, 1 otherwise, 2 for a wrong command line.
+//! Exit status: 0 when everything ran and every output was the same, 1 otherwise, 2 for a wrong command line;
+//! that of `vm` is the status of the command it ran.
 #![allow(
     clippy::cast_possible_truncation,
     reason = "64-bit Linux only; what is cast are figures for a table and indices below 2^32"
