@@ -131,10 +131,7 @@ pub(crate) enum NeedSpm {
 impl Bed {
     /// Makes the scratch directory under the target directory, finds or builds `spm`.
     pub(crate) fn new(need_spm: NeedSpm) -> anyhow::Result<Self> {
-        let exe = std::env::current_exe().context("cannot find this program's own file")?;
-        // target/release/xtask
-        let target = exe.ancestors().nth(2).context("this program is not in a target directory")?;
-        let cache = target.join("xtask");
+        let cache = find_cache()?;
         let dir = cache.join(format!("run-{}", std::process::id()));
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let undo = Undo::new(Step::RemoveTree(dir.clone()));
@@ -362,6 +359,14 @@ pub(crate) fn digest_file(file: &Path) -> anyhow::Result<String> {
 /// Bytes as hexadecimal digits.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The directory of files that are kept between invocations, under the target directory.
+fn find_cache() -> anyhow::Result<PathBuf> {
+    let exe = std::env::current_exe().context("cannot find this program's own file")?;
+    // target/release/xtask
+    let target = exe.ancestors().nth(2).context("this program is not in a target directory")?;
+    Ok(target.join("xtask"))
 }
 
 fn read_tail(file: &Path) -> String {

@@ -5,6 +5,7 @@ pub(crate) mod corpus;
 pub(crate) mod kernels;
 mod shared_map;
 pub(crate) mod values;
+mod vm_facts;
 
 use clap::Subcommand;
 
@@ -17,6 +18,8 @@ pub(crate) enum Program {
     Kernel(kernels::Options),
     /// Threads over one shared hash map.
     SharedMap(shared_map::Options),
+    /// In a virtual machine: is the memory what the topology's file promises?
+    VmFacts(vm_facts::Options),
 }
 
 /// Runs it.
@@ -25,5 +28,6 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::Access(options) => access::run(options),
         Program::Kernel(options) => kernels::run(options),
         Program::SharedMap(options) => shared_map::run(options),
+        Program::VmFacts(options) => vm_facts::run(options),
     }
 }

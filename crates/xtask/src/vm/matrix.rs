@@ -1,0 +1,128 @@
+//! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
+//!
+//! One check so far: [`vm-facts`](crate::programs), is the memory there that the topology's file promises. A row is
+//! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{Write, stdout};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use super::archive::Kernel;
+use super::machine::{self, Ending, Machine};
+use super::topology::{Mode, Topology};
+use crate::launch::{Bed, NeedSpm};
+
+/// What fits in five minutes.
+const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Which part of the matrix.
+#[derive(Clone, clap::Args)]
+pub(crate) struct Options {
+    /// Only numa4, hmem and cxl on 6.12: five minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Only these topologies.
+    #[arg(long, value_name = "NAME", conflicts_with = "quick")]
+    topology: Vec<String>,
+    /// Only this kernel.
+    #[arg(long, value_enum, value_name = "V", conflicts_with = "quick")]
+    kernel: Option<Kernel>,
+}
+
+/// What became of a row.
+enum Verdict {
+    Passed(String),
+    Failed(String),
+    /// There is no such kernel here.
+    Skipped,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// A row failed, or none was run.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let topologies = choose(options)?;
+    let kernels = match options.kernel {
+        _ if options.quick => vec![Kernel::V6_12],
+        Some(kernel) => vec![kernel],
+        None => vec![Kernel::V6_12, Kernel::Newest],
+    };
+    let bed = Bed::new(NeedSpm::No)?;
+    let (mut passed, mut failures, mut skipped) = (0, Vec::new(), 0);
+    println!("{:<7} {:<9} {:<11} {:<9} {:<7} {:>5}", "kernel", "topology", "mode", "check", "result", "time");
+    for kernel in kernels {
+        // What cannot be fetched here is skipped; what was fetched has to work.
+        let machine = match machine::fetch(&bed, kernel) {
+            Ok(packages) => Ok(Machine::new(&bed, packages)?),
+            Err(error) => Err(format!("{error:#}")),
+        };
+        match &machine {
+            Ok(machine) => eprintln!("xtask: {} is {}", kernel.name(), machine.release()),
+            Err(reason) => eprintln!("xtask: {} is skipped: {reason}", kernel.name()),
+        }
+        for (topology, mode) in topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)))
+        {
+            let started = Instant::now();
+            let row = format!("{:<7} {:<9} {:<11} {:<9}", kernel.name(), topology.name, mode.name, "facts");
+            let verdict = match &machine {
+                Ok(machine) => check_facts(&bed, machine, topology, mode)?,
+                Err(_) => Verdict::Skipped,
+            };
+            let seconds = started.elapsed().as_secs();
+            let (word, remark) = match verdict {
+                Verdict::Passed(remark) => {
+                    passed += 1;
+                    ("pass", remark)
+                }
+                Verdict::Failed(log) => {
+                    failures.push(format!("{}, {}, {}:\n{log}", kernel.name(), topology.name, mode.name));
+                    ("FAIL", String::new())
+                }
+                Verdict::Skipped => {
+                    skipped += 1;
+                    ("skip", "not fetched".to_owned())
+                }
+            };
+            println!("{}", format!("{row} {word:<7} {seconds:>3} s  {remark}").trim_end());
+            stdout().flush().context("cannot write the table")?;
+        }
+    }
+    println!("{passed} passed, {} failed, {skipped} skipped", failures.len());
+    for failure in &failures {
+        eprintln!("\n{failure}");
+    }
+    ensure!(failures.is_empty(), "{} of the checks failed", failures.len());
+    ensure!(passed > 0, "nothing could be checked");
+    Ok(())
+}
+
+fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
+    if options.quick {
+        return QUICK.iter().map(|name| Topology::load(name)).collect();
+    }
+    if !options.topology.is_empty() {
+        return options.topology.iter().map(|name| Topology::load(name)).collect();
+    }
+    Topology::load_all()
+}
+
+fn check_facts(bed: &Bed, machine: &Machine, topology: &Topology, mode: &Mode) -> anyhow::Result<Verdict> {
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    let words = ["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name];
+    let command: Vec<OsString> = [own.into_os_string()].into_iter().chain(words.map(OsString::from)).collect();
+    let log = bed.dir.join("facts.log");
+    let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+    let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+    let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();
+    Ok(match ending {
+        Ending::Status(0) => Verdict::Passed(said.lines().last().unwrap_or_default().to_owned()),
+        Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
+        Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
+        Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
+    })
+}
