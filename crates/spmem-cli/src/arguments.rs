@@ -57,6 +57,9 @@ pub struct RunArguments {
     /// Write the report as one JSON object to FILE, - for stdout
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write what happens to pages to FILE, a line of JSON each, for `cargo xtask sim --replay`
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Read defaults and nodes from this TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -45,6 +45,8 @@ pub struct Emptying {
     pub moves: Vec<Move>,
     /// First frames of blocks that cannot.
     pub stuck: Vec<FrameNumber>,
+    /// Whether some frame is poisoned: the run can be removed, but not given out in one piece.
+    pub has_poison: bool,
 }
 
 impl MemoryManager {
@@ -75,6 +77,9 @@ impl MemoryManager {
             // Ranges begin at multiples of the largest block, so a window never begins in one and ends in another.
             compaction.next += size.0;
             let window = FrameRange { first: FrameNumber(first), count: size };
+            if self.has_poison(compaction.node, window) {
+                continue; // it never becomes whole (R20)
+            }
             let (blocks, stuck) = self.blocks_in(compaction.node, window);
             if blocks.is_empty() || !stuck.is_empty() {
                 continue;
@@ -113,7 +118,12 @@ impl MemoryManager {
         let (blocks, mut stuck) = self.blocks_in(node, run);
         let mut emptying = self.plan_blocks(node, run, blocks, Above::No);
         emptying.stuck.append(&mut stuck);
+        emptying.has_poison = self.has_poison(node, run);
         Ok(emptying)
+    }
+
+    fn has_poison(&self, node: NodeId, run: FrameRange) -> bool {
+        self.registry.node(node).is_some_and(|entry| entry.frames.has_poison_in(run))
     }
 
     /// The blocks of a run that can move, and those that cannot. A block that begins before the run counts as one that cannot.

@@ -12,7 +12,9 @@
 //! Caches are filled a row (64 neighbours) at a time from the lowest place that has any, and give back what they
 //! cannot hold: so what they hold keeps few huge frames in pieces.
 //!
-//! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and an eighth a frame, 0.03 % of the memory.
+//! A frame whose memory is broken is taken out of use for good ([`Frames::poison`]).
+//!
+//! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and a quarter a frame, 0.03 % of the memory.
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
 //! Hole: a frame that two threads free in the same instant through caches is found out only when the second of them
@@ -23,20 +25,32 @@
     reason = "a node has at most 2^32 frames, as add_range checks, and usize has 64 bits"
 )]
 
+mod batch;
 mod cache;
+mod contiguous;
+mod error;
 mod placed;
+mod poison;
+mod range;
+mod states;
+mod uses;
 mod word;
 mod zone;
 
 use alloc::vec::Vec;
-use core::fmt;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicU8, AtomicU64};
 
-use self::zone::{ROW_FRAMES, States, TREE_FRAMES, ZONE_FRAMES, ZONE_WORDS, Zone};
+use self::range::Range;
+use self::states::{check, not_allocated};
+use self::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
+use crate::sync::AtomicU64;
+use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 pub use self::cache::{Cache, PerCpu};
+pub use self::error::FramesError;
+pub use self::poison::{Hurt, Poisoned};
+pub use self::range::Metadata;
+pub use self::uses::InUse;
 
 const _: () = assert!(usize::BITS >= 64);
 
@@ -69,229 +83,6 @@ impl FrameRange {
     }
 }
 
-/// Why frames were not given, taken back, added or removed. Nothing has changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FramesError {
-    /// No free block is large enough (R10).
-    Exhausted {
-        /// Asked for.
-        order: Order,
-        /// Free frames, all smaller blocks together.
-        free: FrameCount,
-        /// The largest block that is free.
-        largest: Option<Order>,
-    },
-    /// The frame belongs to no range of this node.
-    Foreign {
-        /// As given.
-        frame: FrameNumber,
-    },
-    /// The frame is free already.
-    NotAllocated {
-        /// As given.
-        frame: FrameNumber,
-    },
-    /// The frame is inside an allocated block, not its first.
-    NotFirst {
-        /// As given.
-        frame: FrameNumber,
-    },
-    /// A block begins there, of another order.
-    WrongOrder {
-        /// As given.
-        frame: FrameNumber,
-        /// As given.
-        order: Order,
-        /// The block's.
-        allocated: Order,
-    },
-    /// A block of that order never begins at the frame.
-    Misaligned {
-        /// As given.
-        frame: FrameNumber,
-        /// As given.
-        order: Order,
-    },
-    /// Something of the block that was asked for is in use, or in a cache.
-    NotFree {
-        /// As given.
-        frame: FrameNumber,
-        /// As given.
-        order: Order,
-    },
-    /// The range to be removed has frames in use, or is no range of this node.
-    RangeInUse {
-        /// As given.
-        first: FrameNumber,
-        /// Frames in use, 0 when there is no such range.
-        used: FrameCount,
-    },
-    /// A range must have at least one frame.
-    EmptyRange,
-    /// The node would have more than [`MAX_RANGES`] ranges or [`MAX_FRAMES`] frames.
-    TooMany {
-        /// Ranges the node has.
-        ranges: usize,
-        /// Frames the node has, holes included.
-        frames: u64,
-    },
-    /// The metadata lent for a range is too small, or there is no memory for it.
-    NoMetadata,
-    /// A contiguous range of so many frames is never given: 0, or more than [`MAX_CONTIGUOUS`].
-    Contiguous {
-        /// As given.
-        count: FrameCount,
-    },
-    /// The cache holds frames of another node.
-    OtherCache,
-}
-
-impl fmt::Display for FramesError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::Exhausted { order, free, largest: Some(largest) } => write!(
-                f,
-                "no free block of order {order}: {free} frames are free, the largest block is of order {largest}"
-            ),
-            Self::Exhausted { order, free, largest: None } => {
-                write!(f, "no free block of order {order}: {free} frames are free")
-            }
-            Self::Foreign { frame } => write!(f, "frame {frame} is in no range of this node"),
-            Self::NotAllocated { frame } => write!(f, "frame {frame} is free already"),
-            Self::NotFirst { frame } => {
-                write!(f, "frame {frame} is inside an allocated block; free its first frame")
-            }
-            Self::WrongOrder { frame, order, allocated } => {
-                write!(f, "the block at frame {frame} is of order {allocated}, not {order}")
-            }
-            Self::Misaligned { frame, order } => {
-                write!(f, "a block of order {order} cannot begin at frame {frame}")
-            }
-            Self::NotFree { frame, order } => {
-                write!(f, "the block of order {order} at frame {frame} is not all free")
-            }
-            Self::RangeInUse { first, used: FrameCount(0) } => {
-                write!(f, "no range begins at frame {first}")
-            }
-            Self::RangeInUse { first, used } => {
-                write!(f, "{used} frames of the range at frame {first} are in use; free them first")
-            }
-            Self::EmptyRange => f.write_str("a range must have at least one frame"),
-            Self::TooMany { ranges, frames } => write!(
-                f,
-                "the node has {ranges} ranges and {frames} frames; at most {MAX_RANGES} and {MAX_FRAMES} fit"
-            ),
-            Self::NoMetadata => f.write_str("no memory for the metadata of the range"),
-            Self::Contiguous { count } => {
-                write!(f, "{count} frames cannot be contiguous: 1 to {MAX_CONTIGUOUS} can")
-            }
-            Self::OtherCache => f.write_str("the cache holds frames of another node"),
-        }
-    }
-}
-
-impl core::error::Error for FramesError {}
-
-/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed.
-#[derive(Clone, Copy, Debug)]
-pub struct Metadata {
-    words: &'static [AtomicU64],
-    states: &'static [AtomicU8],
-}
-
-impl Metadata {
-    /// Words and bytes that `count` frames take.
-    ///
-    /// ```
-    /// use spmem_core::{frames::Metadata, units::FrameCount};
-    /// let (words, bytes) = Metadata::size(FrameCount(1 << 18)); // 1 GiB
-    /// assert!((words * 8 + bytes) as u64 * 1000 < 1 << 30);
-    /// ```
-    pub const fn size(count: FrameCount) -> (usize, usize) {
-        let zones = count.0.div_ceil(ZONE_FRAMES as u64) as usize;
-        (zones * ZONE_WORDS + hint_words(zones) * Order::COUNT, count.0 as usize)
-    }
-
-    /// From memory that is all zero, for up to as many frames as it has room for.
-    pub const fn new(words: &'static [AtomicU64], states: &'static [AtomicU8]) -> Self {
-        Self { words, states }
-    }
-
-    /// From the heap, for tests, tools and simulation: it is never given back to it.
-    ///
-    /// # Errors
-    /// [`FramesError::NoMetadata`].
-    pub fn from_heap(count: FrameCount) -> Result<Self, FramesError> {
-        let (words, states) = Self::size(count);
-        Ok(Self { words: leak_zeros(words)?, states: leak_zeros(states)? })
-    }
-
-    /// Bytes lent.
-    pub const fn bytes(&self) -> usize {
-        size_of_val(self.words) + size_of_val(self.states)
-    }
-}
-
-fn leak_zeros<T: Default>(len: usize) -> Result<&'static [T], FramesError> {
-    let mut zeros = Vec::new();
-    zeros.try_reserve_exact(len).map_err(|_| FramesError::NoMetadata)?;
-    zeros.resize_with(len, T::default);
-    Ok(zeros.leak())
-}
-
-/// Words of the hints of one order.
-const fn hint_words(zones: usize) -> usize {
-    zones.div_ceil(64)
-}
-
-/// A range with its metadata: first the hints of all orders, then the zones.
-#[derive(Debug)]
-struct Range {
-    span: FrameRange,
-    lent: Metadata,
-    zones: usize,
-}
-
-impl Range {
-    fn zone_words(&self, zone: usize) -> &'static [AtomicU64] {
-        let start = hint_words(self.zones) * Order::COUNT + zone * ZONE_WORDS;
-        &self.lent.words[start..start + ZONE_WORDS]
-    }
-
-    fn states(&self) -> States<'static> {
-        States(self.lent.states)
-    }
-
-    /// A word of 64 zones, a bit each: it has no free block of the order.
-    fn hint(&self, order: usize, word: usize) -> &AtomicU64 {
-        &self.lent.words[order * hint_words(self.zones) + word]
-    }
-
-    /// The first zone from `from` on that may have a free block of the order.
-    fn next_zone(&self, order: usize, from: usize) -> Option<usize> {
-        let mut skipped = (1 << (from % 64)) - 1;
-        for at in from / 64..hint_words(self.zones) {
-            let none = self.hint(order, at).load(Acquire) | skipped;
-            if none != u64::MAX {
-                let zone = at * 64 + none.trailing_ones() as usize;
-                return (zone < self.zones).then_some(zone);
-            }
-            skipped = 0;
-        }
-        None
-    }
-
-    /// Where a frame is in the range, if it is in its zone `zone`.
-    fn offset_in_zone(&self, frame: FrameNumber, zone: usize) -> Option<usize> {
-        let offset = frame.0.wrapping_sub(self.span.first.0) as usize;
-        (offset / ZONE_FRAMES == zone && (offset as u64) < self.span.count.0).then_some(offset)
-    }
-
-    fn number(&self, offset: usize) -> FrameNumber {
-        FrameNumber(self.span.first.0 + u32::try_from(offset).expect("a node has at most 2^32 frames"))
-    }
-}
-
 /// Where a frame is.
 #[derive(Clone, Copy)]
 struct Place {
@@ -300,6 +91,8 @@ struct Place {
 }
 
 impl Place {
+    const LOWEST: Self = Self { range: 0, offset: 0 };
+
     const fn zone(self) -> usize {
         self.offset / ZONE_FRAMES
     }
@@ -307,6 +100,15 @@ impl Place {
     const fn in_zone(self) -> usize {
         self.offset % ZONE_FRAMES
     }
+}
+
+/// What a search has found.
+struct Found<'a> {
+    range: &'a Range,
+    /// Frames from the range's beginning.
+    first: usize,
+    /// Whether a zone before it was passed over because somebody else worked on it.
+    was_busy: bool,
 }
 
 /// The frames of one node.
@@ -330,11 +132,12 @@ pub struct Frames {
     /// Raised after a block of some order has become free in a zone that had none.
     epoch: AtomicU64,
     relax: fn(),
-    /// Tells it from every other; 0 before it has a range.
-    id: u64,
+    /// Tells it from every other, 0 before it has a range; and whether it [`has poison`](poison::HAS_POISON).
+    stamp: AtomicU64,
 }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+/// Even numbers: the lowest bit of a stamp is for poison.
+static NEXT_STAMP: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(2);
 
 impl Default for Frames {
     fn default() -> Self {
@@ -345,12 +148,12 @@ impl Default for Frames {
 impl Frames {
     /// No frames yet.
     pub const fn new() -> Self {
-        Self::with_relax(core::hint::spin_loop)
+        Self::with_relax(crate::sync::spin_loop)
     }
 
     /// No frames yet. `relax` is called while a lock is waited for whose holder may be without a processor.
     pub const fn with_relax(relax: fn()) -> Self {
-        Self { ranges: Vec::new(), capacity: 0, epoch: AtomicU64::new(0), relax, id: 0 }
+        Self { ranges: Vec::new(), capacity: 0, epoch: AtomicU64::new(0), relax, stamp: AtomicU64::new(0) }
     }
 
     /// Adds `count` free frames; they begin at the next multiple of 1024 behind the last range.
@@ -384,27 +187,31 @@ impl Frames {
             zone.truncate(rest);
             self.settle(&range, zones - 1, &zone);
         }
-        if self.id == 0 {
-            self.id = NEXT_ID.fetch_add(1, Relaxed);
+        if self.stamp.load(Relaxed) == 0 {
+            self.stamp.store(NEXT_STAMP.fetch_add(2, Relaxed), Relaxed);
         }
         self.ranges.push(range);
         self.capacity += count.0;
         Ok(span)
     }
 
-    /// Takes away the range that begins at `first`, all of whose frames must be free: none in use, none in a cache.
+    /// Takes away the range that begins at `first`, all of whose frames must be free or out of use: none in use, none in a
+    /// cache. Which ones are poisoned is forgotten with it: [`Frames::poisoned_frames`] tells before.
     ///
     /// # Errors
-    /// [`FramesError::RangeInUse`] with the number of frames in use, 0 when there is no such range.
+    /// [`FramesError::NoRange`]; [`FramesError::RangeInUse`], of which [`Frames::in_use`] knows more.
     pub fn remove_range(&mut self, first: FrameNumber) -> Result<(FrameRange, Metadata), FramesError> {
         let at = self
             .ranges
             .binary_search_by_key(&first, |range| range.span.first)
-            .map_err(|_| FramesError::RangeInUse { first, used: FrameCount(0) })?;
-        let used = self.count_used(&self.ranges[at]);
-        if used > 0 {
-            return Err(FramesError::RangeInUse { first, used: FrameCount(used) });
+            .map_err(|_| FramesError::NoRange { first })?;
+        let range = &self.ranges[at];
+        let used = FrameCount(range.count_taken() - range.count_retired());
+        if used.0 > 0 {
+            let lowest = self.in_use(range.span).next().map_or(first, |lowest| lowest.first);
+            return Err(FramesError::RangeInUse { first, used, lowest });
         }
+        range.forget_poison();
         let range = self.ranges.remove(at);
         self.capacity -= range.span.count.0;
         range.lent.words.iter().for_each(|word| word.store(0, Relaxed));
@@ -416,10 +223,10 @@ impl Frames {
     /// # Errors
     /// [`FramesError::Exhausted`]; never while a block of that order stays free.
     pub fn alloc(&self, order: Order) -> Result<FrameNumber, FramesError> {
-        let taken = self.search(order, |zone| zone.take(order.index()));
-        let Some((range, offset)) = taken else { return Err(self.exhausted(order)) };
-        range.states().set(offset, Some(order));
-        Ok(range.number(offset))
+        let taken = self.search(order, Place::LOWEST, |zone| zone.take(order.index()));
+        let Some(Found { range, first, .. }) = taken else { return Err(self.exhausted(order)) };
+        range.states().set(first, Some(order));
+        Ok(range.number(first))
     }
 
     /// Gives a block back and merges it with its free buddies.
@@ -434,157 +241,8 @@ impl Frames {
         let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
         check(range, place.offset, frame, order)?;
         range.states().set(place.offset, None);
-        zone.put(place.in_zone(), order.index());
+        self.put(range, place.zone(), &zone, place.in_zone(), order.index());
         self.settle(range, place.zone(), &zone);
-        Ok(())
-    }
-
-    /// Takes single frames, whole rows of neighbours where there are: fills `into` from the front; how many.
-    pub fn alloc_batch(&self, into: &mut [FrameNumber]) -> usize {
-        let mut done = 0;
-        while done < into.len() {
-            let mut rows = [(0, 0_u64); 8];
-            let mut count = 0;
-            let wanted = into.len() - done;
-            let taken = self.search(Order::ZERO, |zone| {
-                let mut left = wanted;
-                while count < rows.len() && left > 0 {
-                    let Some(row) = zone.take_row(left) else { break };
-                    left -= row.1.count_ones() as usize;
-                    rows[count] = row;
-                    count += 1;
-                }
-                (count > 0).then_some(0)
-            });
-            let Some((range, zone)) = taken else { break };
-            for &(first, bits) in &rows[..count] {
-                let first = zone + first;
-                let number = range.number(first).0;
-                let states = &range.states().0[first..(first + ROW_FRAMES).min(range.lent.states.len())];
-                let mut to = into[done..].iter_mut();
-                each_bit(bits, |bit| {
-                    states[bit].store(1, Relaxed);
-                    if let Some(to) = to.next() {
-                        *to = FrameNumber(number + bit as u32);
-                    }
-                });
-                done += bits.count_ones() as usize;
-            }
-        }
-        done
-    }
-
-    /// Gives single frames back, one lock a zone for runs of frames that share it.
-    ///
-    /// # Errors
-    /// As [`Frames::free_block`], and which of them: those before it are free, it and those behind it are not.
-    pub fn free_batch(&self, frames: &[FrameNumber]) -> Result<(), (usize, FramesError)> {
-        let mut at = 0;
-        while at < frames.len() {
-            let place = self.find(frames[at]).map_err(|cause| (at, cause))?;
-            let range = &self.ranges[place.range];
-            let states = range.states();
-            let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
-            let mut result = Ok(());
-            // The frames of one row go back together.
-            let (mut row, mut bits) = (place.in_zone() / ROW_FRAMES, 0_u64);
-            while let Some(&frame) = frames.get(at) {
-                let Some(offset) = range.offset_in_zone(frame, place.zone()) else { break };
-                if let Err(cause) = check(range, offset, frame, Order::ZERO) {
-                    result = Err((at, cause));
-                    break;
-                }
-                states.set(offset, None);
-                let in_zone = offset % ZONE_FRAMES;
-                if in_zone / ROW_FRAMES != row {
-                    zone.put_in_row(row * ROW_FRAMES, bits);
-                    (row, bits) = (in_zone / ROW_FRAMES, 0);
-                }
-                bits |= 1 << (in_zone % ROW_FRAMES);
-                at += 1;
-            }
-            zone.put_in_row(row * ROW_FRAMES, bits);
-            self.settle(range, place.zone(), &zone);
-            result?;
-        }
-        Ok(())
-    }
-
-    /// Takes `count` neighbouring frames, up to 1 GiB; from 4 MiB on they begin at a multiple of 4 MiB, below that at a
-    /// multiple of the next power of two. Looks at every tree: slow.
-    ///
-    /// # Errors
-    /// [`FramesError::Contiguous`] for a length that is never given; [`FramesError::Exhausted`], with the smallest order
-    /// that holds it, when no such run is free.
-    pub fn alloc_contiguous(&self, count: FrameCount) -> Result<FrameRange, FramesError> {
-        if count.0 == 0 || count.0 > MAX_CONTIGUOUS {
-            return Err(FramesError::Contiguous { count });
-        }
-        let len = count.0 as usize;
-        let order = Order::fitting(count.bytes()).unwrap_or(Order::MAX);
-        for range in &self.ranges {
-            let step = TREE_FRAMES.min(1 << order.get());
-            let total = range.span.count.0 as usize;
-            let mut first = 0;
-            while first + len <= total {
-                let zones = first / ZONE_FRAMES..=(first + len - 1) / ZONE_FRAMES;
-                // Two at most, the lower one first: nobody waits for a lower one while holding a higher one.
-                let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
-                let high =
-                    (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
-                let parts = [Some(&low), high.as_ref()];
-                // As long as it stays in the zones that are locked.
-                while first + len <= total
-                    && (first + len - 1) / ZONE_FRAMES == *zones.end()
-                    && first / ZONE_FRAMES == *zones.start()
-                {
-                    if is_run_free(&parts, first, len) {
-                        each_piece(first, len, |piece, order| {
-                            let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
-                            zone.take_at(piece % ZONE_FRAMES, order.index());
-                            range.states().set(piece, Some(order));
-                            Ok(())
-                        })?;
-                        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
-                            self.settle(range, number, zone);
-                        }
-                        return Ok(FrameRange { first: range.number(first), count });
-                    }
-                    first += step;
-                }
-            }
-        }
-        Err(self.exhausted(order))
-    }
-
-    /// Gives back what [`Frames::alloc_contiguous`] gave, all of it.
-    ///
-    /// # Errors
-    /// As [`Frames::free_block`], for the first piece that is not as it was given; nothing has changed then.
-    pub fn free_contiguous(&self, run: FrameRange) -> Result<(), FramesError> {
-        if run.count.0 == 0 || run.count.0 > MAX_CONTIGUOUS {
-            return Err(FramesError::Contiguous { count: run.count });
-        }
-        let place = self.find(run.first)?;
-        let range = &self.ranges[place.range];
-        let (first, len) = (place.offset, run.count.0 as usize);
-        if first + len > range.span.count.0 as usize {
-            return Err(FramesError::Foreign { frame: range.number(range.span.count.0 as usize - 1) });
-        }
-        let zones = place.zone()..=(first + len - 1) / ZONE_FRAMES;
-        let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
-        let high = (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
-        let parts = [Some(&low), high.as_ref()];
-        each_piece(first, len, |piece, order| check(range, piece, range.number(piece), order))?;
-        each_piece(first, len, |piece, order| {
-            range.states().set(piece, None);
-            let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
-            zone.put(piece % ZONE_FRAMES, order.index());
-            Ok(())
-        })?;
-        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
-            self.settle(range, number, zone);
-        }
         Ok(())
     }
 
@@ -603,14 +261,15 @@ impl Frames {
         FrameCount(self.capacity)
     }
 
-    /// Free frames, those in caches not among them. Looks at every zone.
+    /// Free frames; neither those in caches nor poisoned ones. Looks at every zone.
     pub fn free(&self) -> FrameCount {
-        FrameCount(self.capacity - self.used().0)
+        FrameCount(self.capacity - self.ranges.iter().map(Range::count_taken).sum::<u64>())
     }
 
     /// Frames in use or in a cache. Looks at every zone.
     pub fn used(&self) -> FrameCount {
-        FrameCount(self.ranges.iter().map(|range| self.count_used(range)).sum())
+        let used = |range: &Range| range.count_taken().saturating_sub(range.count_retired());
+        FrameCount(self.ranges.iter().map(used).sum())
     }
 
     /// The ranges, lowest first.
@@ -635,26 +294,26 @@ impl Frames {
         counts
     }
 
-    /// Bytes of metadata lent: about a byte and an eighth a frame.
+    /// Bytes of metadata lent: about a byte and a quarter a frame.
     pub fn metadata_bytes(&self) -> usize {
         self.ranges.iter().map(|range| range.lent.bytes()).sum()
     }
 
-    const fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// Tries `take` on the zones that may have a free block of `order`, lowest first: the range, and what it gave counted
-    /// from the range's beginning. A zone that somebody else works on is passed over as long as another one has some.
-    fn search(&self, order: Order, mut take: impl FnMut(&Zone<'_>) -> Option<usize>) -> Option<(&Range, usize)> {
+    /// Tries `take` on the zones that may have a free block of `order`, lowest first, from that of `from` on. A zone that somebody else works on is passed over as long as another one has some.
+    fn search(
+        &self,
+        order: Order,
+        from: Place,
+        mut take: impl FnMut(&Zone<'_>) -> Option<usize>,
+    ) -> Option<Found<'_>> {
         let mut is_patient = false;
         loop {
             let epoch = self.epoch.load(Acquire);
             let mut was_busy = false;
-            for range in &self.ranges {
-                let mut from = 0;
-                while let Some(number) = range.next_zone(order.index(), from) {
-                    from = number + 1;
+            let mut next = from.zone();
+            for range in self.ranges.iter().skip(from.range) {
+                while let Some(number) = range.next_zone(order.index(), next) {
+                    next = number + 1;
                     let words = range.zone_words(number);
                     let zone =
                         if is_patient { Some(Zone::lock(words, self.relax)) } else { Zone::try_lock(words) };
@@ -664,9 +323,11 @@ impl Frames {
                     };
                     if let Some(first) = take(&zone) {
                         self.settle(range, number, &zone);
-                        return Some((range, number * ZONE_FRAMES + first));
+                        let first = number * ZONE_FRAMES + first;
+                        return Some(Found { range, first, was_busy: was_busy || is_patient });
                     }
                 }
+                next = 0;
             }
             // A block may have become free behind our back: then there is one.
             if !was_busy && self.epoch.load(Acquire) == epoch {
@@ -707,59 +368,9 @@ impl Frames {
         Ok(Place { range, offset: (frame.0 - span.first.0) as usize })
     }
 
-    fn count_used(&self, range: &Range) -> u64 {
-        let used: u64 = (0..range.zones).map(|zone| zone::read_used(range.zone_words(zone))).sum();
-        // Those that do not exist are counted as used.
-        used.saturating_sub((range.zones * ZONE_FRAMES) as u64 - range.span.count.0)
-    }
-
     fn exhausted(&self, order: Order) -> FramesError {
         FramesError::Exhausted { order, free: self.free(), largest: self.largest_free() }
     }
-}
-
-/// Whether a block of `order` begins there.
-fn check(range: &Range, offset: usize, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
-    let states = range.states();
-    if states.is(offset, order) {
-        return Ok(());
-    }
-    match states.get(offset) {
-        Some(allocated) => Err(FramesError::WrongOrder { frame, order, allocated }),
-        None => Err(not_allocated(&states, offset, frame)),
-    }
-}
-
-fn not_allocated(states: &States<'_>, offset: usize, frame: FrameNumber) -> FramesError {
-    if states.is_inside(offset) { FramesError::NotFirst { frame } } else { FramesError::NotAllocated { frame } }
-}
-
-/// Whether `len` frames from `first` on are free; the zones they lie in are locked.
-fn is_run_free(parts: &[Option<&Zone<'_>>; 2], first: usize, len: usize) -> bool {
-    let base = first / ZONE_FRAMES * ZONE_FRAMES;
-    let (start, end) = (first - base, first - base + len);
-    let in_zone = |number: usize| {
-        let (from, to) = (start.max(number * ZONE_FRAMES), end.min((number + 1) * ZONE_FRAMES));
-        let zone = parts[number];
-        from >= to || zone.is_some_and(|zone| zone.is_free(from - number * ZONE_FRAMES, to - number * ZONE_FRAMES))
-    };
-    in_zone(0) && in_zone(1)
-}
-
-/// The blocks that `len` frames from `first` on are made of: the largest that fit, in order.
-fn each_piece(
-    first: usize,
-    len: usize,
-    mut piece: impl FnMut(usize, Order) -> Result<(), FramesError>,
-) -> Result<(), FramesError> {
-    let (mut at, end) = (first, first + len);
-    while at < end {
-        let fits = |order: &Order| at.is_multiple_of(1 << order.get()) && at + (1 << order.get()) <= end;
-        let order = Order::all().rev().find(fits).unwrap_or(Order::ZERO);
-        piece(at, order)?;
-        at += 1 << order.get();
-    }
-    Ok(())
 }
 
 fn each_bit(bits: u64, mut look: impl FnMut(usize)) {

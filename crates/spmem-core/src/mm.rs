@@ -28,9 +28,9 @@ const UNCHARGED: u16 = u16::MAX;
 pub struct Block {
     pub(crate) frame: FrameNumber,
     pub(crate) node: NodeId,
-    /// Slot of the grant charged.
+    /// Slot of the grant charged, or [`UNCHARGED`].
     charged: u16,
-    /// Number of the domain charged.
+    /// Number of the domain charged, or [`UNCHARGED`].
     domain: u16,
     /// Of the manager: a block given to another one is noticed.
     registry: NonZeroU16,
@@ -157,6 +157,8 @@ pub struct NodeStats {
     pub used: FrameCount,
     /// Free frames.
     pub free: FrameCount,
+    /// Frames that are poisoned and out of use.
+    pub poisoned: FrameCount,
     /// Free blocks by order, each counted at the highest order it reaches.
     pub free_blocks: [u64; Order::COUNT],
     /// Ranges.
@@ -327,6 +329,7 @@ impl MemoryManager {
             capacity: frames.capacity(),
             used: frames.used(),
             free: frames.free(),
+            poisoned: frames.poisoned(),
             free_blocks: frames.count_free_blocks(),
             ranges: frames.ranges().len(),
             pressure: node.watermarks.observe(frames.free()),

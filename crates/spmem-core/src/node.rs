@@ -101,7 +101,7 @@ bitflags! {
         const WRITE_FENCE = 1 << 5;
         /// Pages may be pinned for long (R15: such frames never move).
         const LONGTERM_PIN = 1 << 6;
-        /// Programs may set memory policies on it.
+        /// Programs may name it in memory policies; without it an SPM node has a hard guard.
         const USER_NUMA = 1 << 7;
         /// Running out of it may end a program.
         const OOM_ELIGIBLE = 1 << 8;
@@ -148,7 +148,7 @@ impl fmt::Display for Services {
 pub enum Guard {
     /// Only components allocate there.
     Hard,
-    /// A program may also name the node, with strict bind (R9).
+    /// A program may also name the node, with strict bind (R9); needs [`Services::USER_NUMA`] (R3).
     Easy,
 }
 
@@ -174,6 +174,29 @@ pub struct NodeSpec {
     pub guard: Guard,
     /// The component's name, for people.
     pub owner: Cow<'static, str>,
+}
+
+impl NodeSpec {
+    /// Checks that the services have those that they and the guard stand on (R3).
+    ///
+    /// # Errors
+    /// [`NodeError::ServiceNeeds`], [`NodeError::GuardNeeds`].
+    ///
+    /// ```
+    /// use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Services};
+    /// let services = Services::RECLAIM;
+    /// let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Slow, services, guard: Guard::Easy, owner: "cxl".into() };
+    /// assert_eq!(spec.check(), Err(NodeError::GuardNeeds { missing: Services::USER_NUMA }));
+    /// assert!(NodeSpec { guard: Guard::Hard, ..spec }.check().is_ok());
+    /// ```
+    pub fn check(&self) -> Result<(), NodeError> {
+        self.services.check()?;
+        let missing = Services::USER_NUMA - self.services;
+        if self.node_type == NodeType::Spm && self.guard == Guard::Easy && !missing.is_empty() {
+            return Err(NodeError::GuardNeeds { missing });
+        }
+        Ok(())
+    }
 }
 
 /// Which property of a [`NodeSpec`] differs.
@@ -231,6 +254,11 @@ pub enum NodeError {
         /// What it needs besides.
         missing: Services,
     },
+    /// An easy guard lets programs name the node, which stands on a service that is missing (R3, R9).
+    GuardNeeds {
+        /// What it needs.
+        missing: Services,
+    },
     /// A further range must carry the node's own properties (R3).
     Conflict {
         /// The node.
@@ -262,6 +290,7 @@ impl fmt::Display for NodeError {
             Self::ServiceNeeds { service, missing } => {
                 write!(f, "service {service} also needs {missing}")
             }
+            Self::GuardNeeds { missing } => write!(f, "an easy guard needs the service {missing}"),
             Self::Conflict { node, property } => {
                 write!(f, "the range differs from node {node} in {property:?}; all ranges of a node are alike")
             }

@@ -4,24 +4,41 @@
 //! numbers. Marks lie below the limit: from *gate* on first touches go through the fault handler; eviction begins at
 //! *low* and aims at *high*; from *close* on first touches wait. What lies between high and the limit is RAM not used,
 //! and each byte of it costs nearly two of resident pages, so it is little: the gate keeps growth from overrunning it.
-//! The processes share the excess in proportion to what they use.
+//! The processes share the excess in proportion to what they use. What goes with it: [`Floor`] (what stays), [`Throttle`]
+//! and [`Turnstile`] (who waits), [`Coverage`] (who can be made to wait), [`Progress`] and [`Retry`] (what could not leave).
 //! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
 //!
 //! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
 //! A process with nothing left to evict is never held at the gate, even where others could make room for it.
 
+mod floor;
+mod progress;
+mod retry;
+mod throttle;
+
+pub use self::floor::{FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
+pub use self::progress::Progress;
+pub use self::retry::Retry;
+pub use self::throttle::{Admission, CROWDED_NS, Cover, Coverage, Look, PATIENCE_NS, Throttle, Turnstile};
+
 use crate::units::{Bytes, PAGE_SIZE};
 
+/// Pages of one batch: short enough that a fork or the next look waits about a millisecond.
+pub const BATCH_PAGES: u64 = 32;
+/// A tree that takes less than this part of its limit needs nothing prepared.
+const NEAR_SHARE: u64 = 4;
 /// The longest sleep, ns.
 pub const SLEEP_MAX_NS: u64 = 100_000_000;
-/// The shortest sleep of a process that evicts nothing, ns; matters for limits below 8 MiB only.
-pub const SLEEP_MIN_NS: u64 = 50_000;
+/// The shortest sleep of a process that evicts nothing, ns; matters near the gate of small limits on many processors.
+pub const SLEEP_MIN_NS: u64 = 100_000;
 /// The longest sleep once first touches go through the fault handler, which tells of growth, ns.
 pub const SLEEP_GATED_NS: u64 = 1_000_000;
 /// Sleep of a process that could evict nothing although it should, ns.
 pub const SLEEP_STUCK_NS: u64 = 1_000_000;
-/// The fastest growth that the sleep allows for, bytes a second: faster than one core zeroes pages.
+/// The fastest growth of one processor that the sleep allows for, bytes a second: faster than a core zeroes pages.
 pub const GROWTH_MAX_BYTES_PER_S: u64 = 4 << 30;
+/// Processors that can grow so fast together: more than this share the bandwidth of memory.
+pub const GROWING_MAX: u32 = 16;
 /// The distance of the gate from the limit is never smaller, but for limits below 8 MiB: a quarter of them.
 pub const MARGIN_MIN: Bytes = Bytes::mib(2);
 /// The distance of the gate from the limit is never larger.
@@ -54,6 +71,8 @@ pub struct Facts {
     pub growth: Bytes,
     /// Processes in the tree that plan; 0 counts as 1.
     pub processes: u32,
+    /// Processors that the tree runs on, all of which can touch memory for the first time at once; 0 counts as 1.
+    pub processors: u32,
 }
 
 /// Whether first touches go on, mildest first.
@@ -79,6 +98,25 @@ pub struct Plan {
     pub gate: Gate,
     /// When to look again at the latest, ns; 0 right after this plan is done.
     pub sleep_ns: u64,
+}
+
+impl Plan {
+    /// How many pages to move into the holding area in a batch, with so many in it.
+    pub fn sweep_pages(&self, held: u64) -> u64 {
+        self.holding_target_pages.saturating_sub(held).min(BATCH_PAGES / 2)
+    }
+
+    /// How many pages to demote in a batch that found so many in the holding area and moved so many more there. While it fills
+    /// up none: what was moved is progress, and is demoted next.
+    pub fn demote_pages(&self, held: u64, moved: u64) -> u64 {
+        let is_filling = moved > 0 && held.saturating_add(moved) < self.holding_target_pages / 2;
+        if is_filling { 0 } else { self.evict_pages.min(BATCH_PAGES) }
+    }
+}
+
+/// Whether a tree is near enough to its limit that what moving pages takes should be ready.
+pub fn is_near(facts: &Facts) -> bool {
+    facts.limit.is_some_and(|limit| facts.tree_used.0 > limit.0 / NEAR_SHARE)
 }
 
 /// The marks of a limit: bytes of RAM in use at which something happens.
@@ -155,7 +193,7 @@ pub fn plan(facts: &Facts) -> Plan {
         } else if used > marks.gate.0 {
             SLEEP_GATED_NS
         } else {
-            headroom_ns(marks.close.0 - used).max(SLEEP_MIN_NS)
+            headroom_ns(marks.close.0 - used, facts.processors).max(SLEEP_MIN_NS)
         },
     }
 }
@@ -166,7 +204,7 @@ fn expected_growth(facts: &Facts, marks: &Marks) -> u64 {
     if facts.since_last_ns == 0 {
         return 0;
     }
-    let horizon_ns = u128::from(headroom_ns(marks.close.0 - marks.low.0));
+    let horizon_ns = u128::from(headroom_ns(marks.close.0 - marks.low.0, facts.processors));
     let growth = u128::from(facts.growth.0) * horizon_ns / u128::from(facts.since_last_ns);
     // A burst in a short look must not look like a flood: at most what the assumed maximum would bring.
     u64::try_from(growth).unwrap_or(u64::MAX).min(marks.close.0 - marks.low.0)
@@ -201,8 +239,9 @@ fn gate(used: u64, marks: &Marks, evictable: u64) -> Gate {
 }
 
 /// How long `headroom` bytes last at the fastest growth, at most the longest sleep, ns.
-fn headroom_ns(headroom: u64) -> u64 {
-    let ns = u128::from(headroom) * 1_000_000_000 / u128::from(GROWTH_MAX_BYTES_PER_S);
+fn headroom_ns(headroom: u64, processors: u32) -> u64 {
+    let growth = u128::from(GROWTH_MAX_BYTES_PER_S) * u128::from(processors.clamp(1, GROWING_MAX));
+    let ns = u128::from(headroom) * 1_000_000_000 / growth;
     u64::try_from(ns).unwrap_or(u64::MAX).min(SLEEP_MAX_NS)
 }
 

@@ -111,9 +111,9 @@ impl Registry {
     ///
     /// # Errors
     /// [`NodeError::TypeLatched`] or [`NodeError::AlreadyRegistered`] when the node is registered;
-    /// [`NodeError::ServiceNeeds`].
+    /// [`NodeError::ServiceNeeds`], [`NodeError::GuardNeeds`].
     pub fn register(&mut self, node: NodeId, spec: NodeSpec) -> Result<Owner, NodeError> {
-        spec.services.check()?;
+        spec.check()?;
         if let Some(present) = self.node(node) {
             let latched = present.spec.node_type;
             return Err(if latched == spec.node_type {
@@ -164,7 +164,8 @@ impl Registry {
         Ok(range)
     }
 
-    /// Takes a range away from a node; none of its frames may be in use. What was lent for it comes back.
+    /// Takes a range away from a node; none of its frames may be in use, poisoned ones out of use do not matter. What was lent
+    /// for it comes back. What stands in the way [`MemoryManager::in_use`](crate::mm::MemoryManager::in_use) says.
     ///
     /// # Errors
     /// [`NodeError::NotOwner`], [`NodeError::Frames`].

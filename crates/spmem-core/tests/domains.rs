@@ -119,7 +119,7 @@ impl Model {
         let spec = NodeSpec {
             node_type,
             class: Class::Plain,
-            services: Services::empty(),
+            services: Services::USER_NUMA,
             guard: Guard::Easy,
             owner: "test".into(),
         };

@@ -5,8 +5,10 @@
     reason = "a test fails by panicking; its numbers are small"
 )]
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
-use spmem_core::frames::{FrameRange, Frames, FramesError, Metadata};
+use spmem_core::frames::{FrameRange, Frames, FramesError, Hurt, InUse, Metadata};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 
 /// What a frame is, one entry a frame.
@@ -14,6 +16,8 @@ use spmem_core::units::{FrameCount, FrameNumber, Order};
 enum Owner {
     Hole,
     Free,
+    /// Poisoned, and nobody's.
+    Out,
     /// Serial number of the block.
     Block(u32),
 }
@@ -25,6 +29,7 @@ struct Oracle {
     blocks: Vec<(u32, FrameNumber, Order)>,
     /// Serial and span.
     runs: Vec<(u32, FrameRange)>,
+    poisoned: BTreeSet<usize>,
     next: u32,
 }
 
@@ -41,6 +46,9 @@ enum Op {
     Contiguous(u64),
     FreeContiguous(prop::sample::Index),
     Batch(usize),
+    Poison(u32),
+    /// All at once, as when a row of a chip fails.
+    PoisonRun(u32, u32),
     AddRange(u64),
     RemoveRange(prop::sample::Index),
 }
@@ -56,6 +64,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (1u64..3000).prop_map(Op::Contiguous),
         1 => any::<prop::sample::Index>().prop_map(Op::FreeContiguous),
         2 => (1usize..300).prop_map(Op::Batch),
+        3 => (0u32..6000).prop_map(Op::Poison),
+        1 => (0u32..6000, 1u32..200).prop_map(|(first, count)| Op::PoisonRun(first, count)),
         1 => (1u64..2100).prop_map(Op::AddRange),
         1 => any::<prop::sample::Index>().prop_map(Op::RemoveRange),
     ]
@@ -71,8 +81,8 @@ fn order(order: u8) -> Order {
 
 impl Oracle {
     fn new(ranges: &[u64]) -> Self {
-        let mut oracle =
-            Self { frames: Frames::new(), owners: Vec::new(), blocks: Vec::new(), runs: Vec::new(), next: 0 };
+        let (frames, owners, blocks, runs) = (Frames::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut oracle = Self { frames, owners, blocks, runs, poisoned: BTreeSet::new(), next: 0 };
         ranges.iter().for_each(|&count| oracle.add_range(count));
         oracle
     }
@@ -110,6 +120,39 @@ impl Oracle {
             Err(error) => {
                 assert!(!self.has_free(order), "{error}, but a block of order {order} is free");
                 assert!(matches!(error, FramesError::Exhausted { .. }));
+            }
+        }
+    }
+
+    /// Frames lose their owner: those that are poisoned go out of use.
+    fn release(&mut self, frames: std::ops::Range<usize>) {
+        for frame in frames {
+            self.owners[frame] = if self.poisoned.contains(&frame) { Owner::Out } else { Owner::Free };
+        }
+    }
+
+    fn poison(&mut self, number: u32) {
+        let (frame, at) = (FrameNumber(number), number as usize);
+        let result = self.frames.poison(frame);
+        let owner = self.owners.get(at).copied().unwrap_or(Owner::Hole);
+        if owner == Owner::Hole {
+            return assert_eq!(result, Err(FramesError::Foreign { frame }));
+        }
+        let poisoned = result.unwrap();
+        assert_eq!(poisoned.is_new, self.poisoned.insert(at), "{frame}");
+        match owner {
+            Owner::Block(serial) => {
+                let Hurt::Holder { first, order } = poisoned.hurt else { panic!("{frame}: {poisoned:?}") };
+                let span = Self::span((first, order));
+                assert!(span.contains(&at), "{frame} is not in the block at {first}");
+                match self.blocks.iter().find(|block| block.0 == serial) {
+                    Some(block) => assert_eq!((first, order), (block.1, block.2)),
+                    None => assert!(self.owners[span].iter().all(|&piece| piece == owner), "a piece of the run"),
+                }
+            }
+            _ => {
+                assert_eq!(poisoned.hurt, Hurt::Nobody, "{frame}");
+                self.owners[at] = Owner::Out;
             }
         }
     }
@@ -181,7 +224,7 @@ impl Oracle {
         }
         self.frames.free_contiguous(run).unwrap();
         assert!(self.frames.free_contiguous(run).is_err(), "double free");
-        self.owners[run.first.0 as usize..][..run.count.0 as usize].fill(Owner::Free);
+        self.release(run.first.0 as usize..end);
     }
 
     fn batch(&mut self, wanted: usize) {
@@ -201,12 +244,17 @@ impl Oracle {
             assert_eq!(error, (1, FramesError::NotAllocated { frame: batch[0] }));
             batch.swap_remove(0);
         }
+        // What is poisoned while it is in the batch goes out of use with it.
+        for frame in batch.iter().step_by(37) {
+            let hurt = self.frames.poison(*frame).unwrap().hurt;
+            assert_eq!(hurt, Hurt::Holder { first: *frame, order: Order::ZERO });
+            self.poisoned.insert(frame.0 as usize);
+        }
         self.frames.free_batch(&batch).unwrap();
         let serial = self.next;
-        self.owners
-            .iter_mut()
-            .filter(|owner| **owner == Owner::Block(serial))
-            .for_each(|owner| *owner = Owner::Free);
+        let held = |owner: &Owner| *owner == Owner::Block(serial);
+        let given: Vec<usize> = (0..self.owners.len()).filter(|&frame| held(&self.owners[frame])).collect();
+        given.into_iter().for_each(|frame| self.release(frame..frame + 1));
         self.next += 1;
     }
 
@@ -214,7 +262,7 @@ impl Oracle {
         let (_, first, order) = self.blocks.swap_remove(at);
         assert_eq!(self.frames.allocated_order(first), Ok(order));
         self.frames.free_block(first, order).unwrap();
-        self.owners[Self::span((first, order))].fill(Owner::Free);
+        self.release(Self::span((first, order)));
         assert!(self.frames.free_block(first, order).is_err(), "double free");
     }
 
@@ -233,6 +281,7 @@ impl Oracle {
         let expected = match self.owners.get(frame.0 as usize) {
             None | Some(Owner::Hole) => FramesError::Foreign { frame },
             Some(Owner::Free) => FramesError::NotAllocated { frame },
+            Some(Owner::Out) => FramesError::Poisoned { frame },
             Some(Owner::Block(serial)) => match self.blocks.iter().find(|block| block.0 == *serial) {
                 Some(&(_, first, allocated)) if first == frame => {
                     FramesError::WrongOrder { frame, order, allocated }
@@ -243,19 +292,45 @@ impl Oracle {
         assert_eq!(error, expected);
     }
 
+    /// What is in use of a range, block by block.
+    fn in_use(&self, range: FrameRange) -> Vec<InUse> {
+        let mut uses: Vec<InUse> = self
+            .blocks
+            .iter()
+            .filter(|block| range.contains(block.1))
+            .map(|&(_, first, order)| InUse { first, count: order.frames(), order: Some(order) })
+            .collect();
+        // Runs are made of blocks whose sizes are their own affair.
+        for &(_, run) in self.runs.iter().filter(|(_, run)| range.contains(run.first)) {
+            let mut at = run.first.0;
+            while run.contains(FrameNumber(at)) {
+                let order = self.frames.allocated_order(FrameNumber(at)).unwrap();
+                uses.push(InUse { first: FrameNumber(at), count: order.frames(), order: Some(order) });
+                at += 1 << order.get();
+            }
+        }
+        uses.sort_by_key(|used| used.first);
+        uses
+    }
+
     fn remove_range(&mut self, range: FrameRange) {
         let span = range.first.0 as usize..range.first.0 as usize + range.count.0 as usize;
-        let used = self.owners[span.clone()].iter().filter(|&&owner| owner != Owner::Free).count() as u64;
+        let is_used = |owner: &&Owner| matches!(owner, Owner::Block(_));
+        let used = self.owners[span.clone()].iter().filter(is_used).count() as u64;
+        let expected = self.in_use(range);
+        assert_eq!(self.frames.in_use(range).collect::<Vec<_>>(), expected);
         match self.frames.remove_range(range.first) {
-            Ok((removed, _)) => {
+            Ok((removed, lent)) => {
                 assert_eq!((removed, used), (range, 0));
-                self.owners[span].fill(Owner::Hole);
+                assert!(lent.is_zero(), "what comes back can be lent again");
+                self.owners[span.clone()].fill(Owner::Hole);
+                self.poisoned.retain(|frame| !span.contains(frame));
                 let keep = self.owners.iter().rposition(|&owner| owner != Owner::Hole).map_or(0, |last| last + 1);
                 self.owners.truncate(keep);
             }
             Err(error) => {
-                assert!(used > 0);
-                assert_eq!(error, FramesError::RangeInUse { first: range.first, used: FrameCount(used) });
+                let (first, lowest) = (range.first, expected[0].first);
+                assert_eq!(error, FramesError::RangeInUse { first, used: FrameCount(used), lowest });
             }
         }
     }
@@ -266,6 +341,8 @@ impl Oracle {
         assert_eq!(self.frames.free().0, count(|&owner| owner == Owner::Free));
         assert_eq!(self.frames.capacity().0, count(|&owner| owner != Owner::Hole));
         assert_eq!(self.frames.used().0, count(|owner| matches!(owner, Owner::Block(_))));
+        assert_eq!(self.frames.poisoned().0, count(|&owner| owner == Owner::Out));
+        assert!(self.frames.poisoned_frames().map(|frame| frame.0 as usize).eq(self.poisoned.iter().copied()));
         let mut blocks = [0; Order::COUNT];
         let mut at = 0;
         while at < self.owners.len() {
@@ -292,6 +369,8 @@ impl Oracle {
             Op::Contiguous(count) => self.alloc_contiguous(count),
             Op::FreeContiguous(at) if !self.runs.is_empty() => self.free_contiguous(at.index(self.runs.len())),
             Op::Batch(wanted) => self.batch(wanted),
+            Op::Poison(frame) => self.poison(frame),
+            Op::PoisonRun(first, count) => (first..first + count).for_each(|frame| self.poison(frame)),
             Op::AddRange(count) if self.owners.len() < 8192 => self.add_range(count),
             Op::RemoveRange(at) if self.frames.ranges().len() > 0 => {
                 let mut ranges = self.frames.ranges();

@@ -7,9 +7,10 @@
 )]
 
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-use spmem_core::frames::{Cache, FrameRange, Frames, FramesError, Metadata, PerCpu};
+use spmem_core::frames::{Cache, FrameRange, Frames, FramesError, Hurt, Metadata, PerCpu};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 
 const THREADS: u32 = 4;
@@ -20,20 +21,47 @@ struct Node {
     frames: Frames,
     caches: PerCpu,
     owners: Vec<AtomicU32>,
+    /// When each frame's poison was reported, 0 for never; and what time it is.
+    poisoned: Vec<AtomicU32>,
+    time: AtomicU32,
+    /// Steps that all threads together have gone.
+    steps: AtomicU32,
 }
 
 impl Node {
     fn new(count: u64) -> Self {
         let mut frames = Frames::with_relax(std::thread::yield_now);
         frames.add_range(FrameCount(count), Metadata::from_heap(FrameCount(count)).unwrap()).unwrap();
-        let owners = (0..count).map(|_| AtomicU32::new(0)).collect();
-        Self { frames, caches: PerCpu::new(2).unwrap(), owners }
+        let zeros = || (0..count).map(|_| AtomicU32::new(0)).collect();
+        let (owners, poisoned) = (zeros(), zeros());
+        Self {
+            frames,
+            caches: PerCpu::new(2).unwrap(),
+            owners,
+            poisoned,
+            time: AtomicU32::new(1),
+            steps: AtomicU32::new(0),
+        }
     }
 
-    fn claim(&self, first: FrameNumber, count: u64, owner: u32) {
-        for frame in &self.owners[first.0 as usize..first.0 as usize + count as usize] {
+    /// What was asked for at `since` was given.
+    fn claim(&self, first: FrameNumber, count: u64, owner: u32, since: u32) {
+        let span = first.0 as usize..first.0 as usize + count as usize;
+        for (frame, poisoned) in self.owners[span.clone()].iter().zip(&self.poisoned[span]) {
             assert_eq!(frame.swap(owner, Relaxed), 0, "a frame of block {first} has two owners");
+            let when = poisoned.load(SeqCst);
+            assert!(when == 0 || when >= since, "a frame of block {first} came back after it was poisoned");
         }
+    }
+
+    /// Poisons a frame, and notes when that was reported.
+    fn poison(&self, frame: FrameNumber) -> Hurt {
+        let poisoned = self.frames.poison(frame).unwrap();
+        let now = self.time.fetch_add(1, SeqCst);
+        if poisoned.is_new {
+            self.poisoned[frame.0 as usize].store(now, SeqCst);
+        }
+        poisoned.hurt
     }
 
     fn give_up(&self, first: FrameNumber, count: u64, owner: u32) {
@@ -56,8 +84,10 @@ fn live(node: &Node, owner: u32, steps: usize, largest: u32) {
     let Node { frames, caches, .. } = node;
     let (mut random, mut held, mut cache) = (Random(u64::from(owner) * 77 + 1), Vec::new(), Cache::new());
     for _ in 0..steps {
+        node.steps.fetch_add(1, Relaxed);
         let most = largest.min(random.below(11) + 1);
         let order = Order::new(random.below(most) as u8).unwrap();
+        let since = node.time.load(SeqCst);
         let taken = match random.below(8) {
             0 => frames.alloc(order).map(|first| Held::Block(first, order)),
             1 | 2 => caches.alloc(frames, random.below(3) as usize, order).map(|first| Held::Block(first, order)),
@@ -66,7 +96,7 @@ fn live(node: &Node, owner: u32, steps: usize, largest: u32) {
                 let mut batch = [FrameNumber(0); 100];
                 let count = frames.alloc_batch(&mut batch[..1 + random.below(100) as usize]);
                 for &frame in &batch[..count] {
-                    node.claim(frame, 1, owner);
+                    node.claim(frame, 1, owner, since);
                     node.give_up(frame, 1, owner);
                 }
                 frames.free_batch(&batch[..count]).unwrap();
@@ -89,9 +119,9 @@ fn live(node: &Node, owner: u32, steps: usize, largest: u32) {
             }
         };
         match taken {
-            Ok(Held::Block(first, order)) => node.claim(first, order.frames().0, owner),
-            Ok(Held::Cached(first)) => node.claim(first, 1, owner),
-            Ok(Held::Run(run)) => node.claim(run.first, run.count.0, owner),
+            Ok(Held::Block(first, order)) => node.claim(first, order.frames().0, owner, since),
+            Ok(Held::Cached(first)) => node.claim(first, 1, owner, since),
+            Ok(Held::Run(run)) => node.claim(run.first, run.count.0, owner, since),
             Err(error) => {
                 assert!(matches!(error, FramesError::Exhausted { .. }), "{error}");
                 // So full that others starve: some of it back.
@@ -131,34 +161,129 @@ fn release(node: &Node, owner: u32, held: Held, cache: &mut Cache, random: &mut 
     }
 }
 
-fn run(count: u64, steps: usize, largest: u32) {
+/// Runs the threads, beside them one that poisons so many frames: what is left of the node.
+fn run(count: u64, steps: usize, largest: u32, poisons: u32) -> Node {
     let node = Node::new(count);
-    let whole = node.frames.count_free_blocks();
-    let barrier = Barrier::new(THREADS as usize);
+    let barrier = Barrier::new(THREADS as usize + 1);
+    let living = AtomicU32::new(THREADS);
     std::thread::scope(|scope| {
         for owner in 1..=THREADS {
-            let (node, barrier) = (&node, &barrier);
+            let (node, barrier, living) = (&node, &barrier, &living);
             scope.spawn(move || {
                 barrier.wait();
                 live(node, owner, steps, largest);
+                living.fetch_sub(1, SeqCst);
             });
+        }
+        let mut random = Random(99);
+        barrier.wait();
+        for number in 0..poisons {
+            // Spread over the lives of the others.
+            let due = u64::from(number) * steps as u64 * u64::from(THREADS) / u64::from(poisons);
+            while living.load(SeqCst) > 0 && u64::from(node.steps.load(Relaxed)) < due {
+                std::thread::yield_now();
+            }
+            node.poison(FrameNumber(random.below(count as u32)));
         }
     });
     node.caches.drain(&node.frames);
+    node
+}
+
+fn run_without_poison(count: u64, steps: usize, largest: u32) {
+    let whole = Node::new(count).frames.count_free_blocks();
+    let node = run(count, steps, largest, 0);
     assert_eq!(node.frames.free(), FrameCount(count));
     assert_eq!(node.frames.count_free_blocks(), whole, "what was freed is whole again");
 }
 
 #[test]
 fn no_frame_has_two_owners_among_threads_that_use_every_path() {
-    run(FRAMES, 20_000, 11);
+    run_without_poison(FRAMES, 20_000, 11);
 }
 
 #[test]
 fn no_frame_has_two_owners_on_a_node_that_is_always_nearly_full() {
     for count in [64, 700, 1024, 5000] {
-        run(count, 20_000, 6);
+        run_without_poison(count, 20_000, 6);
     }
+}
+
+#[test]
+fn poison_at_any_time_hurts_no_frame_but_its_own_and_no_poisoned_frame_comes_back() {
+    for (count, poisons) in [(64, 20), (700, 300), (1024, 1024), (5000, 1000), (FRAMES, 5000)] {
+        let mut node = run(count, 20_000, if count < 10_000 { 6 } else { 11 }, poisons);
+        let dead: Vec<u32> = (0..count as u32).filter(|&f| node.poisoned[f as usize].load(Relaxed) != 0).collect();
+        assert!(!dead.is_empty());
+        assert!(node.frames.poisoned_frames().map(|frame| frame.0).eq(dead.iter().copied()));
+        // Nobody has any of them: all are out of use, and all others are free.
+        assert_eq!(node.frames.poisoned(), FrameCount(dead.len() as u64));
+        assert_eq!((node.frames.used(), node.frames.free().0), (FrameCount(0), count - dead.len() as u64));
+        for &frame in &dead {
+            let frame = FrameNumber(frame);
+            assert_eq!(node.poison(frame), Hurt::Nobody);
+            assert_eq!(node.frames.free_block(frame, Order::ZERO), Err(FramesError::Poisoned { frame }));
+        }
+        let since = node.time.load(SeqCst);
+        let all: Vec<FrameNumber> = std::iter::from_fn(|| node.frames.alloc(Order::ZERO).ok()).collect();
+        assert_eq!(all.len() as u64, count - dead.len() as u64, "free means allocatable");
+        all.iter().for_each(|&frame| node.claim(frame, 1, 1, since));
+        node.frames.free_batch(&all).unwrap();
+        let range = node.frames.ranges().next().unwrap();
+        assert!(node.frames.in_use(range).next().is_none());
+        let (_, lent) = node.frames.remove_range(range.first).unwrap();
+        assert!(lent.is_zero());
+    }
+}
+
+/// Poison in all places in which a frame can be while caches are used.
+#[test]
+fn a_frame_poisoned_in_a_cache_or_by_way_of_one_goes_out_of_use_once() {
+    // Miri is some thousand times slower.
+    let count = if cfg!(miri) { 128 } else { 1024 };
+    let node = Node::new(count);
+    let mut cache = Cache::new();
+    let held: Vec<FrameNumber> = (0..10).map(|_| cache.alloc(&node.frames).unwrap()).collect();
+    let [a, b, c, d] = [held[0], held[1], held[2], held[3]];
+    cache.free(&node.frames, a).unwrap();
+    // In the cache: freed there, and of the row that it was filled with.
+    let rest = FrameNumber(held[9].0 + 1);
+    assert_eq!((node.poison(a), node.poison(rest)), (Hurt::Cached, Hurt::Cached));
+    // With an owner who frees it to the cache, to the zone, and to a processor's cache.
+    for frame in [b, c, d] {
+        assert_eq!(node.poison(frame), Hurt::Holder { first: frame, order: Order::ZERO });
+    }
+    assert_eq!(node.frames.poisoned(), FrameCount(0), "nobody has given one back");
+    cache.free(&node.frames, b).unwrap();
+    node.frames.free_block(c, Order::ZERO).unwrap();
+    node.caches.free_block(&node.frames, 0, d, Order::ZERO).unwrap();
+    assert_eq!(node.frames.poisoned(), FrameCount(3));
+    for frame in [b, c, d] {
+        assert_eq!(node.poison(frame), Hurt::Nobody);
+        assert_eq!(cache.free(&node.frames, frame), Err(FramesError::Poisoned { frame }));
+    }
+    // Nobody gets any of them, though the cache has two.
+    let rest: Vec<FrameNumber> = std::iter::from_fn(|| cache.alloc(&node.frames).ok()).collect();
+    assert!(rest.iter().all(|frame| node.poisoned[frame.0 as usize].load(Relaxed) == 0));
+    assert_eq!((rest.len() as u64, node.frames.poisoned().0), (count - 6 - 5, 5));
+    held[4..].iter().chain(&rest).for_each(|&frame| cache.free(&node.frames, frame).unwrap());
+    cache.drain(&node.frames);
+    assert_eq!((node.frames.free(), node.frames.used()), (FrameCount(count - 5), FrameCount(0)));
+}
+
+#[test]
+fn what_a_cache_holds_of_a_range_is_listed_apart_from_blocks() {
+    let mut node = Node::new(1024);
+    let mut cache = Cache::new();
+    let frame = cache.alloc(&node.frames).unwrap();
+    let range = node.frames.ranges().next().unwrap();
+    let listed: Vec<_> = node.frames.in_use(range).map(|used| (used.count.0, used.order)).collect();
+    assert_eq!(listed, [(1, Some(Order::ZERO)), (63, None)]);
+    let error = FramesError::RangeInUse { first: range.first, used: FrameCount(64), lowest: frame };
+    assert_eq!(node.frames.remove_range(range.first).unwrap_err(), error);
+    cache.free(&node.frames, frame).unwrap();
+    cache.drain(&node.frames);
+    assert!(node.frames.remove_range(range.first).is_ok());
 }
 
 /// The last block of a node goes back and forth between threads: whoever sees it free gets it.

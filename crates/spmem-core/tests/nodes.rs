@@ -21,7 +21,7 @@ fn spec() -> impl Strategy<Value = NodeSpec> {
     let types = prop_oneof![Just(NodeType::Sysram), Just(NodeType::Spm)];
     let classes = prop_oneof![Just(Class::Plain), Just(Class::Featured)];
     let guards = prop_oneof![4 => Just(Guard::Easy), 1 => Just(Guard::Hard)];
-    let services = prop_oneof![Just(Services::empty()), (0u16..512).prop_map(Services::from_bits_truncate)];
+    let services = prop_oneof![Just(Services::USER_NUMA), (0u16..512).prop_map(Services::from_bits_truncate)];
     (types, classes, guards, services).prop_map(|(node_type, class, guard, services)| NodeSpec {
         node_type,
         class,
@@ -78,11 +78,16 @@ fn needs_are_met(s: Services) -> bool {
         && (!s.contains(Services::COMPACTION) || s.contains(Services::MIGRATION))
 }
 
+fn guard_is_met(spec: &NodeSpec) -> bool {
+    spec.node_type == NodeType::Sysram || spec.guard == Guard::Hard || spec.services.contains(Services::USER_NUMA)
+}
+
 impl Model {
     fn register(&mut self, node: u16, spec: NodeSpec) {
         let result = self.mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone());
         match (self.nodes.get(&node), result) {
             (_, Err(NodeError::ServiceNeeds { .. })) => assert!(!needs_are_met(spec.services)),
+            (_, Err(NodeError::GuardNeeds { .. })) => assert!(!guard_is_met(&spec)),
             (Some(known), Err(NodeError::TypeLatched { latched, .. })) => {
                 assert_eq!(latched, known.spec.node_type);
                 assert_ne!(latched, spec.node_type);
@@ -91,7 +96,7 @@ impl Model {
                 assert_eq!(known.spec.node_type, spec.node_type);
             }
             (None, Ok(owner)) => {
-                assert!(needs_are_met(spec.services));
+                assert!(needs_are_met(spec.services) && guard_is_met(&spec));
                 self.nodes.insert(node, Known { owner, spec, ranges: Vec::new(), used: 0 });
             }
             (known, result) => panic!("{known:?} {result:?}"),

@@ -111,7 +111,8 @@ fn document() -> String {
          (mempolicy(7), mm/mempolicy.c of 6.12): where a table names sysram and absent nodes only, it is Linux's. SPM nodes\n\
          are the addition (R6, R8, R9). Made and checked by `crates/spmem-core/tests/policy.rs`.\n\n\
          The machine of the tables: nodes 0 and 1 are sysram, node 2 is sysram outside the task's domain, node 3 is SPM with\n\
-         a hard guard, node 4 likewise but a grant with ALLOC is shown, node 5 is SPM with an easy guard, node 6 is absent.\n\n\
+         a hard guard, node 4 likewise but a grant with ALLOC is shown, node 5 is SPM with an easy guard\n\
+         (and so with the service USER_NUMA), node 6 is absent.\n\n\
          ## set_mempolicy(2) and mbind(2)\n\n\
          The nodes that the policy then chooses from; with MPOL_F_STATIC_NODES the same. All but bind go on to the domain's\n\
          default when these are full.\n\n",

@@ -143,7 +143,7 @@ impl World {
             let spec = NodeSpec {
                 node_type: if self.sysram.contains(&node) { NodeType::Sysram } else { NodeType::Spm },
                 class: Class::Plain,
-                services: Services::empty(),
+                services: Services::USER_NUMA,
                 guard: if self.easy.contains(&node) { Guard::Easy } else { Guard::Hard },
                 owner: "test".into(),
             };

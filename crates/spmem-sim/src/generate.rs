@@ -1,5 +1,6 @@
 //! Random steps from a seed, favouring the edges: full nodes, quotas that several grants race for, masks that
-//! overlap in part, nodes that are removed in use, grants that end while they are used.
+//! overlap in part, nodes that are removed in use, frames that break,
+//! grants that end while they are used.
 
 use rand::seq::IteratorRandom;
 use rand::{Rng, RngExt, SeedableRng};
@@ -70,6 +71,17 @@ impl Generator {
                 grants: (0..4).map(|_| self.grant(world)).collect(),
                 is_completed: self.random.random_bool(0.8),
             },
+            42..44 => Step::Reclaim {
+                node: self.random.random_range(0..NODES),
+                grants: (0..4).map(|_| self.grant(world)).collect(),
+            },
+            44..46 => Step::Compact {
+                node: self.random.random_range(0..NODES),
+                order: self.random.random_range(1..=10),
+                is_completed: self.random.random_bool(0.8),
+            },
+            46..47 if self.random.random_bool(0.3) => Step::Oom { node: self.random.random_range(0..NODES) },
+            47..48 => self.poison(world),
             40..42 => Step::Gather { path: self.path(world), grants: (0..4).map(|_| self.grant(world)).collect() },
             29..32 => Step::Advance { ns: self.random.random_range(0..1000) },
             _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
@@ -88,6 +100,20 @@ impl Generator {
             is_zero: self.random.random(),
             services: SERVICES[self.random.random_range(0..SERVICES.len())].bits(),
             tier: self.random.random_range(0..3),
+        }
+    }
+
+    /// Mostly a frame that is in use.
+    fn poison(&mut self, world: &World) -> Step {
+        let is_held = self.random.random_bool(0.7);
+        match world.model.blocks.values().choose(&mut self.random) {
+            Some(block) if is_held => {
+                let at = self.random.random_range(0..1_u32 << block.frames.ilog2());
+                Step::Poison { node: block.node, frame: block.first + at }
+            }
+            _ => {
+                Step::Poison { node: self.random.random_range(0..NODES), frame: self.random.random_range(0..1200) }
+            }
         }
     }
 

@@ -12,6 +12,7 @@ mod check;
 mod generate;
 mod machine;
 mod model;
+pub mod program;
 mod step;
 pub mod trace;
 mod world;

@@ -64,6 +64,10 @@ pub(crate) struct Model {
     pub(crate) blocks: BTreeMap<u32, Block>,
     /// Who owns the frames from a place on: node and first frame to frames and block.
     pub(crate) owned: BTreeMap<(u16, u32), (u64, u32)>,
+    /// Frames whose memory is broken (R20).
+    pub(crate) poisoned: BTreeSet<(u16, u32)>,
+    /// Nodes of whose free frames fewer may count as zero than are (R21).
+    pub(crate) is_vague: Set,
     /// Frames that somebody may have written, 64 a word: by node and number of the word.
     written: BTreeMap<(u16, u32), u64>,
 }
@@ -190,6 +194,18 @@ impl Model {
     /// Frames in use on a node.
     pub(crate) fn frames_used(&self, node: u16) -> u64 {
         self.owned.range((node, 0)..=(node, u32::MAX)).map(|(_, (frames, _))| frames).sum()
+    }
+
+    /// Whether any of the frames is broken (R20).
+    pub(crate) fn has_poison(&self, node: u16, first: u32, frames: u64) -> bool {
+        let next = self.poisoned.range((node, first)..).next();
+        next.is_some_and(|&(of, frame)| of == node && u64::from(frame) < u64::from(first) + frames)
+    }
+
+    /// Broken frames of a node that nobody holds (R20).
+    pub(crate) fn out_of_use(&self, node: u16) -> u64 {
+        let of_node = self.poisoned.range((node, 0)..=(node, u32::MAX));
+        of_node.filter(|(_, frame)| self.owner_of(node, *frame, 1).is_none()).count() as u64
     }
 
     /// The block that owns any of `frames` frames from `first` on.

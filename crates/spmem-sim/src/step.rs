@@ -126,6 +126,34 @@ pub enum Step {
         /// Whether the moves are completed, or called off.
         is_completed: bool,
     },
+    /// If a node is short, cold blocks of it are demoted until it is not, or none can be (R15, R16).
+    Reclaim {
+        /// The node.
+        node: u16,
+        /// The grants shown.
+        grants: Vec<u32>,
+    },
+    /// Blocks of a node are moved together, so that large ones become free (R15).
+    Compact {
+        /// The node.
+        node: u16,
+        /// Order of the blocks that are wanted.
+        order: u8,
+        /// Whether the moves are completed, or called off.
+        is_completed: bool,
+    },
+    /// A node has run out for good: who must give gives all it has of it (R16).
+    Oom {
+        /// The node.
+        node: u16,
+    },
+    /// The memory of a frame breaks (R20).
+    Poison {
+        /// The node.
+        node: u16,
+        /// The frame, by number.
+        frame: u32,
+    },
     /// What lies outside a domain's masks is moved inside (R5).
     Gather {
         /// Its path.

@@ -15,25 +15,25 @@
 //! ```
 
 use core::fmt;
+use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeOwned;
 
 use crate::step::Step;
 
 /// The version that is written.
 const VERSION: u32 = 1;
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Header {
-    spmem_trace: u32,
-}
+/// In the header of a trace of steps.
+const NAME: &str = "spmem_trace";
 
 /// Why a text is no trace.
 #[derive(Debug)]
 pub enum TraceError {
     /// The first line is not a header of a version that can be read.
-    Header,
+    Header {
+        /// What it should name.
+        name: &'static str,
+    },
     /// A line is no step.
     Line {
         /// Its number, from 1.
@@ -46,7 +46,7 @@ pub enum TraceError {
 impl fmt::Display for TraceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Header => write!(f, "a trace begins with the line {{\"spmem_trace\":{VERSION}}}"),
+            Self::Header { name } => write!(f, "such a trace begins with the line {{\"{name}\":{VERSION}}}"),
             Self::Line { line, cause } => write!(f, "line {line} is no step: {cause}"),
         }
     }
@@ -55,7 +55,7 @@ impl fmt::Display for TraceError {
 impl std::error::Error for TraceError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Header => None,
+            Self::Header { .. } => None,
             Self::Line { cause, .. } => Some(cause),
         }
     }
@@ -66,14 +66,19 @@ impl std::error::Error for TraceError {
 /// # Errors
 /// [`TraceError`] names the line.
 pub fn read(text: &str) -> Result<Vec<Step>, TraceError> {
+    read_lines(text, NAME)
+}
+
+/// Reads the lines of a trace whose header names it so.
+pub(crate) fn read_lines<T: DeserializeOwned>(text: &str, name: &'static str) -> Result<Vec<T>, TraceError> {
     let mut lines = text.lines().zip(1..);
-    let header: Option<Header> = lines.next().and_then(|(line, _)| serde_json::from_str(line).ok());
-    if header.is_none_or(|header| header.spmem_trace != VERSION) {
-        return Err(TraceError::Header);
+    let header: Option<BTreeMap<String, u32>> = lines.next().and_then(|(line, _)| serde_json::from_str(line).ok());
+    if header != Some(BTreeMap::from([(name.to_owned(), VERSION)])) {
+        return Err(TraceError::Header { name });
     }
-    let steps =
-        lines.map(|(text, line)| serde_json::from_str(text).map_err(|cause| TraceError::Line { line, cause }));
-    steps.collect()
+    lines
+        .map(|(text, line)| serde_json::from_str(text).map_err(|cause| TraceError::Line { line, cause }))
+        .collect()
 }
 
 /// Writes a trace.
@@ -81,7 +86,7 @@ pub fn read(text: &str) -> Result<Vec<Step>, TraceError> {
 /// # Errors
 /// None that is known: steps are plain numbers and text.
 pub fn write(steps: &[Step]) -> serde_json::Result<String> {
-    let mut text = serde_json::to_string(&Header { spmem_trace: VERSION })? + "\n";
+    let mut text = serde_json::to_string(&BTreeMap::from([(NAME, VERSION)]))? + "\n";
     for step in steps {
         text += &serde_json::to_string(step)?;
         text.push('\n');

@@ -36,6 +36,18 @@ pub fn sleep_ns(ns: u64) {
     let _ = unsafe { syscall!(Sysno::nanosleep, core::ptr::from_ref(&time), 0) };
 }
 
+/// As [`sleep_ns`], without the 50 us that the kernel else adds to join wakeups (PR_SET_TIMERSLACK).
+pub fn sleep_exactly_ns(ns: u64) {
+    let set_slack = |ns: usize| {
+        // SAFETY: takes no pointer.
+        let _ = unsafe { syscall!(Sysno::prctl, libc::PR_SET_TIMERSLACK, ns) };
+    };
+    set_slack(1);
+    sleep_ns(ns);
+    // The thread's own default again.
+    set_slack(0);
+}
+
 /// Processors that are online and allowed to this thread, at least 1.
 pub fn cpu_count() -> usize {
     crate::thread::Affinity::of_caller().count().max(1)

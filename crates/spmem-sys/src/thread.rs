@@ -180,6 +180,32 @@ pub fn set_nice(nice: i32) {
     let _ = unsafe { syscall!(Sysno::setpriority, libc::PRIO_PROCESS, 0, nice) };
 }
 
+/// Real-time scheduling of the calling thread, until dropped: once awake it runs at once, whoever has the processor.
+pub struct Urgent {
+    was_changed: bool,
+}
+
+impl Urgent {
+    /// Begins it; refused silently without the right to it (CAP_SYS_NICE).
+    pub fn begin() -> Self {
+        Self { was_changed: set_policy(libc::SCHED_FIFO, 1) }
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if self.was_changed {
+            set_policy(libc::SCHED_OTHER, 0);
+        }
+    }
+}
+
+fn set_policy(policy: i32, priority: i32) -> bool {
+    let parameter = libc::sched_param { sched_priority: priority };
+    // SAFETY: reads the parameter.
+    unsafe { syscall!(Sysno::sched_setscheduler, 0, policy, core::ptr::from_ref(&parameter)) }.is_ok()
+}
+
 /// The thread's control block: what the `fs` segment points to (the TLS variant II of x86-64 ELF).
 pub fn control_block() -> usize {
     let at: usize;

@@ -4,13 +4,18 @@ use crate::area::{Area, Ballast, check_zero};
 use crate::harness::{Case, Ctx, Outcome, Res, all, ensure, join};
 use crate::model::PAGE;
 use crate::process;
-use crate::sys;
+use crate::sys::{self, RW};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub const CASES: &[Case] = &[
     Case::new("fork-while-writing", "a fork amid another thread's ordered stores sees a moment that was", writing),
     Case::new("fork-while-unmapping", "a fork amid munmap and mmap of cold ranges", |ctx| busy(ctx, unmapping)),
     Case::new("fork-while-remapping", "a fork amid mremap of cold ranges", |ctx| busy(ctx, remapping)),
+    Case::new("fork-of-moving", "the child of a fork amid mremap has the range where it is, and whole", |ctx| {
+        moving(ctx, || unsafe_fork(Kind::Announced))
+    }),
+    Case::new("raw-of-moving", "so has the child of a raw clone", |ctx| moving(ctx, || unsafe_fork(Kind::Raw))),
+    Case::new("raw-beside-fork", "threads that fork, each in its own way, at the same time", beside),
     Case::new("fork-while-advising", "a fork amid MADV_DONTNEED of cold ranges", |ctx| busy(ctx, advising)),
     Case::new("fork-while-protecting", "a fork amid mprotect of cold ranges", |ctx| busy(ctx, protecting)),
     Case::new("fork-while-threading", "a fork amid threads that come and go", |ctx| busy(ctx, threading)),
@@ -99,6 +104,104 @@ fn busy(ctx: &Ctx, work: fn(&Ctx, u64) -> Outcome) -> Outcome {
         stop.store(true, Ordering::Relaxed);
         all([outcome, join(worker)])
     })
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Announced,
+    Raw,
+}
+
+/// Makes a child; it must not allocate, since another thread may have been amid it.
+fn unsafe_fork(kind: Kind) -> i32 {
+    match kind {
+        // SAFETY: the child only reads memory, makes system calls and ends.
+        Kind::Announced => unsafe { libc::fork() },
+        // SAFETY: as above; flags without CLONE_VM and no stack: like fork.
+        Kind::Raw => unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32 },
+    }
+}
+
+fn is_mapped(address: usize) -> bool {
+    let mut one = 0_u8;
+    // SAFETY: one page takes one byte.
+    unsafe { libc::mincore(address as *mut _, PAGE, &raw mut one) == 0 }
+}
+
+/// One thread moves a cold range to and fro, another forks; the child looks for it.
+fn moving(ctx: &Ctx, make: impl Fn() -> i32) -> Outcome {
+    let pages = 96.min(ctx.pages());
+    // Far from where the kernel puts things: whatever came to the place that is free would be overwritten.
+    let places = [1_usize << 44, 1 << 45];
+    sys::map(places[0], pages, RW, sys::ANON | libc::MAP_FIXED_NOREPLACE)?;
+    let mut range = Area::at(places[0], ctx.seed, pages);
+    range.write_all();
+    let area = Area::filled(ctx.seed ^ 1, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
+    for _ in ctx.rounds(4) {
+        ballast.sweep()?;
+        let stop = AtomicBool::new(false);
+        let moves = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let worker = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) || moves.load(Ordering::Relaxed) % 2 == 1 {
+                    let at = moves.load(Ordering::Relaxed) as usize;
+                    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                    sys::remap(places[at % 2], pages, pages, flags, places[(at + 1) % 2])?;
+                    moves.fetch_add(1, Ordering::Relaxed);
+                    // Without a pause the agent may never find out in which order things happened (README, Limits).
+                    std::thread::sleep(std::time::Duration::from_micros(at as u64 % 5 * 10));
+                }
+                Ok(())
+            });
+            let outcome = (|| -> Outcome {
+                for _ in 0..8 {
+                    let seen = moves.load(Ordering::Relaxed);
+                    while moves.load(Ordering::Relaxed) == seen {
+                        std::thread::yield_now();
+                    }
+                    let child = process::run_child("fork", make(), || {
+                        let found: usize = places.iter().map(|&place| usize::from(is_mapped(place))).sum();
+                        ensure!(found == 1, "the child of a fork amid mremap has the range {found} times");
+                        range.base = if is_mapped(places[0]) { places[0] } else { places[1] };
+                        range.check_all("range that was moved during a fork")?;
+                        area.check_order("the rest of it", (0..area.len()).step_by(17))
+                    })?;
+                    process::succeed("child of a fork amid mremap", child)?;
+                }
+                Ok(())
+            })();
+            stop.store(true, Ordering::Relaxed);
+            all([outcome, join(worker)])
+        })?;
+        range.check_all("range that was moved")?;
+    }
+    area.check_all("what was not moved")
+}
+
+/// Two threads make children at the same time: only one of the two kinds is announced to the agent.
+fn beside(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for _ in ctx.rounds(2) {
+        ballast.sweep()?;
+        std::thread::scope(|scope| {
+            let both = [Kind::Announced, Kind::Raw].map(|kind| {
+                let area = &area;
+                scope.spawn(move || {
+                    for round in 0..8 {
+                        let child = process::run_child("fork", unsafe_fork(kind), || {
+                            area.check_order("child of one of two forks at once", (round..area.len()).step_by(5))
+                        })?;
+                        process::succeed("child of one of two forks at once", child)?;
+                    }
+                    Ok(())
+                })
+            });
+            all(both.map(join))
+        })?;
+    }
+    area.check_all("parent of forks at once")
 }
 
 fn piece(ctx: &Ctx, round: u64) -> Res<Area> {

@@ -16,6 +16,22 @@ pub const CASES: &[Case] = &[
         children(ctx, raw_clone3)
     }),
     Case::new("raw-grandchild", "raw children of raw children see the cold pages", grandchild),
+    Case::new(
+        "raw-chain",
+        "raw children that clone at once, generation after generation, see the cold pages",
+        chain,
+    ),
+    Case::new(
+        "raw-changes",
+        "a raw child that moves, unmaps and drops cold ranges at once keeps the rest",
+        changes,
+    ),
+    Case::new("raw-changes-chain", "so does its own raw child, made in the middle of it", |ctx| {
+        for _ in ctx.rounds(2) {
+            change_ranges(ctx, true)?;
+        }
+        Ok(())
+    }),
     Case::new("raw-words", "clone writes and clears thread ids in cold pages", words),
     Case::new("raw-thread", "a thread by clone without libc runs on a cold stack", thread),
 ];
@@ -90,6 +106,85 @@ fn grandchild(ctx: &Ctx) -> Outcome {
         process::succeed("raw child", child)?;
     }
     Ok(())
+}
+
+/// Each generation clones before it has touched anything: whoever gives it its pages is still at it.
+fn chain(ctx: &Ctx) -> Outcome {
+    const GENERATIONS: u8 = 5;
+    fn generation(ctx: &Ctx, area: &mut Area, number: u8) -> Outcome {
+        if number == GENERATIONS {
+            return area.check_all("the last raw generation");
+        }
+        let make = [raw_clone, raw_clone3, raw_fork][usize::from(number) % 3];
+        let child = process::run_child("raw clone", make(), || generation(ctx, area, number + 1))?;
+        area.check_order("a raw generation, downwards", (0..area.len()).rev())?;
+        area.writer = number;
+        area.scribble(&mut ctx.rng(u64::from(number)), 4);
+        process::succeed("raw generation", child)?;
+        area.check_all("a raw generation, after its child")
+    }
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for _ in ctx.rounds(3) {
+        ballast.sweep()?;
+        let child = process::run_child("raw clone", raw_clone(), || generation(ctx, &mut area, 1))?;
+        process::succeed("raw generations", child)?;
+        area.check_all("parent of raw generations")?;
+    }
+    Ok(())
+}
+
+fn changes(ctx: &Ctx) -> Outcome {
+    for _ in ctx.rounds(2) {
+        change_ranges(ctx, false)?;
+    }
+    Ok(())
+}
+
+/// Changes of the address space while the child is being given its pages. It touches no page of its own before they are
+/// made: it would wait for it until most of the others are there.
+fn change_ranges(ctx: &Ctx, has_child: bool) -> Outcome {
+    const FIXED: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    const PARTS: usize = 8;
+    /// After this one the child makes its own.
+    const MIDDLE: usize = 4;
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    let (base, pages) = (area.base, area.len());
+    let part = pages / PARTS * 4096;
+    let place = sys::map(0, pages, libc::PROT_NONE, sys::ANON)?;
+    // What becomes of a part: 0 unmapped, 1 dropped, 2 and 3 moved.
+    let change = |number: usize| -> Outcome {
+        let (at, to) = (base + number * part, place + number * part);
+        match number % 4 {
+            0 => sys::unmap(at, part / 4096),
+            1 => sys::advise(at, part / 4096, libc::MADV_DONTNEED),
+            _ => sys::remap(at, part / 4096, part / 4096, FIXED, to).map(drop),
+        }
+    };
+    let child = process::run_child("raw clone", raw_clone(), || {
+        // From the end: what is given last is changed first.
+        (MIDDLE..PARTS).rev().try_for_each(change)?;
+        let own = if has_child { raw_clone() } else { -1 };
+        let changed = if own == 0 { MIDDLE } else { 0 };
+        (changed..MIDDLE).rev().try_for_each(change)?;
+        for number in (0..PARTS).rev() {
+            let mut tail = area.split_off(number * part / 4096);
+            match number % 4 {
+                _ if number < changed => {}
+                0 => continue,
+                1 => tail.zeroed(0..tail.len()),
+                _ => tail.base = place + number * part,
+            }
+            tail.check_all(if own == 0 { "raw grandchild, amid changes" } else { "raw child, after changes" })?;
+        }
+        if own > 0 { process::succeed("raw grandchild, amid changes", own) } else { Ok(()) }
+    })?;
+    process::succeed("raw child that changes its ranges", child)?;
+    area.check_all("parent of a raw child that changes its ranges")?;
+    sys::unmap(base, pages)?;
+    sys::unmap(place, pages)
 }
 
 fn words(ctx: &Ctx) -> Outcome {

@@ -10,19 +10,34 @@
 //! read, [`drop_echoes`] and [`put_in_order`] decide by two facts the kernel tells: whether the place of arrival is still
 //! ours, and which pages are present where (one that is away cannot be). Where that does not decide, the process is
 //! ended: it takes three threads that move and unmap the same places within microseconds, and ranges that look alike.
+//!
+//! A birth is put off too: the child is a copy of the address space at one point of that order, and it is given its
+//! pages ([`crate::fork`]) when that point is known, before any change after it is applied.
 
+use crate::fork;
+use crate::populate::{condemn, find_raced, populate};
 use crate::runtime::{Cram, Runtime};
-use crate::space::Space;
+use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Table};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
+use spmem_sys::fd::{Poll, poll};
 use spmem_sys::pagemap::Pagemap;
+use spmem_sys::thread::Urgent;
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{PAGE, Result, process};
 
-/// Changes that can be put off; a thread has at most two under way, and waits for their being read.
-pub(crate) const MAX_CHANGES: usize = 1024;
+/// Changes that can be put off: as many as a thread makes that goes from one to the next, until [`is_quiet_soon`].
+const MAX_CHANGES: usize = 1 << 13;
+/// So many without asking for memory.
+const USUAL_CHANGES: usize = 1 << 10;
 
+/// Children that can be put off: one for each thread that forks by a raw system call, and one of fork(3)'s.
+const MAX_BORN: usize = 64;
+/// How long settling waits for a moment in which nothing changes, ns, before more is read, ...
+const LOOK_NS: u64 = 500_000;
+/// ... at first without giving up the processor.
+const LOOK_CLOSELY_NS: u64 = 50_000;
 /// Changes shown when their order is in doubt.
 const TOLD: usize = 32;
 
@@ -91,17 +106,73 @@ pub struct Changes {
     read: Vec<Event>,
     /// The same in the order of happening, while they are applied.
     ordered: Vec<Event>,
+    /// Children forked meanwhile.
+    born: Vec<Born>,
+    /// The child that is to be nursed before anything is applied.
+    pub(crate) ward: Option<Uffd>,
+    /// In this quiet time a range was moved: what a child has copied of the table may be torn.
+    has_moved: bool,
+}
+
+/// A child that was forked while changes were under way.
+struct Born {
+    child: Uffd,
+    is_announced: bool,
+    /// Changes that had been read before.
+    read: usize,
 }
 
 impl Changes {
     /// None. Allocates all that will be needed.
     pub(crate) fn new() -> Self {
-        Self { read: Vec::with_capacity(MAX_CHANGES), ordered: Vec::with_capacity(MAX_CHANGES) }
+        let list = || Vec::with_capacity(USUAL_CHANGES);
+        Self { read: list(), ordered: list(), born: Vec::with_capacity(MAX_BORN), ward: None, has_moved: false }
+    }
+
+    /// No memory will be asked for while a fork may be copying the heap.
+    pub(crate) fn quieten(&mut self) {
+        self.read.reserve_exact(MAX_CHANGES);
+        self.ordered.reserve_exact(MAX_CHANGES);
+        self.has_moved = false;
+    }
+
+    /// That is over.
+    pub(crate) fn end_quiet(&mut self) {
+        self.read.shrink_to(USUAL_CHANGES);
+        self.ordered.shrink_to(USUAL_CHANGES);
+    }
+
+    /// This is a forked child: what was read is its parent's to apply, and other children are its parent's.
+    pub(crate) fn settle_after_fork(&mut self) {
+        self.read.clear();
+        core::mem::forget(self.ward.take());
+        self.born.drain(..).for_each(core::mem::forget);
+        self.end_quiet();
     }
 
     /// Whether there is none.
     pub(crate) fn is_empty(&self) -> bool {
-        self.read.is_empty()
+        self.read.is_empty() && self.are_all_served()
+    }
+
+    /// Whether no child waits for its pages.
+    pub(crate) fn are_all_served(&self) -> bool {
+        self.born.is_empty() && self.ward.is_none()
+    }
+
+    /// Whether a change waits to be applied.
+    pub(crate) fn is_put_off(&self) -> bool {
+        !self.read.is_empty()
+    }
+
+    /// Whether the list is nearly full, of what need not be put in order. Whoever was changing something when a child was
+    /// forked has been read long ago.
+    fn is_long_enough(&self) -> bool {
+        self.read.len() >= MAX_CHANGES / 2 && !self.is_moving()
+    }
+
+    fn is_moving(&self) -> bool {
+        self.read.iter().any(|event| matches!(event, Event::Remap { .. }))
     }
 
     /// Bytes this takes.
@@ -118,25 +189,56 @@ pub(crate) fn note(
     pagemap: Option<&Pagemap>,
     event: Event,
 ) {
-    if space.is_settled() && !(matches!(event, Event::Remap { .. }) && uffd.is_changing()) {
+    let is_fork_near = space.mode == Mode::Quiet;
+    space.changes.has_moved |= is_fork_near && matches!(event, Event::Remap { .. });
+    let is_put_off = match event {
+        // The child may still have what is gone here.
+        Event::Unmap { .. } => is_fork_near,
+        Event::Remap { .. } => is_fork_near || uffd.is_changing(),
+        _ => false,
+    };
+    if space.is_settled() && !is_put_off {
+        crate::fault::apply(runtime, space, pagemap, event);
+        return;
+    }
+    // madvise(2) returns once it was read: a child forked after that must not find the page. What is unmapped meanwhile
+    // makes no difference.
+    if matches!(event, Event::Remove { .. }) && space.changes.are_all_served() && !space.changes.is_moving() {
         crate::fault::apply(runtime, space, pagemap, event);
         return;
     }
     if space.changes.read.len() == MAX_CHANGES {
-        doubt("too many changes of the address space at once");
+        doubt(space, "too many changes of the address space at once");
     }
     space.changes.read.push(event);
 }
 
+/// Takes a child that was forked.
+pub(crate) fn note_birth(space: &mut Space<Cram>, child: Uffd, is_announced: bool) {
+    let read = space.changes.read.len();
+    space.changes.born.push(Born { child, is_announced, read });
+    if space.changes.born.len() == MAX_BORN {
+        doubt(space, "too many children forked at once");
+    }
+}
+
 /// Applies what was put off, once everything that has begun was read. Whether nothing is put off any more.
+///
+/// Children come first. The one that was announced becomes the [`Changes::ward`], unless ranges were moved meanwhile;
+/// any other gets all its pages.
 pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pagemap: Option<&Pagemap>) -> bool {
     if space.is_settled() {
         return true;
     }
-    if uffd.is_changing() {
+    if space.changes.ward.is_some() || !is_quiet_soon(uffd) && !space.changes.is_long_enough() {
         return false;
     }
-    let Changes { read, ordered } = &mut space.changes;
+    let may_be_nursed = space.changes.born.len() == 1 && space.changes.born[0].is_announced;
+    if may_be_nursed && !space.changes.has_moved {
+        space.changes.ward = space.changes.born.pop().map(|born| born.child);
+        return false;
+    }
+    let Changes { read, ordered, .. } = &mut space.changes;
     ordered.clear();
     ordered.extend_from_slice(read);
     drop_echoes(ordered);
@@ -149,7 +251,17 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
             for event in space.changes.read.iter().take(TOLD) {
                 crate::complain(format_args!("spm:   read: {event:x?}\n"));
             }
-            doubt("ranges were moved and unmapped by several threads at once")
+            doubt(space, "ranges were moved and unmapped by several threads at once")
+        }
+    }
+    while let Some(Born { child, is_announced, read }) = space.changes.born.pop() {
+        let Changes { ordered, read: all, .. } = &space.changes;
+        let since = find_raced(runtime, space, &child, ordered, (all, read));
+        if !since.is_lost {
+            populate(runtime, space, &child, since);
+        }
+        if is_announced {
+            fork::end_quiet(runtime, space);
         }
     }
     for index in 0..space.changes.ordered.len() {
@@ -160,8 +272,34 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
     true
 }
 
-/// Ends the process: going on might hand out wrong bytes.
-fn doubt(what: &str) -> ! {
+/// Whether all that has begun was read. A thread that goes from one change straight to the next leaves a microsecond in
+/// between; it is seen by looking closely where the thread runs on another processor, and by looking at any time where
+/// it runs on this one.
+pub(crate) fn is_quiet_soon(uffd: &Uffd) -> bool {
+    let begin_ns = process::now_ns();
+    let mut urgent = None;
+    loop {
+        if !uffd.is_changing() {
+            return true;
+        }
+        let now_ns = process::now_ns();
+        // What waits to be read does not end by itself.
+        let is_unread = poll(&mut [Poll::readable(uffd.raw())], 0) != Ok(0);
+        if is_unread || now_ns - begin_ns > LOOK_NS {
+            return false;
+        }
+        if now_ns - begin_ns > LOOK_CLOSELY_NS {
+            urgent.get_or_insert_with(Urgent::begin);
+            process::sleep_exactly_ns(500 + now_ns / 10 % 4000);
+        }
+    }
+}
+
+/// Ends the process: going on might hand out wrong bytes. So might its children, which it can serve no more.
+fn doubt(space: &Space<Cram>, what: &str) -> ! {
+    for born in &space.changes.born {
+        condemn(space, &born.child, &space.changes.read);
+    }
     crate::complain(format_args!(
         "spm: process {}: {what}, in an order that cannot be told; the process is ended\n",
         process::pid()
@@ -170,7 +308,7 @@ fn doubt(what: &str) -> ! {
 }
 
 /// Where the event's pages have gone from.
-fn departure(event: Event) -> Option<(usize, usize)> {
+pub(crate) fn departure(event: Event) -> Option<(usize, usize)> {
     match event {
         Event::Unmap { start, end } => Some((start, end)),
         Event::Remap { from, len, .. } => Some((from, from + len)),
@@ -179,7 +317,7 @@ fn departure(event: Event) -> Option<(usize, usize)> {
 }
 
 /// Where the event's pages have come to.
-fn arrival(event: Event) -> Option<(usize, usize)> {
+pub(crate) fn arrival(event: Event) -> Option<(usize, usize)> {
     match event {
         Event::Remap { to, len, .. } => Some((to, to + len)),
         _ => None,
@@ -250,16 +388,19 @@ fn find_late(changes: &mut Vec<Event>, facts: &impl Facts) -> core::result::Resu
             if (index + 1..leaving).any(|other| rival(&other)) {
                 continue; // looked at with the first of them
             }
-            let to = first_of_row(changes, index, part.0);
             let rivals = (leaving + 1..end).filter(rival).count();
             if rivals > 0 {
                 let second = (leaving + 1..end).find(rival).filter(|_| rivals == 1).ok_or(Doubt)?;
+                let to = first_of_row(changes, index, part.0);
                 if let Some(from) = which_fits(changes, [leaving, second], to, facts)? {
                     return Ok(Late::Found { from, to });
                 }
             } else if next.is_none() {
                 match facts.is_ours(part.0) {
-                    Ok(true) => return Ok(Late::Found { from: leaving, to }),
+                    Ok(true) => {
+                        let to = first_of_row(changes, index, part.0);
+                        return Ok(Late::Found { from: leaving, to });
+                    }
                     Ok(false) => {}
                     Err(_) => return Ok(Late::NotYet),
                 }
@@ -312,118 +453,4 @@ fn first_of_row(changes: &[Event], last: usize, address: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    extern crate std;
-    use super::*;
-    use spmem_sys::Errno;
-    use std::vec;
-
-    const A: usize = 0x10_0000;
-    const B: usize = 0x20_0000;
-    const C: usize = 0x30_0000;
-    const D: usize = 0x40_0000;
-    const LEN: usize = 16 * PAGE;
-
-    fn moved(from: usize, to: usize) -> Event {
-        Event::Remap { from, to, len: LEN }
-    }
-    fn unmapped(start: usize) -> Event {
-        Event::Unmap { start, end: start + LEN }
-    }
-    /// What is ours, which pages were away before, which are present now.
-    #[derive(Default)]
-    struct Told<'a> {
-        ours: &'a [usize],
-        away: &'a [usize],
-        present: &'a [usize],
-        is_busy: bool,
-    }
-
-    impl Facts for Told<'_> {
-        fn is_ours(&self, address: usize) -> Result<bool> {
-            if self.is_busy { Err(Errno::EAGAIN) } else { Ok(self.ours.contains(&address)) }
-        }
-        fn outcome(&self, order: &[Event]) -> Option<u64> {
-            let mut digest = 0;
-            for &page in self.away {
-                let now = destination(order, page);
-                if now.is_some_and(|now| self.present.contains(&now)) {
-                    return None;
-                }
-                digest = digest * 31 + now.unwrap_or(0) as u64;
-            }
-            Some(digest)
-        }
-    }
-
-    fn ordered(mut changes: Vec<Event>, ours: &[usize]) -> core::result::Result<Vec<Event>, Doubt> {
-        put_in_order(&mut changes, &Told { ours, ..Told::default() }).map(|_| changes)
-    }
-
-    #[test]
-    fn the_old_place_of_a_move_is_announced_once_more_and_that_is_dropped() {
-        let mut changes = vec![moved(A, C), moved(B, A), unmapped(A), unmapped(B), unmapped(A)];
-        drop_echoes(&mut changes);
-        assert_eq!(changes, [moved(A, C), moved(B, A), unmapped(A)]);
-    }
-
-    #[test]
-    fn what_was_there_before_leaves_before_the_arrival_that_was_announced_first() {
-        let order = ordered(vec![moved(B, A), moved(A, C)], &[A, C]);
-        assert_eq!(order, Ok(vec![moved(A, C), moved(B, A)]));
-        let order = ordered(vec![moved(B, A), unmapped(A)], &[A]);
-        assert_eq!(order, Ok(vec![unmapped(A), moved(B, A)]));
-    }
-
-    #[test]
-    fn what_arrived_and_went_on_stays_in_order() {
-        let order = ordered(vec![moved(B, A), moved(A, C)], &[C]);
-        assert_eq!(order, Ok(vec![moved(B, A), moved(A, C)]));
-        let order = ordered(vec![moved(B, A), moved(A, C), moved(C, A), unmapped(A)], &[]);
-        assert_eq!(order, Ok(vec![moved(B, A), moved(A, C), moved(C, A), unmapped(A)]));
-    }
-
-    #[test]
-    fn one_that_comes_and_goes_many_times_does_not_hide_who_was_there_before() {
-        let read = vec![moved(B, A), moved(A, C), moved(C, A), moved(A, D)];
-        let order = ordered(read, &[A, D]);
-        assert_eq!(order, Ok(vec![moved(A, D), moved(B, A), moved(A, C), moved(C, A)]));
-    }
-
-    #[test]
-    fn three_ranges_in_a_row_are_untangled() {
-        // C left for D, then B came to C, then A came to B; read backwards.
-        let order = ordered(vec![moved(A, B), moved(B, C), moved(C, D)], &[B, C, D]);
-        assert_eq!(order, Ok(vec![moved(C, D), moved(B, C), moved(A, B)]));
-    }
-
-    #[test]
-    fn of_two_that_left_after_one_arrival_the_pages_tell_who_was_there_before() {
-        // Page 1 of what came from B, page 2 of what was at A were away. One of the two went to C, one to D.
-        let away = [B + PAGE, A + 2 * PAGE];
-        let read = vec![moved(B, A), moved(A, C), moved(A, D)];
-        let order = |present: &[usize]| {
-            let mut changes = read.clone();
-            put_in_order(&mut changes, &Told { away: &away, present, ..Told::default() }).map(|_| changes)
-        };
-        assert_eq!(order(&[C + PAGE, D + 2 * PAGE]), Ok(vec![moved(A, C), moved(B, A), moved(A, D)]));
-        assert_eq!(order(&[D + PAGE, C + 2 * PAGE]), Ok(vec![moved(A, D), moved(B, A), moved(A, C)]));
-        assert_eq!(order(&[]), Err(Doubt), "both look alike");
-        assert_eq!(order(&[C + PAGE, C + 2 * PAGE]), Err(Doubt), "neither can be");
-    }
-
-    #[test]
-    fn pieces_of_an_arrival_that_are_unmapped_one_by_one_do_not_contradict_each_other() {
-        let half = LEN / 2;
-        let pieces = [Event::Unmap { start: A, end: A + half }, Event::Unmap { start: A + half, end: A + LEN }];
-        let read = vec![moved(B, A), pieces[0], pieces[1]];
-        assert_eq!(ordered(read.clone(), &[]), Ok(read));
-    }
-
-    #[test]
-    fn an_answer_that_has_to_wait_changes_nothing() {
-        let mut changes = vec![moved(B, A), moved(A, C)];
-        assert_eq!(put_in_order(&mut changes, &Told { is_busy: true, ..Told::default() }), Ok(false));
-        assert_eq!(changes, [moved(B, A), moved(A, C)]);
-    }
-}
+mod tests;

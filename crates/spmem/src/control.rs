@@ -7,6 +7,7 @@
 //!
 //! Known hole: a process that dies without its `spm` alive keeps its slot until another agent finds the pid gone.
 
+use crate::recorder::Recorder;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// Marks a mapped control page; the low digits are the layout's version.
@@ -43,6 +44,8 @@ pub struct Control {
     pub faults: Histogram,
     /// One a live process.
     pub slots: [Slot; SLOTS],
+    /// What happens to pages, for `spm run --trace`.
+    pub recorder: Recorder,
 }
 
 /// Events since the start, over the tree. All count pages unless the name says otherwise.

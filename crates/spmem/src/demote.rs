@@ -8,13 +8,14 @@
 
 use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
 use crate::holding::{Span, State};
-use crate::reclaim::BATCH;
+use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{Copy, Entry};
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
+use spmem_core::reclaim::BATCH_PAGES;
 use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
@@ -23,6 +24,8 @@ use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE};
 
+/// Where a reclaimer throws pages away: address space for one batch, bytes.
+pub(crate) const TRASH_LEN: usize = BATCH_PAGES as usize * PAGE;
 /// Encodings stored under one hold of the lock: a fault may have to wait for it.
 const HOLD_SLOTS: usize = 8;
 
@@ -54,7 +57,7 @@ impl Demoter {
             readback: Box::new([0; PAGE]),
             uffd: borrow(runtime.uffd.load(Ordering::Acquire)),
             scratch: borrow(runtime.scratch.load(Ordering::Acquire)),
-            trash: runtime.trash_start.load(Relaxed) + number * BATCH * PAGE,
+            trash: runtime.trash_start.load(Relaxed) + number * TRASH_LEN,
             pagemap: runtime.shared_pagemap(),
             client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
             is_useless: false,
@@ -72,7 +75,7 @@ impl Demoter {
                 return freed;
             }
         }
-        let span = self.claim(wanted.min(BATCH));
+        let span = self.claim(wanted.min(BATCH_PAGES as usize));
         let Some(span) = span else { return 0 };
         let mut freed = 0;
         for slot in span.first..span.first + span.len {
@@ -225,6 +228,7 @@ impl Demoter {
         if let Some(old) = space.holding.forget_kept(slot) {
             space.forget(old);
         }
+        runtime.record(Happening::Demote, held.owner, staged.to_parcel().0.len as u64);
         Self::settle(runtime, space, slot, held.owner, handle, false, staged.is_same_filled());
         true
     }
@@ -304,6 +308,7 @@ impl Demoter {
         if let Some(old) = space.holding.forget_kept(slot) {
             space.forget(old);
         }
+        runtime.record(Happening::RefuseIncompressible, held.owner, 1);
         space.table.set(held.owner, Entry::refused(Copy::None));
         space.holding.kill(slot);
         false

@@ -4,8 +4,8 @@
 //! and puts it back; for an event it changes the entries before anything else is served. A call the kernel refuses
 //! with `EAGAIN` (an event is on its way) waits in a list and is tried again after the next event.
 //!
-//! Growth is throttled here: while [`Runtime::room_pages`] is used up, faults wait until the reclaimers have made
-//! room, at most `patience_ns` each: growth goes on over budget rather than stand still.
+//! Growth is throttled here: while [`Runtime::room_pages`] is used up, faults wait until the reclaimers have made room or
+//! core's `Turnstile` lets one pass.
 //!
 //! Known hole: one handler a process; threads that fault at the same time queue.
 
@@ -13,12 +13,16 @@ use crate::changes;
 use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
+use crate::nurse::nurse;
+use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru;
+use spmem_core::readahead::{Readahead, WINDOW_MAX};
+use spmem_core::reclaim::{Admission, Turnstile};
 use spmem_node::Handle;
 use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::mapping::Mapping;
@@ -32,10 +36,6 @@ const RETRY_NS: u64 = 50_000;
 const MAX_READS: usize = 16;
 /// Longer than any wait.
 const FOREVER_NS: u64 = 1 << 60;
-/// Most pages brought along with one that was asked for.
-const MAX_WINDOW: usize = 32;
-/// Sequential streams told apart.
-const STREAMS: usize = 8;
 /// Faults that can wait; a thread has at most one, and one more is served at once.
 const MAX_WAITING: usize = 1024;
 
@@ -56,44 +56,16 @@ pub(crate) enum Served {
     Later,
 }
 
-/// Recognises threads that walk upwards, to bring the next pages along.
-#[derive(Default)]
-struct Streams {
-    next: [usize; STREAMS],
-    window: [usize; STREAMS],
-    victim: usize,
-}
-
-impl Streams {
-    /// How many pages to bring from `page` on.
-    fn window(&mut self, page: usize) -> usize {
-        if let Some(stream) = self.next.iter().position(|&next| next == page) {
-            self.window[stream] = (self.window[stream] * 2).min(MAX_WINDOW);
-            return self.window[stream];
-        }
-        self.victim = (self.victim + 1) % STREAMS;
-        self.next[self.victim] = page;
-        self.window[self.victim] = 1;
-        1
-    }
-
-    /// `count` pages from `page` on are there: the stream goes on behind them.
-    fn advance(&mut self, page: usize, count: usize) {
-        if let Some(stream) = self.next.iter().position(|&next| next == page) {
-            self.next[stream] = page + count * PAGE;
-        }
-    }
-}
-
 /// Serves faults: the buffers and what is remembered between faults.
 pub(crate) struct Server {
     runtime: &'static Runtime,
     pages: Mapping,
     zeros: Mapping,
-    streams: Streams,
+    readahead: Readahead,
     follower: Follower,
-    /// When the next page may come in although there is no room, ns.
-    next_forced_ns: u64,
+    turnstile: Turnstile,
+    /// Pages that came with the last one served, itself included.
+    brought: usize,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
 }
 
@@ -104,7 +76,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
     runtime.handler_tid.store(process::tid(), Relaxed);
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
-    let pages = Mapping::new(MAX_WINDOW * PAGE, c"spmem pages");
+    let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
     let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
     let pagemap = runtime.shared_pagemap();
@@ -112,9 +84,10 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
         runtime,
         pages,
         zeros,
-        streams: Streams::default(),
+        readahead: Readahead::default(),
         follower: Follower::new(&runtime.home_cpu),
-        next_forced_ns: 0,
+        turnstile: Turnstile::default(),
+        brought: 1,
         pagemap,
     };
     server.run(&uffd)
@@ -126,17 +99,20 @@ impl Server {
         let mut waiting = [Waiting { address: 0, is_write: false, since_ns: 0 }; MAX_WAITING];
         let mut count = 0;
         let mut is_settled = true;
-        let mut child = None;
+        let listener = runtime.listener.load(Relaxed);
+        let mut read_before = None;
         loop {
-            let mut entry = [Poll::readable(uffd.raw())];
-            let _ = poll(&mut entry, if count == 0 && is_settled { FOREVER_NS } else { RETRY_NS });
-            {
+            let mut entries = [Poll::readable(uffd.raw()), Poll::readable(listener)];
+            let is_idle = count == 0 && is_settled && read_before.is_none();
+            let _ = poll(&mut entries, if is_idle { FOREVER_NS } else { RETRY_NS });
+            let is_orphan;
+            let ward = {
                 // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
                 // read, and a sweep that got the lock in between would act on what is known no longer.
                 let mut space = runtime.space.lock();
                 let Some(space) = space.as_mut() else { process::abort() };
                 for _ in 0..MAX_READS {
-                    let event = match uffd.read() {
+                    let event = match read_before.take().map_or_else(|| uffd.read(), Ok) {
                         Ok(event) => event,
                         Err(Errno::EAGAIN) => break,
                         // The descriptor is ours alone; without it missing pages would turn into zeros.
@@ -164,19 +140,14 @@ impl Server {
                             }
                         }
                         Event::Fork { child: descriptor } => {
-                            let descriptor = Uffd::from_fd(Fd::from_raw(descriptor));
-                            if space.mode == Mode::Quiet {
-                                // Announced. Whoever forked may ask from now on whether the fork was seen.
-                                fork::begin_nursing(runtime);
-                                child = Some(descriptor);
-                                break;
-                            }
-                            // Before anything changes that the child still needs.
-                            fork::populate(runtime, space, &descriptor);
+                            fork::on_fork(runtime, space, Uffd::from_fd(Fd::from_raw(descriptor)));
                         }
                         event => changes::note(runtime, space, uffd, self.pagemap.as_deref(), event),
                     }
                     self.settle(space, uffd);
+                    if space.changes.ward.is_some() {
+                        break;
+                    }
                 }
                 is_settled = self.settle(space, uffd);
                 let mut kept = 0;
@@ -188,9 +159,16 @@ impl Server {
                     }
                 }
                 count = kept;
+                is_orphan = entries[1].is_ready() && space.changes.are_all_served();
+                space.changes.ward.take()
+            };
+            if is_orphan {
+                fork::dismiss(runtime);
             }
-            if is_settled && let Some(child) = child.take() {
-                fork::nurse(runtime, self, uffd, child);
+            // Before anything changes that the child still needs.
+            if let Some(child) = ward {
+                read_before = nurse(runtime, self, uffd, child);
+                is_settled = false;
             }
         }
     }
@@ -200,32 +178,28 @@ impl Server {
         changes::settle(self.runtime, space, uffd, self.pagemap.as_deref())
     }
 
-    /// Takes a change that was read while a child was nursed.
-    pub(crate) fn note(&self, space: &mut Space<Cram>, uffd: &Uffd, event: Event) {
-        changes::note(self.runtime, space, uffd, self.pagemap.as_deref(), event);
-        self.settle(space, uffd);
-    }
-
     /// Serves a fault unless it has to wait.
     fn try_serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, fault: Waiting, now: u64) -> bool {
         let runtime = self.runtime;
         let waited = now.saturating_sub(fault.since_ns);
         let page = fault.address & !(PAGE - 1);
-        let must_wait = runtime.room_pages.load(Relaxed) <= 0 && !runtime.is_paused.load(Relaxed);
-        if must_wait {
-            let patience = runtime.patience_ns.load(Relaxed);
-            if waited < patience || now < self.next_forced_ns {
-                if waited == 0 {
-                    runtime.demand.signal();
-                }
-                return false;
+        let admission = Admission {
+            room_pages: runtime.room_pages.load(Relaxed),
+            patience_ns: runtime.patience_ns.load(Relaxed),
+        };
+        // A fork waits for reclaimers, and threads for the fork: nobody would make room.
+        if !runtime.is_paused.load(Relaxed) && !self.turnstile.admits(now, fault.since_ns, admission) {
+            if waited == 0 {
+                runtime.demand.signal();
             }
-            // However many threads wait: one page.
-            self.next_forced_ns = now + patience;
+            return false;
         }
+        let happening = happening(space.table.get(page));
+        self.brought = 1;
         let served = self.serve(space, uffd, page, fault.is_write);
         if served == Served::Yes {
             let shared = runtime.shared();
+            runtime.record(happening, page, self.brought as u64 | if fault.is_write { IS_WRITE } else { 0 });
             shared.faults.record(process::now_ns().saturating_sub(fault.since_ns));
             if waited > 0 {
                 shared.counters.throttled_ns.fetch_add(waited, Relaxed);
@@ -246,10 +220,9 @@ impl Server {
 
     /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression).
     fn promote(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry) -> Served {
-        let window = self.streams.window(page).min((CHUNK - page % CHUNK) / PAGE);
-        // Where there is no room nothing comes along unasked.
-        let room = usize::try_from(self.runtime.room_pages.load(Relaxed)).unwrap_or(0);
-        let window = window.min(room.max(1));
+        let room = self.runtime.room_pages.load(Relaxed);
+        let window = self.readahead.window((page / PAGE) as u64, room) as usize;
+        let window = window.min((CHUNK - page % CHUNK) / PAGE);
         let mut count = 0;
         while count < window {
             let Copy::Stored(handle) = space.table.get(page + count * PAGE).copy() else { break };
@@ -276,7 +249,8 @@ impl Server {
             progress = uffd.copy(page, self.pages.bytes(0, PAGE));
         }
         let done = progress.done / PAGE;
-        self.streams.advance(page, done.max(1));
+        self.brought = done.max(1);
+        self.readahead.advance((page / PAGE) as u64, done.max(1) as u32);
         self.account(done);
         let counters = &self.runtime.shared().counters;
         counters.promoted_pages.fetch_add(done as u64, Relaxed);
@@ -405,6 +379,15 @@ impl Server {
     }
 }
 
+/// What a fault for the page of an entry is to a trace.
+fn happening(entry: Entry) -> Happening {
+    match entry.copy() {
+        Copy::Stored(_) if entry.is_away() => Happening::FaultNode,
+        Copy::Holding(_) if entry.is_away() => Happening::FaultHolding,
+        _ => Happening::FaultNowhere,
+    }
+}
+
 /// Threads that wait for the page look again.
 fn wake(uffd: &Uffd, page: usize) -> Served {
     let _ = uffd.wake(page, PAGE);
@@ -447,14 +430,17 @@ pub(crate) fn apply(runtime: &Runtime, space: &mut Space<Cram>, pagemap: Option<
                 cover(space, pagemap, start, end);
             }
             space.drop_range(start, end, Some(Entry::discarded()));
+            runtime.record(Happening::Drop, start, ((end - start) / PAGE) as u64);
         }
         Event::Unmap { start, end } => {
             runtime.unmaps.fetch_add(1, Relaxed);
             space.drop_range(start, end, None);
+            runtime.record(Happening::Drop, start, ((end - start) / PAGE) as u64);
         }
         Event::Remap { from, to, len } => {
             runtime.unmaps.fetch_add(1, Relaxed);
             space.move_range(from, to, len);
+            runtime.record(Happening::Drop, from, (len / PAGE) as u64);
         }
         Event::Fault { .. } | Event::Fork { .. } => {}
     }

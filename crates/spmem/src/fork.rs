@@ -5,26 +5,26 @@
 //!
 //! 1. [`Runtime::before_fork`] (pthread_atfork(3), in the forking thread): one fork at a time; reclaimers pause; the space is quiet.
 //! 2. The kernel copies the address space, then tells the parent's handler ([`Event::Fork`]) and waits until it was
-//!    read. Calls that change program memory fail with `EAGAIN` from the copy until then, so the parent's entries are
-//!    exactly the child's.
-//! 3. [`nurse`]: the parent's handler serves the child's faults through the child's userfaultfd. `spm` holds it too.
+//!    read. Calls that change program memory fail with `EAGAIN` from the copy until then; what other threads unmap is put
+//!    off ([`changes`]). So the parent's entries are exactly the child's.
+//! 3. [`nurse`](crate::nurse::nurse): the parent's handler serves the child's faults through the child's userfaultfd. `spm` holds it too.
 //! 4. [`Runtime::after_fork_in_child`] starts a monitor; [`adopt`] connects to the parent's handler and is given the userfaultfd, and what
 //!    the child unmapped meanwhile. From then on the child is a process like any other.
 //!
-//! A fork that nobody announced (a raw system call) gets all its pages at once from [`populate`] and runs unmanaged.
+//! A fork that nobody announced (a raw system call) gets all its pages at once ([`crate::populate`]) and runs unmanaged.
+//! So does a child that cannot be told from such a one, that forks before it serves itself, or that was forked while other
+//! threads moved ranges: its copy of the entries may be torn.
 //!
 //! Known hole: a parent killed in the microseconds between reading the event and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
 
 use crate::changes;
-use crate::fault::Server;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
 use crate::space::Space;
-use crate::table::{CHUNK, Copy, Entry};
+use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use spmem_node::Handle;
-use spmem_sys::fd::{Fd, Poll, close_all_but, poll};
+use spmem_sys::fd::{Fd, close_all_but};
 use spmem_sys::mapping;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
@@ -38,7 +38,7 @@ const NONE: u32 = 0;
 const ANNOUNCED: u32 = 1;
 const NURSING: u32 = 2;
 /// Events of the child that are remembered for it; one more and it runs unmanaged.
-const MAX_EVENTS: usize = 60;
+pub(crate) const MAX_EVENTS: usize = 60;
 /// Descriptors an agent's table may need, numbers of the program's in between included.
 pub(crate) const DESCRIPTORS: u64 = 64;
 /// Longest that fork(2) waits for its child to serve itself.
@@ -157,8 +157,8 @@ impl Runtime {
             // has seen the fork, or there was none.
             mapping::discard(self.holding_start.load(Ordering::Relaxed), PAGE);
             let failed = turn.state.compare_exchange(ANNOUNCED, NONE, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-            if failed {
-                self.end_quiet();
+            if failed && let Some(space) = self.space.lock().as_mut() {
+                end_quiet(self, space);
             }
             // Until the child stands alone this process must not exit, as a daemon's parent would at once.
             let start = process::now_ns();
@@ -250,13 +250,6 @@ impl Runtime {
         self.fork_turn.give();
     }
 
-    fn end_quiet(&self) {
-        if let Some(space) = self.space.lock().as_mut() {
-            space.end_quiet();
-        }
-        self.resume_reclaimers();
-    }
-
     /// Keeps reclaimers from touching anything, and waits until none does.
     pub(crate) fn pause_reclaimers(&self) {
         // SeqCst, with `working`: either a reclaimer sees this, or we see it work.
@@ -281,154 +274,39 @@ impl Runtime {
 /// What a child asks, and what it is given along with its userfaultfd and /dev/userfaultfd: events as words.
 const WORDS: usize = 2 + 4 * MAX_EVENTS;
 
-struct Overlay {
-    events: [Event; MAX_EVENTS],
-    len: usize,
+/// A child was forked. The one that was announced is to be nursed; any other gets all its pages ([`changes::settle`]).
+///
+/// Both need to know what the child has where. That is what the table says, unless other threads are changing the
+/// address space at the time: then it waits until all of that was read.
+pub(crate) fn on_fork(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd) {
+    let turn = &runtime.fork_turn;
+    // A raw fork of another thread may be taken for the one that was announced: `nurse` sees it when the other comes.
+    let is_announced =
+        turn.state.compare_exchange(ANNOUNCED, NURSING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    changes::note_birth(space, child, is_announced);
 }
 
-impl Overlay {
-    /// Where the parent knows the page the child has at `page`; `None` when the child dropped it.
-    fn origin(&self, page: usize) -> Option<usize> {
-        let mut at = page;
-        for event in self.events[..self.len].iter().rev() {
-            match *event {
-                Event::Remove { start, end } | Event::Unmap { start, end } if (start..end).contains(&at) => {
-                    return None;
-                }
-                Event::Remap { from, to, len } if (to..to + len).contains(&at) => at = at - to + from,
-                Event::Remap { from, len, .. } if (from..from + len).contains(&at) => return None,
-                _ => {}
-            }
-        }
-        Some(at)
-    }
-}
-
-/// The handler has read the fork's event.
-pub(crate) fn begin_nursing(runtime: &Runtime) {
-    runtime.fork_turn.state.store(NURSING, Ordering::Release);
-}
-
-/// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, its events
-/// are not read: whoever causes one waits these milliseconds.
-pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) {
-    // From here on the child's missing pages survive this process.
-    runtime.entrust(Some(&child));
-    let listener = runtime.listener.load(Ordering::Relaxed);
-    let mut overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
-    let mut own_event = None;
-    let mut is_populated = false;
-    loop {
-        let own = if own_event.is_none() { uffd.raw() } else { -1 };
-        let childs = if is_populated { -1 } else { child.raw() };
-        let mut entries = [Poll::readable(own), Poll::readable(childs), Poll::readable(listener)];
-        let ready = poll(&mut entries, 10_000_000).unwrap_or(0);
-        if entries[0].is_ready() {
-            match uffd.read() {
-                Ok(Event::Fault { address, is_write, .. }) => {
-                    serve_own(runtime, server, uffd, address & !(PAGE - 1), is_write);
-                }
-                Ok(event) => own_event = Some(event),
-                Err(_) => {}
-            }
-        }
-        if entries[1].is_ready() {
-            match child.read() {
-                Ok(Event::Fault { address, .. }) => {
-                    let page = address & !(PAGE - 1);
-                    serve_child(runtime, &child, page, overlay.origin(page));
-                }
-                Ok(event) if overlay.len < MAX_EVENTS && !matches!(event, Event::Fork { .. }) => {
-                    overlay.events[overlay.len] = event;
-                    overlay.len += 1;
-                }
-                // More than can be passed on, or a child that forks before it can serve itself.
-                Ok(event) => {
-                    if let Event::Fork { child } = event {
-                        drop(Fd::from_raw(child));
-                    }
-                    complain_unmanaged(runtime);
-                    if let Some(space) = runtime.space.lock().as_mut() {
-                        populate_all(space, &child, &overlay);
-                    }
-                    is_populated = true;
-                }
-                Err(_) => {}
-            }
-        }
-        if entries[2].is_ready() && hand_over(runtime, listener, (!is_populated).then_some(&child), &overlay) {
-            break;
-        }
-        if ready == 0 && is_gone(&child) {
-            break;
-        }
-    }
-    drop(child);
-    runtime.entrust(None);
-    if let Some(space) = runtime.space.lock().as_mut() {
-        // Of a raw fork: before anything changes that its child still needs.
-        if let Some(Event::Fork { child }) = own_event {
-            populate(runtime, space, &Uffd::from_fd(Fd::from_raw(child)));
-        }
-        space.end_quiet();
-        // No page has left since it was read: reclaimers go on only now.
-        if let Some(event) = own_event.filter(|event| !matches!(event, Event::Fork { .. })) {
-            server.note(space, uffd, event);
-        }
-    }
+/// The child that was announced has all its pages, or is somebody else's to serve: this process goes on.
+pub(crate) fn end_quiet(runtime: &Runtime, space: &mut Space<Cram>) {
+    space.end_quiet();
     runtime.resume_reclaimers();
+}
+
+/// Somebody connects who is not being nursed: a child that has all its pages, which is told so.
+pub(crate) fn dismiss(runtime: &Runtime) {
+    if hand_over(runtime, None, &[]) {
+        stand_alone(runtime);
+    }
+}
+
+pub(crate) fn stand_alone(runtime: &Runtime) {
     runtime.fork_turn.state.store(NONE, Ordering::Release);
     runtime.fork_turn.changed.signal();
 }
 
-/// Serves one fault of the parent's own.
-fn serve_own(runtime: &Runtime, server: &mut Server, uffd: &Uffd, page: usize, is_write: bool) {
-    let mut space = runtime.space.lock();
-    let Some(space) = space.as_mut() else { return };
-    // What cannot be served now (an unread event) wakes its thread, which faults again.
-    if server.serve(space, uffd, page, is_write) == crate::fault::Served::Later {
-        process::sleep_ns(50_000);
-        let _ = uffd.wake(page, PAGE);
-    }
-}
-
-/// Serves one fault of the child: a copy of what the parent knows of `origin`, and the parent knows no less after it.
-fn serve_child(runtime: &Runtime, child: &Uffd, page: usize, origin: Option<usize>) {
-    let space = runtime.space.lock();
-    let Some(space) = space.as_ref() else { return };
-    // An unread event of the child's: its thread is woken and faults again, after the event was read.
-    let _ = give(space, child, page, origin);
-    let _ = child.wake(page, PAGE);
-}
-
-/// Copies what the parent knows of `origin` (`None`: nothing any more) to `page` of the child.
-fn give(space: &Space<Cram>, child: &Uffd, page: usize, origin: Option<usize>) -> Option<Errno> {
-    let progress = match origin.map_or(Copy::None, |origin| space.table.get(origin).copy()) {
-        Copy::Stored(handle) => {
-            let mut buffer = [0; PAGE];
-            match Handle::from_raw(handle).map(|handle| space.store.load(handle, &mut buffer)) {
-                Some(Ok(())) => child.copy(page, &buffer),
-                _ => child.poison(page),
-            }
-        }
-        Copy::Holding(slot) => child.copy_from(page, space.holding.address(slot), PAGE),
-        Copy::None => child.zero(page, PAGE),
-    };
-    progress.stopped
-}
-
-/// A process whose memory is gone answers `ESRCH` to everything.
-fn is_gone(child: &Uffd) -> bool {
-    child.zero(0, PAGE).stopped == Some(Errno::ESRCH)
-}
-
-fn complain_unmanaged(runtime: &Runtime) {
-    runtime.shared().counters.unmanaged_processes.fetch_add(1, Ordering::Relaxed);
-}
-
 /// Gives the child that connects its userfaultfd (`None`: it has all its pages and runs unmanaged).
-fn hand_over(runtime: &Runtime, listener: i32, child: Option<&Uffd>, overlay: &Overlay) -> bool {
-    let listening = Listener::from_fd(Fd::from_raw(listener));
+pub(crate) fn hand_over(runtime: &Runtime, child: Option<&Uffd>, changes: &[Event]) -> bool {
+    let listening = Listener::from_fd(Fd::from_raw(runtime.listener.load(Ordering::Relaxed)));
     let accepted = listening.accept();
     let _ = listening.into_fd().into_raw();
     let Ok(socket) = accepted else { return false };
@@ -439,8 +317,8 @@ fn hand_over(runtime: &Runtime, listener: i32, child: Option<&Uffd>, overlay: &O
     }
     let mut words = [0_u64; WORDS];
     words[0] = u64::from(child.is_some()) | u64::from(spmem_sys::fd::proc() >= 0) << 1;
-    words[1] = overlay.len as u64;
-    for (event, words) in overlay.events[..overlay.len].iter().zip(words[2..].chunks_exact_mut(4)) {
+    words[1] = changes.len() as u64;
+    for (event, words) in changes.iter().zip(words[2..].chunks_exact_mut(4)) {
         let (kind, a, b, c) = match *event {
             Event::Remove { start, end } => (1, start, end, 0),
             Event::Unmap { start, end } => (2, start, end, 0),
@@ -463,45 +341,6 @@ fn hand_over(runtime: &Runtime, listener: i32, child: Option<&Uffd>, overlay: &O
         count += 1;
     }
     socket.send(&bytes, &fds[..count]).is_ok()
-}
-
-/// Gives a child that nobody announced all its pages. It owns no store, so it runs unmanaged from here on.
-pub(crate) fn populate(runtime: &Runtime, space: &mut Space<Cram>, child: &Uffd) {
-    complain_unmanaged(runtime);
-    runtime.is_shared.store(true, Ordering::Relaxed);
-    let overlay = Overlay { events: [Event::Unmap { start: 0, end: 0 }; MAX_EVENTS], len: 0 };
-    populate_all(space, child, &overlay);
-}
-
-fn populate_all(space: &mut Space<Cram>, child: &Uffd, overlay: &Overlay) {
-    for number in 0..space.table.len() {
-        let start = space.table.chunk(number).start;
-        for origin in (start..start + CHUNK).step_by(PAGE) {
-            if !space.table.get(origin).is_away() {
-                continue;
-            }
-            if let Some(page) = changes::destination(&overlay.events[..overlay.len], origin) {
-                give_at_last(space, child, page, origin);
-            }
-        }
-    }
-    // Nothing is missing any more: letting go of the ranges makes it an ordinary process.
-    for number in 0..space.table.len() {
-        let chunk = space.table.chunk(number).start;
-        let _ = child.unregister(chunk, CHUNK);
-    }
-}
-
-/// As [`give`], until it is given. Events of the child are read and dropped: every page is being given to it.
-fn give_at_last(space: &Space<Cram>, child: &Uffd, page: usize, origin: usize) {
-    while give(space, child, page, Some(origin)) == Some(Errno::EAGAIN) {
-        let mut entry = [Poll::readable(child.raw())];
-        let _ = poll(&mut entry, 1_000_000);
-        if let Ok(Event::Fork { child }) = child.read() {
-            drop(Fd::from_raw(child));
-        }
-    }
-    let _ = child.wake(page, PAGE);
 }
 
 /// Entry of a forked child's first agent thread: takes its faults over from the parent.

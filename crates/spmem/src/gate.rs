@@ -6,21 +6,16 @@
 
 use crate::runtime::Runtime;
 use crate::sweep::is_eligible;
-use crate::table::{CHUNK, Copy};
+use crate::table::{ADDRESS_END, CHUNK, Copy};
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering;
-use spmem_core::reclaim::Gate;
+use spmem_core::reclaim::{Cover, Coverage, Gate};
 use spmem_sys::fd::Fd;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE, Result, process};
-
-/// How often new ranges are looked for while the gate is not open, ns.
-const LOOK_NS: u64 = 4_000_000;
-/// How long the gate has to be open before ranges are let go, ns.
-const RELEASE_NS: u64 = 1_000_000_000;
 
 /// Registers and releases ranges.
 pub(crate) struct GateKeeper {
@@ -29,8 +24,7 @@ pub(crate) struct GateKeeper {
     maps: Maps,
     pagemap: ManuallyDrop<Pagemap>,
     ranges: Vec<(usize, usize)>,
-    looked_ns: u64,
-    shut_ns: u64,
+    coverage: Coverage,
     epoch: u32,
 }
 
@@ -42,26 +36,17 @@ impl GateKeeper {
             maps: Maps::open()?,
             pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
             ranges: Vec::new(),
-            looked_ns: 0,
-            shut_ns: 0,
+            coverage: Coverage::default(),
             epoch: 0,
         })
     }
 
     /// Does what the plan says of growth.
     pub(crate) fn keep(&mut self, gate: Gate) {
-        let now = process::now_ns();
-        if gate == Gate::Open {
-            if self.shut_ns != 0 && now - self.shut_ns > RELEASE_NS {
-                self.release();
-                self.shut_ns = 0;
-            }
-            return;
-        }
-        self.shut_ns = now;
-        if now - self.looked_ns >= LOOK_NS {
-            self.looked_ns = now;
-            self.register_all();
+        match self.coverage.look(gate, process::now_ns()) {
+            Cover::Keep => {}
+            Cover::All => self.register_all(),
+            Cover::Nothing => self.release(),
         }
     }
 
@@ -76,7 +61,7 @@ impl GateKeeper {
         let mut at = 0;
         while let Ok(Some(vma)) = self.maps.at_or_above(at) {
             at = vma.end;
-            if vma.start >= 1 << 47 {
+            if vma.start >= ADDRESS_END {
                 break;
             }
             if !is_eligible(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {

@@ -14,24 +14,26 @@
 )]
 
 use crate::control::{Control, Slot};
+use crate::demote::TRASH_LEN;
 use crate::encoder::Exchange;
 use crate::fault;
 use crate::fork;
+use crate::frames::{Frames, lend_metadata};
 use crate::holding::Holding;
 use crate::protocol::{Kind, MAGIC, Message};
 use crate::reclaim;
+use crate::recorder::{Happening, Record};
 use crate::space::Space;
 use crate::table::CHUNK;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
-use spmem_core::frames::Metadata;
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{GrantedFrames, Store};
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::{Event, Lock};
-use spmem_sys::mapping::{self, Mapping};
+use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::socket::{Listener, MAX_NAME, Socket};
 use spmem_sys::thread::{self, Table};
@@ -49,43 +51,6 @@ const STACK: usize = 256 << 10;
 pub const MAX_EXCLUDED: usize = 256;
 /// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
 pub const MAX_PINS: usize = 1 << 16;
-
-/// Frames of node 1: a mapping of this process, made accessible as it fills.
-pub struct Frames {
-    mapping: Mapping,
-    committed: usize,
-}
-
-/// Frames are made accessible in steps of this size, bytes.
-const COMMIT: usize = 16 << 20;
-
-impl spmem_node::compressed::FrameBytes for Frames {
-    /// `false` at a limit of the process's (RLIMIT_DATA, RLIMIT_AS) or of a system that does not overcommit: to the store
-    /// that is a full node.
-    fn prepare(&mut self, offset: usize, len: usize) -> bool {
-        let end = offset + len;
-        if end > self.committed {
-            let steps = [end.next_multiple_of(COMMIT).min(self.mapping.len()), end];
-            let Some(committed) = steps.into_iter().find(|&step| self.mapping.commit(step).is_ok()) else {
-                return false;
-            };
-            self.committed = committed;
-        }
-        true
-    }
-
-    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-        self.mapping.bytes(offset, len)
-    }
-
-    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        self.mapping.bytes_mut(offset, len)
-    }
-
-    fn discard(&mut self, offset: usize, len: usize) {
-        self.mapping.discard(offset, len);
-    }
-}
 
 /// How far a process has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
@@ -153,9 +118,9 @@ pub struct Runtime {
     /// Wakes whoever waits for reclaimers to pause, or to go on.
     pub(crate) pause: Event,
     pub(crate) fork_turn: fork::Turn,
-    excluded: [(AtomicUsize, AtomicUsize); MAX_EXCLUDED],
-    pins: AtomicPtr<AtomicU64>,
-    pin_count: AtomicUsize,
+    pub(crate) excluded: [(AtomicUsize, AtomicUsize); MAX_EXCLUDED],
+    pub(crate) pins: AtomicPtr<AtomicU64>,
+    pub(crate) pin_count: AtomicUsize,
     /// Counts unmaps and moves: what was registered may be something else now.
     pub(crate) unmaps: AtomicU32,
     /// Odd while pages are on their way out: see [`Runtime::pin_thread`].
@@ -190,7 +155,7 @@ impl Runtime {
             guard_start: AtomicUsize::new(0),
             trash_start: AtomicUsize::new(0),
             room_pages: AtomicI64::new(i64::MAX),
-            patience_ns: AtomicU64::new(reclaim::PATIENCE_NS),
+            patience_ns: AtomicU64::new(spmem_core::reclaim::PATIENCE_NS),
             freed_pages: AtomicU64::new(0),
             keeps_copies: AtomicBool::new(true),
             is_stuck: AtomicBool::new(false),
@@ -243,6 +208,14 @@ impl Runtime {
 
     pub(crate) fn shared(&self) -> &'static Control {
         self.control().expect("agent threads start after the control page is mapped")
+    }
+
+    /// Records what happened to the page at an address, if the run is traced.
+    pub(crate) fn record(&self, what: Happening, address: usize, value: u64) {
+        self.shared().recorder.record(|| {
+            let (ns, page) = (process::now_ns(), (address / PAGE) as u64);
+            Record { ns, process: process::pid(), what, page, value }
+        });
     }
 
     pub(crate) fn own_slot(&self) -> &'static Slot {
@@ -311,84 +284,6 @@ impl Runtime {
         unsafe { &*core::ptr::with_exposed_provenance(argument) }
     }
 
-    /// Never lets pages of this range leave. For memory that agent threads or the kernel must find in place.
-    pub fn exclude(&self, start: usize, end: usize) {
-        for (from, to) in &self.excluded {
-            if to.load(Ordering::Relaxed) == 0 {
-                from.store(start, Ordering::Relaxed);
-                to.store(end, Ordering::Release);
-                return;
-            }
-        }
-    }
-
-    /// The first range that never leaves and overlaps `[start, end)`: its bounds. Ours count.
-    pub(crate) fn excluded_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
-        let listed = self
-            .excluded
-            .iter()
-            .map(|(from, to)| (from.load(Ordering::Relaxed), to.load(Ordering::Acquire)))
-            .filter(|&(from, to)| to > start && from < end);
-        listed.chain(mapping::own_in(start, end)).min()
-    }
-
-    /// Never lets the calling thread's control block leave: the kernel clears the thread id in it when the thread
-    /// exits, a fault that userfaultfd does not serve (fs/userfaultfd.c, `PF_EXITING`), and pthread_join(3) would wait
-    /// for ever. Called by each thread when it starts.
-    pub fn pin_thread(&self) {
-        self.pin(thread::control_block());
-    }
-
-    /// Never lets the page of `block`, its neighbours included, leave: the kernel or a dying thread touches it where
-    /// faults are not served. Called by program threads; takes no lock. The memory stays mapped while this runs.
-    pub fn pin(&self, block: usize) {
-        if block == 0 {
-            return;
-        }
-        let known = self.pins().any(|pin| pin.load(Ordering::Relaxed) == block as u64);
-        let pins = self.pins.load(Ordering::Acquire);
-        if known || pins.is_null() {
-            return;
-        }
-        let index = self.pin_count.fetch_add(1, Ordering::Relaxed);
-        if index >= MAX_PINS {
-            return;
-        }
-        // SAFETY: in bounds of a mapping that is never unmapped.
-        let pin = unsafe { &*pins.wrapping_add(index) };
-        // SeqCst, with `leaving`: either the sweep sees this pin, or we see that a sweep is under way and wait for it.
-        pin.store(block as u64, Ordering::SeqCst);
-        let sweep = self.leaving.load(Ordering::SeqCst);
-        if sweep % 2 == 1 {
-            while self.leaving.load(Ordering::SeqCst) == sweep {
-                process::sleep_ns(20_000);
-            }
-        }
-        // Bring back what may have left in between.
-        // SAFETY: mapped, says the caller.
-        unsafe { core::ptr::with_exposed_provenance::<u8>(block).read_volatile() };
-    }
-
-    /// The first range within `[start, end)` that belongs to a thread's control block, or to the static thread-local
-    /// storage just below one. With more threads than can be told apart, everything does.
-    pub(crate) fn pinned_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
-        if self.pin_count.load(Ordering::SeqCst) > MAX_PINS {
-            return Some((start, end));
-        }
-        self.pins()
-            .map(|pin| usize::try_from(pin.load(Ordering::SeqCst)).unwrap_or(0) & !(PAGE - 1))
-            .map(|page| (page.saturating_sub(PAGE), page + 2 * PAGE))
-            .filter(|&(from, to)| to > start && from < end)
-            .min()
-    }
-
-    fn pins(&self) -> impl Iterator<Item = &'static AtomicU64> {
-        let pins = self.pins.load(Ordering::Acquire);
-        let count = if pins.is_null() { 0 } else { self.pin_count.load(Ordering::SeqCst).min(MAX_PINS) };
-        // SAFETY: in bounds of a mapping that is never unmapped and only holds atomics.
-        (0..count).map(move |index| unsafe { &*pins.wrapping_add(index) })
-    }
-
     /// Connects to `spm` again (a forked child) and hands it a userfaultfd to hold.
     pub(crate) fn hello_again(&self) -> Result<(Socket, Option<Fd>)> {
         let name = self.spm_name.lock();
@@ -421,7 +316,7 @@ impl Runtime {
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
         let slots = u32::try_from((limit / PAGE as u64 / 6).clamp(1024, 1 << 17)).expect("clamped");
         let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
-        let trash = Mapping::new(MAX_RECLAIMERS * reclaim::BATCH * PAGE, c"spmem scratch")?;
+        let trash = Mapping::new(MAX_RECLAIMERS * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
@@ -457,7 +352,7 @@ impl Runtime {
     /// A userfaultfd without events for the scratch areas.
     pub(crate) fn make_scratch(&self) -> Result<()> {
         let scratch = self.make_scratch_userfaultfd()?;
-        scratch.register(self.trash_start.load(Ordering::Relaxed), MAX_RECLAIMERS * reclaim::BATCH * PAGE)?;
+        scratch.register(self.trash_start.load(Ordering::Relaxed), MAX_RECLAIMERS * TRASH_LEN)?;
         self.scratch.store(scratch.into_raw(), Ordering::Relaxed);
         Ok(())
     }
@@ -551,15 +446,6 @@ impl Runtime {
         let _ = socket.into_fd().into_raw();
         result
     }
-}
-
-/// Memory for what is known of node 1's frames, on sysram (R7).
-fn lend_metadata(capacity: FrameCount) -> Result<Metadata> {
-    let (words, bytes) = Metadata::size(capacity);
-    Ok(Metadata::new(
-        Mapping::leak_words(words, c"spmem frames")?,
-        Mapping::leak_bytes(bytes, c"spmem frame states")?,
-    ))
 }
 
 fn new_userfaultfd(device: i32) -> Result<Uffd> {

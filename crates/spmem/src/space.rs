@@ -68,6 +68,7 @@ impl<B: Backend> Space<B> {
     /// Begins a quiet time, unless a change of the address space has to be applied first.
     pub fn quieten(&mut self) -> bool {
         if self.is_settled() {
+            self.changes.quieten();
             self.mode = Mode::Quiet;
         }
         self.is_settled()
@@ -180,6 +181,7 @@ impl<B: Backend> Space<B> {
     /// The fork is over, here in the parent.
     pub fn end_quiet(&mut self) {
         self.mode = Mode::Normal;
+        self.changes.end_quiet();
         while let Some(page) = self.promoted.pop() {
             self.note_returned(page);
         }
@@ -194,6 +196,7 @@ impl<B: Backend> Space<B> {
     /// `is_there` tells.
     pub fn settle_after_fork(&mut self, is_there: impl Fn(usize) -> bool) {
         self.mode = Mode::Normal;
+        self.changes.settle_after_fork();
         self.table.recount();
         for index in 0..self.promoted.len() {
             let page = self.promoted[index];

@@ -4,11 +4,13 @@
 //! data, not a thread's control block. Which pages: those the policy (`spmem_core::lru`) lets go. How: a chunk is
 //! registered when its first page leaves; then UFFDIO_MOVE, whose success says that no unread event concerns the range.
 
+use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
-use crate::table::{CHUNK, Copy, Entry};
+use crate::table::{ADDRESS_END, CHUNK, Copy, Entry};
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru::{self, Verdict};
+use spmem_core::reclaim::Retry;
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping::populate_write;
 use spmem_sys::maps::{Maps, Name, Vma};
@@ -18,13 +20,6 @@ use spmem_sys::{Errno, PAGE, Result, process};
 
 /// Pages moved under one hold of the lock: a fault may have to wait for it.
 const HOLD_PAGES: usize = 4;
-
-/// Pages that could not leave are tried again in so many parts, one a round, ...
-const RETRY_PARTS: usize = 32;
-/// ... with so much time after each page tried, ns: a page that stays costs about a tenth of it, ...
-const RETRY_PAUSE_NS: u64 = 150_000;
-/// ... and at least so much after each part.
-const RETRY_PAUSE_MIN_NS: u64 = 10_000_000;
 
 /// The clock hand.
 pub(crate) struct Sweeper {
@@ -37,37 +32,6 @@ pub(crate) struct Sweeper {
     /// Pages the kernel would not move (EBUSY), to be looked at without the lock.
     busy: [usize; HOLD_PAGES],
     busy_count: usize,
-}
-
-/// Which of the pages that could not leave are tried again in this round. All of them in each would take a processor:
-/// most will not leave this time either.
-struct Retry {
-    /// The part that was tried last, or is.
-    part: usize,
-    is_on: bool,
-    /// Pages tried in this round.
-    tried: u64,
-    /// When the next part may be tried, ns.
-    next_ns: u64,
-}
-
-impl Retry {
-    /// The hand begins a round.
-    fn begin_round(&mut self) {
-        let now = process::now_ns();
-        if self.is_on {
-            self.next_ns = now + (self.tried * RETRY_PAUSE_NS).max(RETRY_PAUSE_MIN_NS);
-        }
-        self.tried = 0;
-        self.is_on = now >= self.next_ns;
-        self.part = self.part.wrapping_add(usize::from(self.is_on));
-    }
-
-    fn is_turn(&mut self, page: usize) -> bool {
-        let is_turn = self.is_on && (page / PAGE + self.part).is_multiple_of(RETRY_PARTS);
-        self.tried += u64::from(is_turn);
-        is_turn
-    }
 }
 
 /// Why a run ended.
@@ -101,7 +65,7 @@ impl Sweeper {
             maps: Maps::open()?,
             pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
             hand: 0,
-            retry: Retry { part: 0, is_on: false, tried: 0, next_ns: 0 },
+            retry: Retry::default(),
             busy: [0; HOLD_PAGES],
             busy_count: 0,
         })
@@ -113,9 +77,9 @@ impl Sweeper {
         let mut runs = [Run::default(); RUNS];
         while moved < wanted && wraps < 2 {
             let Ok(vma) = self.maps.at_or_above(self.hand) else { break };
-            let Some(vma) = vma.filter(|vma| vma.start < 1 << 47) else {
+            let Some(vma) = vma.filter(|vma| vma.start < ADDRESS_END) else {
                 self.hand = 0;
-                self.retry.begin_round();
+                self.retry.begin_round(process::now_ns());
                 wraps += 1;
                 continue;
             };
@@ -227,7 +191,7 @@ impl Sweeper {
     /// The policy's verdict on one page, whose age it changes.
     fn lets_go(&mut self, space: &mut Space<Cram>, page: usize) -> bool {
         let entry = space.table.get(page);
-        if !space.may_leave(entry) || entry.is_refused() && !self.retry.is_turn(page) {
+        if !space.may_leave(entry) || entry.is_refused() && !self.retry.is_turn((page / PAGE) as u64) {
             return false;
         }
         match lru::on_sweep(entry.age()) {
@@ -367,8 +331,13 @@ impl Sweeper {
                 *moved += 1;
                 continue;
             }
-            let counter = if is_exclusive { &counters.refused_pinned } else { &counters.refused_shared };
+            let (counter, why) = if is_exclusive {
+                (&counters.refused_pinned, Happening::RefusePinned)
+            } else {
+                (&counters.refused_shared, Happening::RefuseShared)
+            };
             counter.fetch_add(1, Relaxed);
+            self.runtime.record(why, page, 1);
             self.refuse(space, page);
         }
     }

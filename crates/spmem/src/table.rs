@@ -23,6 +23,8 @@ pub const CHUNK_PAGES: usize = 512;
 pub const CHUNK: usize = CHUNK_PAGES * PAGE;
 const LEAF: usize = 1 << 13;
 const TOP: usize = 1 << 13;
+/// Where addresses of programs end.
+pub(crate) const ADDRESS_END: usize = TOP * LEAF * CHUNK;
 const PAYLOAD: u64 = (1 << 48) - 1;
 const KIND_SHIFT: u32 = 48;
 const AWAY: u64 = 1 << 50;

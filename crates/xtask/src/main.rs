@@ -23,6 +23,7 @@ mod programs;
 mod redis;
 mod report;
 mod sim;
+mod sim_programs;
 mod vm;
 mod workloads;
 

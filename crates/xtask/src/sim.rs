@@ -1,6 +1,7 @@
 //! `cargo xtask sim`: simulated machines, seed by seed, and what allocation costs as they grow.
 //!
-//! `--seed N` runs one seed and, with `--trace FILE`, keeps its steps; `--replay FILE` runs a trace; `--curve` prints
+//! `--seed N` runs one seed and, with `--trace FILE`, keeps its steps; `--replay FILE` runs a trace; `--programs` runs programs
+//! inside budgets ([`sim_programs`]); `--curve` prints
 //! start-up and cost of an allocation from a small machine to 1 TiB.
 
 use std::path::PathBuf;
@@ -9,7 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use spmem_core::units::{DomainId, Order};
 use spmem_core::wall::Request;
+use spmem_sim::program::Recording;
 use spmem_sim::{Checks, Generator, Outcome, Shape, Step, World, trace};
+
+use crate::sim_programs;
 
 /// Which run.
 #[derive(Clone, clap::Args)]
@@ -26,9 +30,15 @@ pub(crate) struct Options {
     /// Write the steps of the (last) seed to FILE, also when one breaks a rule.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Run the steps of FILE instead.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["seed", "seeds", "trace", "curve"])]
+    /// Run the steps of FILE instead, or what `spm run --trace FILE` recorded.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seed", "seeds", "trace", "curve", "programs"])]
     replay: Option<PathBuf>,
+    /// Budget of what was recorded, MiB [default: that of the run].
+    #[arg(long, value_name = "MIB", requires = "replay")]
+    budget_mib: Option<u64>,
+    /// Run programs of several kinds within several budgets instead.
+    #[arg(long, conflicts_with_all = ["seeds", "trace", "curve"])]
+    programs: bool,
     /// Print what start-up and an allocation cost on machines of 1 GiB to 1 TiB instead.
     #[arg(long)]
     curve: bool,
@@ -39,9 +49,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if options.curve {
         return curve();
     }
+    if options.programs {
+        return sim_programs::made(options.seed);
+    }
     if let Some(path) = &options.replay {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("the trace {} cannot be read", path.display()))?;
+        if Recording::is_one(&text) {
+            return sim_programs::replay(path, &text, options.budget_mib);
+        }
         let steps = trace::read(&text).with_context(|| format!("{} is no trace", path.display()))?;
         let mut tally = Tally::default();
         let mut world = World::default();

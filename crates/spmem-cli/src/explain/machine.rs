@@ -262,6 +262,7 @@ mod tests {
             ("[[node]]\nid = 1024\ntype = \"sysram\"\n", ["1024", "1023"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\nclass = 7\n", ["[[node]] 0", "class 7"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\nservices = [\"demotion\"]\n", ["[[node]] 0", "DEMOTION"]),
+            ("[[node]]\nid = 0\ntype = \"spm\"\nguard = \"easy\"\n", ["[[node]] 0", "USER_NUMA"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\nservices = [\"fly\"]\n", ["[[node]] 0", "`fly`"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\n[[node]]\nid = 0\ntype = \"sysram\"\n", ["[[node]] 0", "both"]),
             ("[[domain]]\npath = \"/a/../b\"\n", ["[[domain]] /a/../b", "'..'"]),

@@ -17,6 +17,7 @@ mod shared;
 mod signals;
 pub mod stdio;
 mod supervise;
+mod trace;
 pub mod witness;
 
 use std::ffi::{OsStr, OsString};
@@ -42,6 +43,7 @@ pub use report::Summary;
 pub use shared::ControlPage;
 use signals::Inherited;
 use supervise::Supervisor;
+use trace::Trace;
 
 /// `spm` itself failed or refused.
 pub const FAILURE: i32 = 125;
@@ -76,7 +78,16 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
 
     let control = ControlPage::for_tree(limit_bytes, config.store_capacity.bytes(ram_bytes))?;
     let job = Job { program: &program, command: &options.command, control: &control };
-    let (exit_code, elapsed) = match execute(&job, management, &mut |_| {})? {
+    let mut trace = options.trace.as_deref().map(|path| Trace::begin(path, &control)).transpose()?;
+    let outcome = execute(&job, management, &mut |control| {
+        if let Some(trace) = &mut trace {
+            trace.take(control);
+        }
+    })?;
+    if let Some(trace) = trace {
+        trace.end(&control);
+    }
+    let (exit_code, elapsed) = match outcome {
         Outcome::Ended { exit_code, elapsed } => (exit_code, elapsed),
         Outcome::NotStarted(error) => return Ok(say_not_started(name, &error)),
     };

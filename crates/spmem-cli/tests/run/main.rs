@@ -13,3 +13,4 @@ mod report;
 mod signals;
 mod surroundings;
 mod terminal;
+mod trace;

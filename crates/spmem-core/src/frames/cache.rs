@@ -4,17 +4,22 @@
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
-use super::zone::{ZONE_FRAMES, Zone};
-use super::{Frames, FramesError, check};
+use super::poison::HAS_POISON;
+use super::states::check;
+use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
+use super::{Frames, FramesError, Place};
+use crate::sync::Ordering::{Acquire, Relaxed, Release};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 /// Freed frames held, at most.
-const HELD: usize = 64;
+const HELD: usize = 256;
 /// How many of them, the oldest, are given back when it is full.
 const GIVEN_BACK: usize = HELD / 2;
+
+/// How many rows a cache takes from a zone of its own because another one fills itself from the lowest: as many as a zone has.
+const AWAY: u32 = (ZONE_FRAMES / ROW_FRAMES) as u32;
 
 /// One owner's cache of free frames.
 ///
@@ -34,13 +39,28 @@ const GIVEN_BACK: usize = HELD / 2;
 /// ```
 #[derive(Debug)]
 pub struct Cache {
-    /// The node's; 0 while it is empty.
+    /// The stamp that the node had before any poison; 0 while it is empty.
     node: AtomicU64,
     row_first: AtomicU32,
     row_bits: AtomicU64,
+    /// Where the oldest of those held is, and how many there are: a ring.
+    oldest: AtomicU32,
     len: AtomicU32,
     held: [AtomicU32; HELD],
+    /// Tells it from every other, 0 until it is filled.
+    name: AtomicU32,
+    /// The first frame of the zone that it was filled from.
+    filled_at: AtomicU32,
+    /// Whether another one was filled from there when it came.
+    is_guest: AtomicBool,
+    /// Where it looks first, ...
+    away_at: AtomicU32,
+    /// ... so many more times, before it goes back to the lowest place.
+    away_for: AtomicU32,
 }
+
+/// Of [`Cache::name`].
+static NEXT_NAME: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(1);
 
 impl Default for Cache {
     fn default() -> Self {
@@ -55,8 +75,14 @@ impl Cache {
             node: AtomicU64::new(0),
             row_first: AtomicU32::new(0),
             row_bits: AtomicU64::new(0),
+            oldest: AtomicU32::new(0),
             len: AtomicU32::new(0),
             held: [const { AtomicU32::new(0) }; HELD],
+            name: AtomicU32::new(0),
+            filled_at: AtomicU32::new(u32::MAX),
+            is_guest: AtomicBool::new(false),
+            away_at: AtomicU32::new(0),
+            away_for: AtomicU32::new(0),
         }
     }
 
@@ -95,48 +121,100 @@ impl Cache {
         self.len() == FrameCount(0)
     }
 
-    fn is_of(&self, frames: &Frames) -> Result<(), FramesError> {
-        let node = self.node.load(Relaxed);
-        if node == frames.id() {
-            return Ok(());
+    /// Whether it may hold frames of the node; and if so, whether some of these may be poisoned.
+    fn is_of(&self, frames: &Frames) -> Result<Poison, FramesError> {
+        // Relaxed: what was poisoned before this operation began is known to who began it.
+        if self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
+            Ok(Poison::None)
+        } else {
+            self.look_again(frames)
         }
-        if !self.is_empty() {
-            return Err(FramesError::OtherCache);
+    }
+
+    #[cold]
+    fn look_again(&self, frames: &Frames) -> Result<Poison, FramesError> {
+        // Acquire pairs with the Release in `Frames::poison`: the marks are seen.
+        let stamp = frames.stamp.load(Acquire);
+        let node = stamp & !HAS_POISON;
+        if self.node.load(Relaxed) != node {
+            if !self.is_empty() {
+                return Err(FramesError::OtherCache);
+            }
+            self.node.store(node, Relaxed);
         }
-        self.node.store(frames.id(), Relaxed);
-        Ok(())
+        Ok(if stamp == node { Poison::None } else { Poison::Some })
     }
 
     /// By whoever has it for himself, as all that follows.
     fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
-        self.is_of(frames)?;
-        let len = self.len.load(Relaxed);
-        let frame = if len > 0 {
-            self.len.store(len - 1, Relaxed);
-            FrameNumber(self.held[len as usize - 1].load(Relaxed))
-        } else {
-            let mut bits = self.row_bits.load(Relaxed);
-            if bits == 0 {
-                let (first, taken) = frames.take_row()?;
-                self.row_first.store(first.0, Relaxed);
-                bits = taken;
+        let poison = self.is_of(frames)?;
+        loop {
+            let frame = self.pop(frames)?;
+            if poison == Poison::None || !frames.retire_cached(frame) {
+                frames.give_out(frame);
+                return Ok(frame);
             }
-            self.row_bits.store(bits & (bits - 1), Relaxed);
-            FrameNumber(self.row_first.load(Relaxed) + bits.trailing_zeros())
-        };
-        frames.give_out(frame);
-        Ok(frame)
+        }
+    }
+
+    fn pop(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
+        let len = self.len.load(Relaxed);
+        if len > 0 {
+            self.len.store(len - 1, Relaxed);
+            return Ok(FrameNumber(self.held_at(len as usize - 1).load(Relaxed)));
+        }
+        let mut bits = self.row_bits.load(Relaxed);
+        if bits == 0 {
+            let (first, taken) = self.fill(frames)?;
+            self.row_first.store(first.0, Relaxed);
+            bits = taken;
+        }
+        self.row_bits.store(bits & (bits - 1), Relaxed);
+        Ok(FrameNumber(self.row_first.load(Relaxed) + bits.trailing_zeros()))
+    }
+
+    /// A row's free frames: of the lowest zone, but of another one for a while when another cache is filled from that. Two that are
+    /// filled and emptied at the same time then write to different zones.
+    fn fill(&self, frames: &Frames) -> Result<(FrameNumber, u64), FramesError> {
+        let mut name = self.name.load(Relaxed);
+        if name == 0 {
+            name = NEXT_NAME.fetch_add(1, Relaxed).max(1);
+            self.name.store(name, Relaxed);
+        }
+        let left = self.away_for.load(Relaxed);
+        let away = if left > 0 { frames.find(FrameNumber(self.away_at.load(Relaxed))).ok() } else { None };
+        let row = away.and_then(|from| frames.take_row_from(from, name));
+        let left = if row.is_some() { left - 1 } else { 0 };
+        let row = row.or_else(|| frames.take_row_from(Place::LOWEST, name));
+        let row = row.ok_or_else(|| frames.exhausted(Order::ZERO))?;
+        self.away_for.store(left, Relaxed);
+        let zone = row.zone.0;
+        if self.filled_at.swap(zone, Relaxed) != zone {
+            self.is_guest.store(row.is_others, Relaxed);
+        } else if row.is_others && self.is_guest.load(Relaxed) {
+            // Whoever was there is still: who came last goes on.
+            self.away_at.store(zone.saturating_add(ZONE_FRAMES as u32), Relaxed);
+            self.away_for.store(AWAY, Relaxed);
+        }
+        if row.was_busy {
+            self.away_at.store(zone, Relaxed);
+            self.away_for.store(AWAY, Relaxed);
+        }
+        Ok((row.first, row.bits))
     }
 
     fn free_alone(&self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
-        self.is_of(frames)?;
+        let poison = self.is_of(frames)?;
         frames.take_in(frame)?;
+        if poison == Poison::Some && frames.retire_cached(frame) {
+            return Ok(());
+        }
         let mut len = self.len.load(Relaxed) as usize;
         if len == HELD {
             self.give_back(frames, GIVEN_BACK);
             len -= GIVEN_BACK;
         }
-        self.held[len].store(frame.0, Relaxed);
+        self.held_at(len).store(frame.0, Relaxed);
         self.len.store(len as u32 + 1, Relaxed);
         Ok(())
     }
@@ -157,19 +235,41 @@ impl Cache {
         frames.put_cached(&mut rest[..count]);
     }
 
+    /// Where the `age`-th of those held is, the oldest first.
+    fn held_at(&self, age: usize) -> &AtomicU32 {
+        &self.held[(self.oldest.load(Relaxed) as usize + age) % HELD]
+    }
+
     /// The oldest of what was freed.
     fn give_back(&self, frames: &Frames, count: usize) {
         let mut oldest = [FrameNumber(0); HELD];
-        for (to, from) in oldest.iter_mut().zip(&self.held[..count]) {
-            *to = FrameNumber(from.load(Relaxed));
+        for (age, to) in oldest[..count].iter_mut().enumerate() {
+            *to = FrameNumber(self.held_at(age).load(Relaxed));
         }
-        let len = self.len.load(Relaxed) as usize;
-        for at in count..len {
-            self.held[at - count].store(self.held[at].load(Relaxed), Relaxed);
-        }
-        self.len.store((len - count) as u32, Relaxed);
+        self.oldest.store((self.oldest.load(Relaxed) + count as u32) % HELD as u32, Relaxed);
+        self.len.store(self.len.load(Relaxed) - count as u32, Relaxed);
         frames.put_cached(&mut oldest[..count]);
     }
+}
+
+/// What a cache is filled with.
+struct Row {
+    first: FrameNumber,
+    /// Its free frames.
+    bits: u64,
+    /// The first frame of its zone.
+    zone: FrameNumber,
+    /// Whether another cache was filled from the zone last.
+    is_others: bool,
+    /// Whether a zone before it was passed over because somebody else worked on it.
+    was_busy: bool,
+}
+
+/// Whether a node has poisoned frames, so that a cache must look at the marks of those that pass through it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Poison {
+    None,
+    Some,
 }
 
 /// A cache for everybody who is on one processor, on cache lines of its own.
@@ -184,7 +284,7 @@ impl Slot {
     /// Does `work` with the cache, unless somebody else is at it.
     fn try_with<T>(&self, work: impl FnOnce(&Cache) -> T) -> Option<T> {
         // Acquire pairs with the Release below: what the one before wrote is seen.
-        if self.is_taken.swap(true, Acquire) {
+        if self.is_taken.compare_exchange(false, true, Acquire, Relaxed).is_err() {
             return None;
         }
         let result = work(&self.cache);
@@ -197,7 +297,10 @@ impl Slot {
             if let Some(result) = self.try_with(&mut work) {
                 return result;
             }
-            relax();
+            // Only looked at until it seems free, so that its holder keeps the cache line.
+            while self.is_taken.load(Relaxed) {
+                relax();
+            }
         }
     }
 }
@@ -293,16 +396,18 @@ impl PerCpu {
 
 /// What caches ask of a node.
 impl Frames {
-    /// A row's free frames, the lowest there are: its first frame, and they as bits. They count as used, given to nobody.
-    fn take_row(&self) -> Result<(FrameNumber, u64), FramesError> {
-        let mut bits = 0;
-        let taken = self.search(Order::ZERO, |zone| {
-            let (first, taken) = zone.take_row(64)?;
-            bits = taken;
+    /// A row's free frames for the cache `name`, the lowest there are in the zone of `from` or behind it. They count as used,
+    /// given to nobody.
+    fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
+        let (mut bits, mut filler) = (0, 0);
+        let found = self.search(Order::ZERO, from, |zone| {
+            let (first, taken) = zone.take_row(ROW_FRAMES)?;
+            (bits, filler) = (taken, zone.replace_filler(name));
             Some(first)
-        });
-        let (range, first) = taken.ok_or_else(|| self.exhausted(Order::ZERO))?;
-        Ok((range.number(first), bits))
+        })?;
+        let zone = found.range.number(found.first / ZONE_FRAMES * ZONE_FRAMES);
+        let first = found.range.number(found.first);
+        Some(Row { first, bits, zone, is_others: filler != name && filler != 0, was_busy: found.was_busy })
     }
 
     /// A cached frame gets an owner.
@@ -335,18 +440,18 @@ impl Frames {
                 first += 1;
                 continue;
             };
-            let mut others = 0;
+            // Which zone a frame is of is random: to branch on it would cost more than to store it twice.
+            let mut mine = [0_u32; HELD];
+            let (mut count, mut others) = (0, 0);
             for at in 0..left.len() {
                 let frame = left[at];
-                if let Some(offset) = range.offset_in_zone(frame, place.zone()) {
-                    let in_zone = offset % ZONE_FRAMES;
-                    assert!(zone.is_used(in_zone), "frame {frame} was freed twice at once");
-                    zone.put(in_zone, 0);
-                } else {
-                    left[others] = frame;
-                    others += 1;
-                }
+                let offset = range.offset_in_zone(frame, place.zone());
+                mine[count] = (offset.unwrap_or(0) % ZONE_FRAMES) as u32;
+                left[others] = frame;
+                count += usize::from(offset.is_some());
+                others += usize::from(offset.is_none());
             }
+            self.put_each(range, place.zone(), &zone, &mine[..count]);
             self.settle(range, place.zone(), &zone);
             left = &mut left[..others];
             first = 0;

@@ -3,10 +3,9 @@
 //! [`Frames::alloc_at`] takes the block at a frame, [`Frames::alloc_highest`] the highest there is: a scanner for free
 //! frames comes down with it while one for frames to move goes up. Called by compaction. One zone lock at a time.
 
-use core::sync::atomic::Ordering::Acquire;
-
 use super::zone::Zone;
 use super::{Frames, FramesError};
+use crate::sync::Ordering::Acquire;
 use crate::units::{FrameNumber, Order};
 
 impl Frames {

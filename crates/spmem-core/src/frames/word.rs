@@ -39,15 +39,12 @@ pub(super) fn largest(free: u64) -> Option<usize> {
 
 /// The order of the largest free block that holds the free block of `order` at `bit`.
 pub(super) fn merged(free: u64, bit: usize, order: usize) -> usize {
-    let mut order = order;
-    while order + 1 < WORD_ORDER {
-        let mask = mask(bit >> (order + 1) << (order + 1), order + 1);
-        if free & mask != mask {
-            return order;
-        }
-        order += 1;
-    }
-    if free == u64::MAX { WORD_ORDER } else { order }
+    // Each block that is free holds smaller ones that are: to count them needs no branch that nobody can foretell.
+    let is_free = |larger: usize| {
+        let mask = mask(bit >> larger << larger, larger);
+        usize::from(larger > order && free & mask == mask)
+    };
+    order + (1..WORD_ORDER).map(is_free).sum::<usize>() + usize::from(free == u64::MAX)
 }
 
 /// Free blocks by order, each counted once at the highest order it reaches.

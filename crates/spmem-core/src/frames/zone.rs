@@ -5,18 +5,16 @@
 //! and become whole. All of it lies in words lent by the caller, zero meaning free, so that nothing has to be written
 //! before it is used. The words are atomic because they are shared; they are read and written with the lock held only,
 //! so each access is a plain one.
-//!
-//! The state of a frame, a byte, is apart: what has been given out, and as what. Whoever holds the frame may write it
-//! without the lock.
+
+use core::ops::ControlFlow;
 
 use super::word::{self, WORD_ORDER};
+use crate::sync::AtomicU64;
+use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::units::Order;
-use core::ops::ControlFlow;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicU8, AtomicU64};
 
 /// Frames of a zone: 1 GiB.
-pub(super) const ZONE_FRAMES: usize = 1 << 18;
+pub(super) const ZONE_FRAMES: usize = crate::sync::ZONE_TREES * TREE_FRAMES;
 pub(super) const ROW_FRAMES: usize = 64;
 pub(super) const TREE_FRAMES: usize = 1 << 10;
 const TREE_ROWS: usize = TREE_FRAMES / ROW_FRAMES;
@@ -33,6 +31,12 @@ const LOCK: usize = 0;
 const USED: usize = 1;
 /// How many of the largest orders have no free block.
 const LOST: usize = 2;
+/// Frames that are poisoned.
+const POISONED: usize = 3;
+/// Those of them that are out of use. They count as used, too.
+const RETIRED: usize = 4;
+/// The name of the cache that was filled from here last.
+const FILLER: usize = 5;
 /// A word a row, a bit a frame: it is in use.
 const ROW: usize = 8;
 /// A word a tree, a bit a row: something of it is in use.
@@ -42,9 +46,10 @@ const TREE: usize = ROW + ROWS;
 const INDEX: usize = TREE + TREES;
 const ROW_INDEX: usize = ROWS / 64 + 1;
 const TREE_INDEX: usize = TREES / 64 + 1;
-/// Words of a zone: 38 KiB.
-pub(super) const ZONE_WORDS: usize =
-    (INDEX + ROW_ORDER * ROW_INDEX + (Order::COUNT - ROW_ORDER) * TREE_INDEX).next_multiple_of(8);
+/// A word a row, a bit a frame: it is poisoned. Not touched as long as none is.
+const POISON: usize = INDEX + ROW_ORDER * ROW_INDEX + (Order::COUNT - ROW_ORDER) * TREE_INDEX;
+/// Words of a zone: 70 KiB.
+pub(super) const ZONE_WORDS: usize = (POISON + ROWS).next_multiple_of(8);
 
 /// How long the lock is waited for before `relax` is asked.
 const SPINS: u32 = 64;
@@ -61,7 +66,7 @@ impl Drop for Zone<'_> {
     }
 }
 
-/// Frames in use in a zone, a moment ago.
+/// Frames in use in a zone, or out of use, a moment ago.
 pub(super) fn read_used(words: &[AtomicU64]) -> u64 {
     words[USED].load(Relaxed)
 }
@@ -73,7 +78,7 @@ impl<'a> Zone<'a> {
         while words[LOCK].compare_exchange(0, 1, Acquire, Relaxed).is_err() {
             while words[LOCK].load(Relaxed) != 0 {
                 spins += 1;
-                if spins % SPINS == 0 { relax() } else { core::hint::spin_loop() }
+                if spins % SPINS == 0 { relax() } else { crate::sync::spin_loop() }
             }
         }
         Self { words }
@@ -162,6 +167,22 @@ impl<'a> Zone<'a> {
         Some((row * ROW_FRAMES, taken))
     }
 
+    /// Takes free frames at the lowest place that has any, at most `most`: whole rows, as many as make a block, or a part of one.
+    pub(super) fn take_run(&self, most: usize) -> Option<Run> {
+        let row = self.first(0)?;
+        if most < ROW_FRAMES || self.get(ROW + row) != 0 {
+            let (first, bits) = self.take_row(most)?;
+            return Some(Run { first, bits, rows: 1 });
+        }
+        let (tree, at) = (row / TREE_ROWS, row % TREE_ROWS);
+        // Nothing is free below, so the block that holds the row begins with it.
+        let free = word::merged(!self.get(TREE + tree) & TREE_USED, at, 0);
+        let order = free.min((most / ROW_FRAMES).ilog2() as usize);
+        self.add_used((ROW_FRAMES << order) as i64);
+        self.take_in_tree(tree, at, order);
+        Some(Run { first: row * ROW_FRAMES, bits: u64::MAX, rows: 1 << order })
+    }
+
     /// Gives a block back and merges it with its free neighbours. It must be in use.
     pub(super) fn put(&self, first: usize, order: usize) {
         self.add_used(-(1 << order));
@@ -185,6 +206,25 @@ impl<'a> Zone<'a> {
         }
     }
 
+    /// Gives single frames back, wherever they are.
+    ///
+    /// # Panics
+    /// When one of them is not in use.
+    pub(super) fn put_each(&self, frames: &[u32]) {
+        for &frame in frames {
+            let (row, bit) = (frame as usize / ROW_FRAMES, frame as usize % ROW_FRAMES);
+            let before = self.get(ROW + row);
+            assert!(before >> bit & 1 != 0, "frame {frame} of a zone was freed twice at once");
+            let used = before & !(1 << bit);
+            self.set(ROW + row, used);
+            self.some_in_row(row, word::merged(!used, bit, 0) + 1);
+            if used == 0 {
+                self.put_in_tree(row, 0);
+            }
+        }
+        self.add_used(-(frames.len() as i64));
+    }
+
     /// Gives single frames of a row back, as bits. They must be in use.
     pub(super) fn put_in_row(&self, first: usize, bits: u64) {
         self.add_used(-i64::from(bits.count_ones()));
@@ -197,8 +237,61 @@ impl<'a> Zone<'a> {
         }
     }
 
+    /// A cache is filled from here: which one was before.
+    pub(super) fn replace_filler(&self, name: u32) -> u32 {
+        let before = self.get(FILLER);
+        self.set(FILLER, u64::from(name));
+        before as u32
+    }
+
     pub(super) fn is_used(&self, frame: usize) -> bool {
         self.get(ROW + frame / ROW_FRAMES) >> (frame % ROW_FRAMES) & 1 != 0
+    }
+
+    /// Whether any frame is poisoned.
+    pub(super) fn has_poison(&self) -> bool {
+        Self::reads_poison(self.words)
+    }
+
+    /// Those frames of a row that are poisoned.
+    pub(super) fn poisoned_in(&self, row: usize) -> u64 {
+        Self::read_poisoned_in(self.words, row)
+    }
+
+    /// A frame is poisoned; whether that is news.
+    pub(super) fn mark_poisoned(&self, frame: usize) -> bool {
+        let (at, bit) = (POISON + frame / ROW_FRAMES, 1 << (frame % ROW_FRAMES));
+        let is_new = self.get(at) & bit == 0;
+        if is_new {
+            self.set(at, self.get(at) | bit);
+            self.set(POISONED, self.get(POISONED) + 1);
+        }
+        is_new
+    }
+
+    /// One more frame is out of use.
+    pub(super) fn count_retired_one(&self) {
+        self.set(RETIRED, self.get(RETIRED) + 1);
+    }
+
+    /// Without the lock: those frames of a row that were not free a moment ago.
+    pub(super) fn read_row(words: &[AtomicU64], row: usize) -> u64 {
+        words[ROW + row].load(Relaxed)
+    }
+
+    /// Without the lock: whether any frame was poisoned a moment ago.
+    pub(super) fn reads_poison(words: &[AtomicU64]) -> bool {
+        words[POISONED].load(Relaxed) != 0
+    }
+
+    /// Without the lock: those frames of a row that were.
+    pub(super) fn read_poisoned_in(words: &[AtomicU64], row: usize) -> u64 {
+        words[POISON + row].load(Relaxed)
+    }
+
+    /// Without the lock: frames out of use a moment ago.
+    pub(super) fn read_retired(words: &[AtomicU64]) -> u64 {
+        words[RETIRED].load(Relaxed)
     }
 
     /// Whether all frames of `[first, end)` are free.
@@ -297,8 +390,10 @@ impl<'a> Zone<'a> {
     }
 
     fn some_in_row(&self, row: usize, levels: usize) {
-        for order in 0..levels.min(ROW_ORDER) {
-            self.mark_some(order, row / 64, 1 << (row % 64));
+        for order in (0..levels.min(ROW_ORDER)).rev() {
+            if !self.mark_some(order, row / 64, 1 << (row % 64)) {
+                break; // and of smaller ones, as known
+            }
         }
     }
 
@@ -324,16 +419,18 @@ impl<'a> Zone<'a> {
         true
     }
 
-    /// They have.
-    fn mark_some(&self, order: usize, at: usize, run: u64) {
+    /// They have. Whether that is news.
+    fn mark_some(&self, order: usize, at: usize, run: u64) -> bool {
         let (base, summary) = index(order);
         let word = self.get(base + at);
-        if word & run != 0 {
-            self.set(base + at, word & !run);
-            if word == u64::MAX {
-                self.set(summary, self.get(summary) & !(1 << at));
-            }
+        if word & run == 0 {
+            return false;
         }
+        self.set(base + at, word & !run);
+        if word == u64::MAX {
+            self.set(summary, self.get(summary) & !(1 << at));
+        }
+        true
     }
 
     /// The lowest row, or tree, with a free block of `order`.
@@ -344,6 +441,23 @@ impl<'a> Zone<'a> {
             return None;
         }
         Some(at * 64 + self.get(base + at).trailing_ones() as usize)
+    }
+}
+
+/// Frames that were taken together.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Run {
+    /// The first frame of the first row.
+    pub(super) first: usize,
+    /// Which frames of a row.
+    pub(super) bits: u64,
+    /// Rows; more than one are whole.
+    pub(super) rows: usize,
+}
+
+impl Run {
+    pub(super) const fn frames(&self) -> usize {
+        self.bits.count_ones() as usize * self.rows
     }
 }
 
@@ -364,7 +478,11 @@ fn levels(free: u64) -> usize {
 }
 
 /// Each row of `[first, end)` and which of its frames are meant.
-fn each_row(first: usize, end: usize, mut look: impl FnMut(usize, u64) -> ControlFlow<()>) -> ControlFlow<()> {
+pub(super) fn each_row(
+    first: usize,
+    end: usize,
+    mut look: impl FnMut(usize, u64) -> ControlFlow<()>,
+) -> ControlFlow<()> {
     let mut at = first;
     while at < end {
         let row = at / ROW_FRAMES;
@@ -375,33 +493,4 @@ fn each_row(first: usize, end: usize, mut look: impl FnMut(usize, u64) -> Contro
         at = stop;
     }
     ControlFlow::Continue(())
-}
-
-/// What has been given out: 0 nothing, or not the first frame of it; else the order and one.
-pub(super) struct States<'a>(pub(super) &'a [AtomicU8]);
-
-impl States<'_> {
-    /// Whether a block of `order` begins there.
-    pub(super) fn is(&self, frame: usize, order: Order) -> bool {
-        self.0.get(frame).is_some_and(|state| state.load(Relaxed) == order.get() + 1)
-    }
-
-    pub(super) fn get(&self, frame: usize) -> Option<Order> {
-        let state = self.0.get(frame)?.load(Relaxed);
-        Order::new(state.checked_sub(1)?).ok()
-    }
-
-    pub(super) fn set(&self, frame: usize, order: Option<Order>) {
-        if let Some(state) = self.0.get(frame) {
-            state.store(order.map_or(0, |order| order.get() + 1), Relaxed);
-        }
-    }
-
-    /// Whether the frame is inside a block that begins before it.
-    pub(super) fn is_inside(&self, frame: usize) -> bool {
-        (1..Order::COUNT).any(|bits| {
-            let first = frame >> bits << bits;
-            first < frame && self.get(first).is_some_and(|order| frame - first < 1 << order.get())
-        })
-    }
 }

@@ -3,14 +3,16 @@
 //! Nothing of the memory is touched: 8 GiB of frame numbers are managed. Times are the threads' own processor time, the
 //! slowest thread's where there are two, medians over rounds in which all sides take turns.
 
+mod fragments;
 mod sides;
 
 use crate::figures::{Table, median, short};
 use clap::Args;
+use fragments::Fragments;
 use rustix::time::{ClockId, clock_gettime};
 use sides::{Side, Sides};
 use std::hint::black_box;
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex, MutexGuard};
 
 /// Frames managed: 8 GiB.
 pub(super) const FRAMES: usize = 8 << 18;
@@ -23,7 +25,7 @@ const BARS: [(&str, f64); 8] = [
     ("pair of order 0, per processor", 32.0),
     ("pair of order 0, zones", 80.0),
     ("pair of order 9", 55.0),
-    ("batch, a frame taken or given", 2.0),
+    ("batch, a frame taken and given", 2.0),
     ("free in random order, owner-cached", 15.0),
     ("two threads, of one", 1.0),
     ("huge frames recovered, %", 98.0),
@@ -51,11 +53,22 @@ struct Figures {
     random_free: [Vec<f64>; 2],
     huge_pair: [Vec<f64>; 2],
     batch: [Vec<f64>; 2],
-    recovered: Vec<f64>,
+    fragments: Option<Fragments>,
+}
+
+impl Figures {
+    /// Per cent of huge frames; NaN of a side that has none.
+    fn recovered(&self) -> f64 {
+        self.fragments.as_ref().map_or(f64::NAN, |found| found.recovered)
+    }
 }
 
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let most = FRAMES / 2000;
+    if options.thousands == 0 || options.thousands > most {
+        anyhow::bail!("--thousands {}: two threads share 8 GiB of frames, so 1 to {most} each", options.thousands);
+    }
     let mut all = Measure { options, figures: Vec::new(), round: 0 };
     for round in 0..options.rounds {
         all.round = round;
@@ -84,14 +97,16 @@ impl Sides for Measure<'_> {
         for threads in 1..=2 {
             let of = threads - 1;
             let side = make()?;
-            figures.pair[of].push(on_threads(threads, count, |_| pairs(&side, count, 0)));
+            let handle = |_| side.handle();
+            figures.pair[of].push(on_threads(threads, count, handle, |handle| pairs(&side, handle, count, 0)));
             if S::HAS_ORDERS {
-                figures.huge_pair[of]
-                    .push(on_threads(threads, count / 4, |_| pairs(&side, count / 4, HUGE_ORDER)));
+                let work = |handle: &mut _| pairs(&side, handle, count / 4, HUGE_ORDER);
+                figures.huge_pair[of].push(on_threads(threads, count / 4, handle, work));
             }
             if S::HAS_BATCH {
-                figures.batch[of]
-                    .push(on_threads(threads, count / HUGE_FRAMES * HUGE_FRAMES, |_| batches(&side, count)));
+                let number = count / HUGE_FRAMES;
+                let work = |handle: &mut _| batches(&side, handle, number);
+                figures.batch[of].push(on_threads(threads, number * HUGE_FRAMES, handle, work));
             }
             let [alloc, free, random] = bulk(&side, threads, count);
             figures.bulk_alloc[of].push(alloc);
@@ -100,22 +115,29 @@ impl Sides for Measure<'_> {
         }
         if is_first && S::HAS_ORDERS {
             eprintln!("frames: {name}: fragmentation");
-            figures.recovered.push(recover_huge(&make()?, self.options.churn));
+            figures.fragments = Some(fragments::churn(&make()?, self.options.churn));
         }
         Ok(())
     }
 }
 
-/// Runs `work` on so many threads at once: ns an operation, of the slowest.
-fn on_threads(threads: usize, operations: usize, work: impl Fn(usize) + Sync) -> f64 {
+/// Runs `work` on so many threads at once, each with what `prepare` makes for it, which is not counted: ns an operation, of the
+/// slowest. A thread's first allocation and its last release take the C library a millisecond.
+fn on_threads<T>(
+    threads: usize,
+    operations: usize,
+    prepare: impl Fn(usize) -> T + Sync,
+    work: impl Fn(&mut T) + Sync,
+) -> f64 {
     let barrier = Barrier::new(threads);
     let slowest = std::thread::scope(|scope| {
         let spawn = |number| {
-            let (barrier, work) = (&barrier, &work);
+            let (barrier, prepare, work) = (&barrier, &prepare, &work);
             scope.spawn(move || {
+                let mut own = prepare(number);
                 barrier.wait();
                 let start = thread_ns();
-                work(number);
+                work(&mut own);
                 thread_ns() - start
             })
         };
@@ -131,73 +153,52 @@ fn thread_ns() -> f64 {
     time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
 }
 
-fn pairs<S: Side>(side: &S, count: usize, order: u8) {
-    let mut handle = side.handle();
+fn pairs<S: Side>(side: &S, handle: &mut S::Handle, count: usize, order: u8) {
     for _ in 0..count {
-        let frame = side.alloc(&mut handle, black_box(order)).expect("nearly all is free");
-        side.free(&mut handle, black_box(frame), order);
+        let frame = side.alloc(handle, black_box(order)).expect("nearly all is free");
+        side.free(handle, black_box(frame), order);
     }
     side.finish(handle);
 }
 
-fn batches<S: Side>(side: &S, count: usize) {
-    let mut batch = vec![0; HUGE_FRAMES];
-    for _ in 0..count / HUGE_FRAMES {
-        side.alloc_batch(black_box(&mut batch));
-        side.free_batch(black_box(&batch));
+fn batches<S: Side>(side: &S, handle: &mut S::Handle, count: usize) {
+    for _ in 0..count {
+        side.alloc_batch(handle);
+        side.free_batch(handle);
     }
+    side.finish(handle);
 }
 
 /// What one thread holds, and what it has of its own.
-type Part<H> = std::sync::Mutex<(Vec<usize>, Option<H>)>;
+type Part<H> = Mutex<(Vec<usize>, H)>;
 
 /// Many frames taken, given back in the same order, taken again, and given back in random order: ns of each.
 fn bulk<S: Side>(side: &S, threads: usize, count: usize) -> [f64; 3] {
-    let parts: Vec<Part<S::Handle>> =
-        (0..threads).map(|_| std::sync::Mutex::new((Vec::with_capacity(count), Some(side.handle())))).collect();
-    let take = |number: usize| {
-        let mut part = parts[number].lock().expect("not poisoned");
-        let (held, handle) = &mut *part;
-        let handle = handle.as_mut().expect("made above");
-        held.extend((0..count).map(|_| side.alloc(handle, 0).expect("enough is free")));
+    let parts: Vec<Part<S::Handle>> = (0..threads)
+        // Written once, so that no page of it is missing when time is taken.
+        .map(|_| Mutex::new((vec![usize::MAX; count], side.handle())))
+        .collect();
+    let own = |number: usize| parts[number].lock().expect("not poisoned");
+    let take = |own: &mut MutexGuard<'_, (Vec<usize>, S::Handle)>| {
+        let (held, handle) = &mut **own;
+        held.iter_mut().for_each(|frame| *frame = side.alloc(handle, 0).expect("enough is free"));
     };
-    let give = |number: usize| {
-        let mut part = parts[number].lock().expect("not poisoned");
-        let (held, handle) = &mut *part;
-        let handle = handle.as_mut().expect("made above");
-        held.drain(..).for_each(|frame| side.free(handle, frame, 0));
+    let give = |own: &mut MutexGuard<'_, (Vec<usize>, S::Handle)>| {
+        let (held, handle) = &mut **own;
+        held.iter().for_each(|&frame| side.free(handle, frame, 0));
     };
-    let alloc = on_threads(threads, count, take);
-    let free = on_threads(threads, count, give);
-    on_threads(threads, count, take);
+    let alloc = on_threads(threads, count, own, take);
+    let free = on_threads(threads, count, own, give);
+    on_threads(threads, count, own, take);
     for (number, part) in parts.iter().enumerate() {
         shuffle(&mut part.lock().expect("not poisoned").0, &mut Random(number as u64 + 7));
     }
-    let random = on_threads(threads, count, give);
+    let random = on_threads(threads, count, own, give);
     for part in parts {
-        let (_, handle) = part.into_inner().expect("not poisoned");
-        side.finish(handle.expect("made above"));
+        let (_, mut handle) = part.into_inner().expect("not poisoned");
+        side.finish(&mut handle);
     }
     [alloc, free, random]
-}
-
-/// Fill, free half at random, then rounds of freeing and taking 10 %: per cent of the huge frames that the free frames could
-/// make, counted by taking them. Caches stay as they are.
-fn recover_huge<S: Side>(side: &S, rounds: usize) -> f64 {
-    let (mut handle, mut random) = (side.handle(), Random(1));
-    let mut held: Vec<usize> = std::iter::from_fn(|| side.alloc(&mut handle, 0)).collect();
-    let all = held.len();
-    shuffle(&mut held, &mut random);
-    held.drain(all / 2..).for_each(|frame| side.free(&mut handle, frame, 0));
-    for _ in 0..rounds {
-        shuffle(&mut held, &mut random);
-        let kept = held.len() - all / 20;
-        held.drain(kept..).for_each(|frame| side.free(&mut handle, frame, 0));
-        held.extend((0..all / 20).map_while(|_| side.alloc(&mut handle, 0)));
-    }
-    let possible = (all - held.len()) / HUGE_FRAMES;
-    let taken = std::iter::from_fn(|| side.alloc(&mut handle, HUGE_ORDER)).count();
-    taken as f64 * 100.0 / possible as f64
 }
 
 impl Measure<'_> {
@@ -220,7 +221,6 @@ impl Measure<'_> {
             "2 threads    ",
             "batch",
             "2 threads     ",
-            "huge %",
         ]);
         for (name, figures) in &self.figures {
             let mut cells = vec![(*name).to_owned()];
@@ -234,11 +234,13 @@ impl Measure<'_> {
             ] {
                 cells.extend(of.iter().map(|runs| short(median(runs))));
             }
-            cells.push(short(median(&figures.recovered)));
             table.row(cells);
         }
         table.print();
         println!();
+        fragments::print(
+            self.figures.iter().filter_map(|(name, figures)| Some((*name, figures.fragments.as_ref()?))),
+        );
         self.print_ratios();
         self.print_bars();
     }
@@ -260,7 +262,7 @@ impl Measure<'_> {
                 ratio(|f| &f.bulk_alloc[0]),
                 ratio(|f| &f.random_free[0]),
                 ratio(|f| &f.huge_pair[0]),
-                ratio(|f| &f.recovered),
+                short(figures.recovered() / own.recovered()),
             ]);
         }
         table.print();
@@ -282,7 +284,7 @@ impl Measure<'_> {
             median(&zones.batch[0]),
             median(&own.random_free[0]),
             slower.into_iter().fold(0.0, f64::max),
-            median(&own.recovered),
+            own.recovered(),
         ];
         let mut table = Table::new(&["bar", "reached", "goal", ""]);
         for ((name, bar), reached) in BARS.into_iter().zip(reached) {

@@ -14,6 +14,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use spmem_core::frames::{Cache, Frames, Metadata, PerCpu};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 use std::cell::Cell;
+use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Mutex;
@@ -36,9 +37,11 @@ pub(super) trait Side: Sync {
     fn handle(&self) -> Self::Handle;
     fn alloc(&self, handle: &mut Self::Handle, order: u8) -> Option<usize>;
     fn free(&self, handle: &mut Self::Handle, frame: usize, order: u8);
-    fn finish(&self, _handle: Self::Handle) {}
-    fn alloc_batch(&self, _into: &mut [usize]) {}
-    fn free_batch(&self, _frames: &[usize]) {}
+    fn finish(&self, _handle: &mut Self::Handle) {}
+    /// Takes as many frames as a huge frame has, and keeps them in the handle, as their owner would.
+    fn alloc_batch(&self, _handle: &mut Self::Handle) {}
+    /// Gives them back.
+    fn free_batch(&self, _handle: &mut Self::Handle) {}
 }
 
 /// Whoever wants to see all of them.
@@ -95,7 +98,7 @@ impl Side for Owner {
         freed.expect("allocated");
     }
 
-    fn finish(&self, mut cache: Cache) {
+    fn finish(&self, cache: &mut Cache) {
         cache.drain(&self.0);
     }
 }
@@ -127,33 +130,27 @@ impl Side for Shared {
 struct Zones(Frames);
 
 impl Side for Zones {
-    type Handle = ();
+    type Handle = Vec<FrameNumber>;
     const HAS_BATCH: bool = true;
 
-    fn handle(&self) {}
+    fn handle(&self) -> Vec<FrameNumber> {
+        vec![FrameNumber(0); super::HUGE_FRAMES]
+    }
 
-    fn alloc(&self, (): &mut (), k: u8) -> Option<usize> {
+    fn alloc(&self, _: &mut Vec<FrameNumber>, k: u8) -> Option<usize> {
         self.0.alloc(order(k)).ok().map(|frame| frame.0 as usize)
     }
 
-    fn free(&self, (): &mut (), frame: usize, k: u8) {
+    fn free(&self, _: &mut Vec<FrameNumber>, frame: usize, k: u8) {
         self.0.free_block(number(frame), order(k)).expect("allocated");
     }
 
-    fn alloc_batch(&self, into: &mut [usize]) {
-        let mut batch = [FrameNumber(0); super::HUGE_FRAMES];
-        assert_eq!(self.0.alloc_batch(&mut batch), into.len());
-        for (to, from) in into.iter_mut().zip(batch) {
-            *to = from.0 as usize;
-        }
+    fn alloc_batch(&self, batch: &mut Vec<FrameNumber>) {
+        assert_eq!(self.0.alloc_batch(black_box(batch)), super::HUGE_FRAMES);
     }
 
-    fn free_batch(&self, frames: &[usize]) {
-        let mut batch = [FrameNumber(0); super::HUGE_FRAMES];
-        for (to, from) in batch.iter_mut().zip(frames) {
-            *to = number(*from);
-        }
-        self.0.free_batch(&batch).expect("allocated");
+    fn free_batch(&self, batch: &mut Vec<FrameNumber>) {
+        self.0.free_batch(black_box(batch)).expect("allocated");
     }
 }
 

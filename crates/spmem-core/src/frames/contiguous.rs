@@ -1,0 +1,117 @@
+//! Contiguous runs: any number of neighbouring frames, up to 1 GiB, across the border of two zones.
+//!
+//! A run is given out as the largest blocks that it is made of. Two zone locks at most, the lower one first.
+
+use super::states::check;
+use super::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
+use super::{FrameRange, Frames, FramesError, MAX_CONTIGUOUS};
+use crate::units::{FrameCount, Order};
+
+impl Frames {
+    /// Takes `count` neighbouring frames, up to 1 GiB; from 4 MiB on they begin at a multiple of 4 MiB, below that at a
+    /// multiple of the next power of two. Looks at every tree: slow.
+    ///
+    /// # Errors
+    /// [`FramesError::Contiguous`] for a length that is never given; [`FramesError::Exhausted`], with the smallest order
+    /// that holds it, when no such run is free.
+    pub fn alloc_contiguous(&self, count: FrameCount) -> Result<FrameRange, FramesError> {
+        if count.0 == 0 || count.0 > MAX_CONTIGUOUS {
+            return Err(FramesError::Contiguous { count });
+        }
+        let len = count.0 as usize;
+        let order = Order::fitting(count.bytes()).unwrap_or(Order::MAX);
+        for range in &self.ranges {
+            let step = TREE_FRAMES.min(1 << order.get());
+            let total = range.span.count.0 as usize;
+            let mut first = 0;
+            while first + len <= total {
+                let zones = first / ZONE_FRAMES..=(first + len - 1) / ZONE_FRAMES;
+                // Two at most, the lower one first: nobody waits for a lower one while holding a higher one.
+                let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
+                let high =
+                    (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
+                let parts = [Some(&low), high.as_ref()];
+                // As long as it stays in the zones that are locked.
+                while first + len <= total
+                    && (first + len - 1) / ZONE_FRAMES == *zones.end()
+                    && first / ZONE_FRAMES == *zones.start()
+                {
+                    if is_run_free(&parts, first, len) {
+                        each_piece(first, len, |piece, order| {
+                            let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
+                            zone.take_at(piece % ZONE_FRAMES, order.index());
+                            range.states().set(piece, Some(order));
+                            Ok(())
+                        })?;
+                        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
+                            self.settle(range, number, zone);
+                        }
+                        return Ok(FrameRange { first: range.number(first), count });
+                    }
+                    first += step;
+                }
+            }
+        }
+        Err(self.exhausted(order))
+    }
+
+    /// Gives back what [`Frames::alloc_contiguous`] gave, all of it.
+    ///
+    /// # Errors
+    /// As [`Frames::free_block`], for the first piece that is not as it was given; nothing has changed then.
+    pub fn free_contiguous(&self, run: FrameRange) -> Result<(), FramesError> {
+        if run.count.0 == 0 || run.count.0 > MAX_CONTIGUOUS {
+            return Err(FramesError::Contiguous { count: run.count });
+        }
+        let place = self.find(run.first)?;
+        let range = &self.ranges[place.range];
+        let (first, len) = (place.offset, run.count.0 as usize);
+        if first + len > range.span.count.0 as usize {
+            return Err(FramesError::Foreign { frame: range.number(range.span.count.0 as usize - 1) });
+        }
+        let zones = place.zone()..=(first + len - 1) / ZONE_FRAMES;
+        let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
+        let high = (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
+        let parts = [Some(&low), high.as_ref()];
+        each_piece(first, len, |piece, order| check(range, piece, range.number(piece), order))?;
+        each_piece(first, len, |piece, order| {
+            range.states().set(piece, None);
+            let number = piece / ZONE_FRAMES;
+            let zone = parts[number - zones.start()].expect("locked");
+            self.put(range, number, zone, piece % ZONE_FRAMES, order.index());
+            Ok(())
+        })?;
+        for (number, zone) in zones.zip(parts.into_iter().flatten()) {
+            self.settle(range, number, zone);
+        }
+        Ok(())
+    }
+}
+
+/// Whether `len` frames from `first` on are free; the zones they lie in are locked.
+fn is_run_free(parts: &[Option<&Zone<'_>>; 2], first: usize, len: usize) -> bool {
+    let base = first / ZONE_FRAMES * ZONE_FRAMES;
+    let (start, end) = (first - base, first - base + len);
+    let in_zone = |number: usize| {
+        let (from, to) = (start.max(number * ZONE_FRAMES), end.min((number + 1) * ZONE_FRAMES));
+        let zone = parts[number];
+        from >= to || zone.is_some_and(|zone| zone.is_free(from - number * ZONE_FRAMES, to - number * ZONE_FRAMES))
+    };
+    in_zone(0) && in_zone(1)
+}
+
+/// The blocks that `len` frames from `first` on are made of: the largest that fit, in order.
+fn each_piece(
+    first: usize,
+    len: usize,
+    mut piece: impl FnMut(usize, Order) -> Result<(), FramesError>,
+) -> Result<(), FramesError> {
+    let (mut at, end) = (first, first + len);
+    while at < end {
+        let fits = |order: &Order| at.is_multiple_of(1 << order.get()) && at + (1 << order.get()) <= end;
+        let order = Order::all().rev().find(fits).unwrap_or(Order::ZERO);
+        piece(at, order)?;
+        at += 1 << order.get();
+    }
+    Ok(())
+}

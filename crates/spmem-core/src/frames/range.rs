@@ -1,0 +1,126 @@
+//! Ranges: the metadata that a caller lends for a range, and where in it what lies.
+//!
+//! [`Metadata`] is words and a byte a frame, zero meaning free; [`Range`] says which of them are the hints, which a zone's.
+//! Takes no lock: hints are written while their zone is locked, and read at any time.
+
+use alloc::vec::Vec;
+
+use super::states::States;
+use super::zone::{self, ZONE_FRAMES, ZONE_WORDS};
+use super::{FrameRange, FramesError};
+use crate::sync::Ordering::{Acquire, Relaxed};
+use crate::sync::{AtomicU8, AtomicU64};
+use crate::units::{FrameCount, FrameNumber, Order};
+
+/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed.
+#[derive(Clone, Copy, Debug)]
+pub struct Metadata {
+    pub(super) words: &'static [AtomicU64],
+    pub(super) states: &'static [AtomicU8],
+}
+
+impl Metadata {
+    /// Words and bytes that `count` frames take.
+    ///
+    /// ```
+    /// use spmem_core::{frames::Metadata, units::FrameCount};
+    /// let (words, bytes) = Metadata::size(FrameCount(1 << 18)); // 1 GiB
+    /// assert!((words * 8 + bytes) as u64 * 1000 < 1 << 30);
+    /// ```
+    pub const fn size(count: FrameCount) -> (usize, usize) {
+        let zones = count.0.div_ceil(ZONE_FRAMES as u64) as usize;
+        (zones * ZONE_WORDS + hint_words(zones) * Order::COUNT, count.0 as usize)
+    }
+
+    /// From memory that is all zero, for up to as many frames as it has room for.
+    pub const fn new(words: &'static [AtomicU64], states: &'static [AtomicU8]) -> Self {
+        Self { words, states }
+    }
+
+    /// From the heap, for tests, tools and simulation: it is never given back to it.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`].
+    pub fn from_heap(count: FrameCount) -> Result<Self, FramesError> {
+        let (words, states) = Self::size(count);
+        Ok(Self { words: leak_zeros(words)?, states: leak_zeros(states)? })
+    }
+
+    /// Whether all of it is zero, as what is lent must be. Looks at all of it.
+    pub fn is_zero(&self) -> bool {
+        self.words.iter().all(|word| word.load(Relaxed) == 0)
+            && self.states.iter().all(|state| state.load(Relaxed) == 0)
+    }
+
+    /// Bytes lent.
+    pub const fn bytes(&self) -> usize {
+        size_of_val(self.words) + size_of_val(self.states)
+    }
+}
+
+fn leak_zeros<T: Default>(len: usize) -> Result<&'static [T], FramesError> {
+    let mut zeros = Vec::new();
+    zeros.try_reserve_exact(len).map_err(|_| FramesError::NoMetadata)?;
+    zeros.resize_with(len, T::default);
+    Ok(zeros.leak())
+}
+
+/// Words of the hints of one order.
+const fn hint_words(zones: usize) -> usize {
+    zones.div_ceil(64)
+}
+
+/// A range with its metadata: first the hints of all orders, then the zones.
+#[derive(Debug)]
+pub(super) struct Range {
+    pub(super) span: FrameRange,
+    pub(super) lent: Metadata,
+    pub(super) zones: usize,
+}
+
+impl Range {
+    pub(super) fn zone_words(&self, zone: usize) -> &'static [AtomicU64] {
+        let start = hint_words(self.zones) * Order::COUNT + zone * ZONE_WORDS;
+        &self.lent.words[start..start + ZONE_WORDS]
+    }
+
+    pub(super) fn states(&self) -> States<'static> {
+        States(self.lent.states)
+    }
+
+    /// A word of 64 zones, a bit each: it has no free block of the order.
+    pub(super) fn hint(&self, order: usize, word: usize) -> &AtomicU64 {
+        &self.lent.words[order * hint_words(self.zones) + word]
+    }
+
+    /// The first zone from `from` on that may have a free block of the order.
+    pub(super) fn next_zone(&self, order: usize, from: usize) -> Option<usize> {
+        let mut skipped = (1 << (from % 64)) - 1;
+        for at in from / 64..hint_words(self.zones) {
+            let none = self.hint(order, at).load(Acquire) | skipped;
+            if none != u64::MAX {
+                let zone = at * 64 + none.trailing_ones() as usize;
+                return (zone < self.zones).then_some(zone);
+            }
+            skipped = 0;
+        }
+        None
+    }
+
+    /// Frames that are not free.
+    pub(super) fn count_taken(&self) -> u64 {
+        let taken: u64 = (0..self.zones).map(|zone| zone::read_used(self.zone_words(zone))).sum();
+        // Those that do not exist are counted as used.
+        taken.saturating_sub((self.zones * ZONE_FRAMES) as u64 - self.span.count.0)
+    }
+
+    /// Where a frame is in the range, if it is in its zone `zone`.
+    pub(super) fn offset_in_zone(&self, frame: FrameNumber, zone: usize) -> Option<usize> {
+        let offset = frame.0.wrapping_sub(self.span.first.0) as usize;
+        (offset / ZONE_FRAMES == zone && (offset as u64) < self.span.count.0).then_some(offset)
+    }
+
+    pub(super) fn number(&self, offset: usize) -> FrameNumber {
+        FrameNumber(self.span.first.0 + u32::try_from(offset).expect("a node has at most 2^32 frames"))
+    }
+}

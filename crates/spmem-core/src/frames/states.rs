@@ -1,0 +1,78 @@
+//! States: what of a range has been given out, a byte a frame.
+//!
+//! Whoever holds a frame may write its state without a lock: so a cache gives a frame out and takes it back, and refuses a
+//! double free, a foreign frame and a wrong order, without asking a zone. What nobody holds is written under the lock of its
+//! zone.
+
+use super::FramesError;
+use super::range::Range;
+use crate::sync::AtomicU8;
+use crate::sync::Ordering::Relaxed;
+use crate::units::{FrameNumber, Order};
+
+/// The frame is poisoned and out of use.
+const RETIRED: u8 = u8::MAX;
+
+/// What has been given out: 0 nothing, or not the first frame of it; else the order and one, or [`RETIRED`].
+pub(super) struct States<'a>(pub(super) &'a [AtomicU8]);
+
+impl States<'_> {
+    /// Whether a block of `order` begins there.
+    pub(super) fn is(&self, frame: usize, order: Order) -> bool {
+        self.0.get(frame).is_some_and(|state| state.load(Relaxed) == order.get() + 1)
+    }
+
+    pub(super) fn get(&self, frame: usize) -> Option<Order> {
+        let state = self.0.get(frame)?.load(Relaxed);
+        Order::new(state.checked_sub(1)?).ok()
+    }
+
+    pub(super) fn set(&self, frame: usize, order: Option<Order>) {
+        if let Some(state) = self.0.get(frame) {
+            state.store(order.map_or(0, |order| order.get() + 1), Relaxed);
+        }
+    }
+
+    /// The block in use that the frame lies in: its first frame and order.
+    pub(super) fn holder(&self, frame: usize) -> Option<(usize, Order)> {
+        (0..Order::COUNT).find_map(|bits| {
+            let first = frame >> bits << bits;
+            let order = self.get(first)?;
+            (frame - first < 1 << order.get()).then_some((first, order))
+        })
+    }
+
+    pub(super) fn is_retired(&self, frame: usize) -> bool {
+        self.0.get(frame).is_some_and(|state| state.load(Relaxed) == RETIRED)
+    }
+
+    /// Nobody has the frame, and nobody will.
+    pub(super) fn set_retired(&self, frame: usize) {
+        if let Some(state) = self.0.get(frame) {
+            state.store(RETIRED, Relaxed);
+        }
+    }
+}
+
+/// Whether a block of `order` begins there.
+pub(super) fn check(range: &Range, offset: usize, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
+    let states = range.states();
+    if states.is(offset, order) {
+        return Ok(());
+    }
+    match states.get(offset) {
+        Some(allocated) => Err(FramesError::WrongOrder { frame, order, allocated }),
+        None => Err(not_allocated(&states, offset, frame)),
+    }
+}
+
+/// Why no block that begins there can be taken back.
+pub(super) fn not_allocated(states: &States<'_>, offset: usize, frame: FrameNumber) -> FramesError {
+    if states.is_retired(offset) {
+        FramesError::Poisoned { frame }
+    } else if states.holder(offset).is_some() {
+        FramesError::NotFirst { frame }
+    } else {
+        FramesError::NotAllocated { frame }
+    }
+}

@@ -1,0 +1,126 @@
+//! The floor: how much of a process stays resident whatever the budget.
+//!
+//! Below it a program only chases its own pages: it runs over budget instead. A budget that is filled by what is stored and
+//! by what cannot leave is not to be kept whatever is resident; then half of it stays, because a resident page costs little more
+//! than a stored one and a thrashing program costs a lot. Called by the runtime's pressure loop and the simulator.
+
+use crate::units::{Bytes, FrameCount};
+
+use super::BATCH_PAGES;
+
+/// This part of the limit stays, ...
+const SHARE: u64 = 8;
+/// ... but at least this, ...
+pub const FLOOR_MIN: Bytes = Bytes::mib(4);
+/// ... and at most this, unless the limit cannot be kept.
+pub const FLOOR_MAX: Bytes = Bytes::mib(64);
+/// Of eight parts of the limit, how many must be filled by what cannot be made less before it is held to be hopeless, ...
+const HOPELESS_ABOVE: u64 = 7;
+/// ... and how many may be before it is held to be so no longer.
+const HOPEFUL_BELOW: u64 = 5;
+/// Copies of pages that have come back may take this part of the limit.
+const KEPT_SHARE: u64 = 256;
+
+/// The floor of a process, which remembers whether its limit can be kept.
+#[derive(Clone, Debug, Default)]
+pub struct Floor {
+    is_hopeless: bool,
+}
+
+/// Pages of a process that may leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Movable {
+    /// Mapped.
+    pub resident_pages: u64,
+    /// In the holding area.
+    pub holding_pages: u64,
+}
+
+impl Floor {
+    /// What stays of a process whose tree has a `limit`; `fixed` is what of the tree cannot be made less: what is stored,
+    /// and the pages that cannot leave.
+    ///
+    /// ```
+    /// use spmem_core::{reclaim::Floor, units::Bytes};
+    /// let (mut floor, limit) = (Floor::default(), Bytes::mib(256));
+    /// assert_eq!(floor.update(limit, Bytes::mib(100)).bytes(), Bytes::mib(32));
+    /// assert_eq!(floor.update(limit, Bytes::mib(225)).bytes(), Bytes::mib(128));
+    /// assert_eq!(floor.update(limit, Bytes::mib(200)).bytes(), Bytes::mib(128), "not before it is well below");
+    /// assert_eq!(floor.update(limit, Bytes::mib(160)).bytes(), Bytes::mib(32));
+    /// ```
+    pub const fn update(&mut self, limit: Bytes, fixed: Bytes) -> FrameCount {
+        let eighths = if self.is_hopeless { HOPEFUL_BELOW } else { HOPELESS_ABOVE };
+        self.is_hopeless = fixed.0 > limit.0 / 8 * eighths;
+        let floor = if self.is_hopeless {
+            if limit.0 / 2 < FLOOR_MIN.0 { FLOOR_MIN.0 } else { limit.0 / 2 }
+        } else if limit.0 / SHARE < FLOOR_MIN.0 {
+            FLOOR_MIN.0
+        } else if limit.0 / SHARE > FLOOR_MAX.0 {
+            FLOOR_MAX.0
+        } else {
+            limit.0 / SHARE
+        };
+        Bytes(floor).frames_floor()
+    }
+
+    /// Whether what cannot be made less fills the limit alone.
+    pub const fn is_hopeless(&self) -> bool {
+        self.is_hopeless
+    }
+}
+
+impl Movable {
+    /// What may leave of a process with so many pages resident, held, and known to be unable to leave, above its floor.
+    /// Fewer than two batches are not worth a look: none.
+    pub fn above(floor: FrameCount, resident_pages: u64, holding_pages: u64, refused_pages: u64) -> Self {
+        let stays = floor.0.saturating_add(refused_pages);
+        let movable = resident_pages.saturating_add(holding_pages).saturating_sub(stays);
+        if movable < 2 * BATCH_PAGES {
+            return Self::default();
+        }
+        let holding_pages = holding_pages.min(movable);
+        Self { resident_pages: movable - holding_pages, holding_pages }
+    }
+}
+
+/// Whether pages that come back keep their stored copy, which spares an encoding if they leave unchanged: while the copies
+/// take little, and the budget is not used up.
+pub const fn keeps_copies(limit: Bytes, tree_used: Bytes, kept: Bytes) -> bool {
+    kept.0 < limit.0 / KEPT_SHARE && tree_used.0 < limit.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_floor_lies_between_its_bounds_and_never_above_half_a_large_limit() {
+        for mib in [1, 8, 31, 32, 33, 511, 512, 513, 1 << 20] {
+            for fixed in 0..=16 {
+                let limit = Bytes::mib(mib);
+                let floor = Floor::default().update(limit, Bytes(limit.0 / 16 * fixed)).bytes();
+                assert!(floor >= FLOOR_MIN && floor.0 <= (limit.0 / 2).max(FLOOR_MIN.0), "{mib} MiB: {floor}");
+                assert!(fixed >= 14 || floor <= FLOOR_MAX, "{mib} MiB: {floor}");
+            }
+        }
+    }
+
+    #[test]
+    fn movable_pages_are_what_is_there_less_what_stays() {
+        for (resident, holding, refused, floor) in [
+            (0, 0, 0, 0),
+            (100, 0, 0, 0),
+            (100, 50, 20, 30),
+            (1000, 64, 0, 1030),
+            (10, 500, 0, 400),
+            (500, 10, 600, 0),
+        ] {
+            let movable = Movable::above(FrameCount(floor), resident, holding, refused);
+            let (all, stays) = (resident + holding, floor + refused);
+            let count = movable.resident_pages + movable.holding_pages;
+            assert!(count == 0 || count == all - stays, "{movable:?}");
+            assert_eq!(count == 0, all.saturating_sub(stays) < 2 * BATCH_PAGES);
+            assert!(movable.holding_pages <= holding && movable.resident_pages <= resident);
+        }
+    }
+}

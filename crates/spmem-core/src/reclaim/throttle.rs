@@ -1,0 +1,283 @@
+//! Throttling: how fast pages may come in while the budget is used up.
+//!
+//! [`Throttle`] turns each look into *room*, the pages that may come in until the next one, and *patience*, how long a page
+//! waits where there is none. Nothing waits for ever: where reclaim makes progress pages come in at its pace, a little slower;
+//! where it makes none the program goes on over its budget. [`Turnstile`] lets waiting pages pass, one in each patience
+//! however many threads wait. [`Coverage`] says when what could grow comes under the fault handler, and when it is let go.
+//! Pure. Called by the runtime's pressure loop and fault line, and by the simulator.
+
+use crate::units::{Bytes, PAGE_SIZE};
+
+use super::{BATCH_PAGES, Gate, Marks};
+
+/// Where there is no room, a page comes in once in so long, ns, ...
+pub const PATIENCE_NS: u64 = 20_000_000;
+/// ... until there has been none for so long, ns: then pages come in at the pace at which reclaim makes them free, ...
+pub const CROWDED_NS: u64 = 200_000_000;
+/// ... or, where fewer than these became free in that time, ...
+const PROGRESS_PAGES: u64 = 64;
+/// ... once in so long, ns: what cannot shrink goes on.
+const IMPATIENCE_NS: u64 = 200_000;
+/// Growth that does not wait is looked at again after so many pages, ...
+const LEAVE_MIN: u64 = 2 * BATCH_PAGES;
+/// ... or after this part of what is resident: a look takes time in proportion to that.
+const LEAVE_SHARE: u64 = 64;
+/// How often new ranges are looked for while the gate is not open, ns.
+const COVER_NS: u64 = 4_000_000;
+/// How long the gate has to be open before ranges are let go, ns.
+const UNCOVER_NS: u64 = 1_000_000_000;
+
+/// What is known of a process at a look.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    /// The time, ns.
+    pub now_ns: u64,
+    /// RAM that the tree may take.
+    pub limit: Bytes,
+    /// RAM that it takes.
+    pub tree_used: Bytes,
+    /// What the plan says of growth.
+    pub gate: Gate,
+    /// Pages that reclaim has made free since the process began.
+    pub freed_pages: u64,
+    /// Pages that are resident, and of them those that cannot leave.
+    pub resident_pages: u64,
+    /// See `resident_pages`.
+    pub refused_pages: u64,
+    /// Pages that stay: see [`Floor`](super::Floor).
+    pub floor_pages: u64,
+    /// See [`Floor::is_hopeless`](super::Floor::is_hopeless).
+    pub is_hopeless: bool,
+    /// See [`Progress::is_stuck`](super::Progress::is_stuck).
+    pub is_stuck: bool,
+}
+
+/// What may come in until the next look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Pages; 0 or less: each waits.
+    pub room_pages: i64,
+    /// How long, ns.
+    pub patience_ns: u64,
+}
+
+/// What is remembered from look to look.
+#[derive(Clone, Debug)]
+pub struct Throttle {
+    /// When there was room last, ns.
+    had_room_ns: u64,
+    /// Since when progress is counted, ns, ...
+    window_ns: u64,
+    /// ... and from how many freed pages on.
+    window_freed: u64,
+    /// Time between two pages at the pace of reclaim, ns.
+    pace_ns: u64,
+}
+
+impl Throttle {
+    /// Of a process that has room.
+    pub const fn new(now_ns: u64) -> Self {
+        Self { had_room_ns: now_ns, window_ns: 0, window_freed: 0, pace_ns: PATIENCE_NS }
+    }
+
+    /// What may come in after a look.
+    pub fn look(&mut self, look: &Look) -> Admission {
+        let close = Marks::of(look.limit).close.0;
+        let room = (i128::from(close) - i128::from(look.tree_used.0)) / i128::from(PAGE_SIZE);
+        let room = i64::try_from(room).unwrap_or(i64::MAX);
+        if room > 0 {
+            self.had_room_ns = look.now_ns;
+        }
+        self.measure_pace(look.now_ns, look.freed_pages);
+        let is_crowded = look.now_ns.saturating_sub(self.had_room_ns) > CROWDED_NS;
+        let patience_ns = if is_crowded { self.pace_ns } else { PATIENCE_NS };
+        Admission { room_pages: room.max(excused(look, close)), patience_ns }
+    }
+
+    fn measure_pace(&mut self, now_ns: u64, freed_pages: u64) {
+        let since = now_ns.saturating_sub(self.window_ns);
+        if since <= CROWDED_NS {
+            return;
+        }
+        let gained = freed_pages.saturating_sub(self.window_freed);
+        let pace = since / gained.max(1);
+        // A little slower than pages leave, so that an excess goes away.
+        self.pace_ns = if gained >= PROGRESS_PAGES { (pace + pace / 4).min(PATIENCE_NS) } else { IMPATIENCE_NS };
+        (self.window_ns, self.window_freed) = (now_ns, freed_pages);
+    }
+}
+
+/// Pages that may come in although there is no room. A budget that cannot be kept is no reason to wait, unless the
+/// program runs away from it; nor is one that others fill, with nothing here that could leave: then there is room for a
+/// little, after which this is asked again.
+fn excused(look: &Look, close: u64) -> i64 {
+    let stays = look.floor_pages.saturating_add(look.refused_pages);
+    let has_nothing_to_give = look.tree_used.0 >= close && look.gate != Gate::Closed;
+    let pages = if has_nothing_to_give || look.is_stuck {
+        (look.resident_pages / LEAVE_SHARE).max(LEAVE_MIN)
+    } else if look.is_hopeless && stays > look.resident_pages {
+        stays - look.resident_pages
+    } else {
+        return i64::MIN;
+    };
+    i64::try_from(pages).unwrap_or(i64::MAX)
+}
+
+/// Where pages that come in pass, or wait.
+#[derive(Clone, Debug, Default)]
+pub struct Turnstile {
+    /// When the next page may come in although there is no room, ns.
+    next_forced_ns: u64,
+}
+
+impl Turnstile {
+    /// Whether a page that waits since `since_ns` may come in.
+    ///
+    /// ```
+    /// use spmem_core::reclaim::{Admission, Turnstile};
+    /// let mut turnstile = Turnstile::default();
+    /// assert!(turnstile.admits(0, 0, Admission { room_pages: 1, patience_ns: 100 }));
+    /// let full = Admission { room_pages: 0, patience_ns: 100 };
+    /// assert!(!turnstile.admits(99, 0, full));
+    /// assert!(turnstile.admits(100, 0, full));
+    /// assert!(!turnstile.admits(150, 0, full), "one page in each patience");
+    /// ```
+    pub const fn admits(&mut self, now_ns: u64, since_ns: u64, admission: Admission) -> bool {
+        if admission.room_pages > 0 {
+            return true;
+        }
+        if now_ns.saturating_sub(since_ns) < admission.patience_ns || now_ns < self.next_forced_ns {
+            return false;
+        }
+        self.next_forced_ns = now_ns.saturating_add(admission.patience_ns);
+        true
+    }
+}
+
+/// What happens to ranges none of whose pages is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cover {
+    /// Nothing.
+    Keep,
+    /// First touches of all that can grow are to come through the fault handler.
+    All,
+    /// They go on at native speed.
+    Nothing,
+}
+
+/// When first touches come through the fault handler.
+#[derive(Clone, Debug, Default)]
+pub struct Coverage {
+    covered_ns: Option<u64>,
+    /// When the gate was last seen not open, ns; none since all was let go.
+    gated_ns: Option<u64>,
+}
+
+impl Coverage {
+    /// What is due.
+    ///
+    /// ```
+    /// use spmem_core::reclaim::{Cover, Coverage, Gate};
+    /// let mut coverage = Coverage::default();
+    /// assert_eq!(coverage.look(Gate::Open, 5), Cover::Keep);
+    /// assert_eq!(coverage.look(Gate::Throttled, 10), Cover::All);
+    /// assert_eq!(coverage.look(Gate::Throttled, 11), Cover::Keep, "nothing grows that fast");
+    /// assert_eq!(coverage.look(Gate::Open, 20), Cover::Keep, "it may be needed again soon");
+    /// assert_eq!(coverage.look(Gate::Open, 2_000_000_000), Cover::Nothing);
+    /// ```
+    pub fn look(&mut self, gate: Gate, now_ns: u64) -> Cover {
+        let is_over = |since: Option<u64>, ns| since.is_none_or(|since| now_ns.saturating_sub(since) >= ns);
+        if gate == Gate::Open {
+            if self.gated_ns.is_none() || !is_over(self.gated_ns, UNCOVER_NS) {
+                return Cover::Keep;
+            }
+            self.gated_ns = None;
+            return Cover::Nothing;
+        }
+        self.gated_ns = Some(now_ns);
+        if !is_over(self.covered_ns, COVER_NS) {
+            return Cover::Keep;
+        }
+        self.covered_ns = Some(now_ns);
+        Cover::All
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Bytes = Bytes::mib(256);
+
+    fn full(now_ns: u64, freed_pages: u64) -> Look {
+        Look {
+            now_ns,
+            limit: LIMIT,
+            tree_used: LIMIT,
+            gate: Gate::Closed,
+            freed_pages,
+            resident_pages: 50_000,
+            refused_pages: 0,
+            floor_pages: 8192,
+            is_hopeless: false,
+            is_stuck: false,
+        }
+    }
+
+    #[test]
+    fn room_is_what_is_left_below_the_close_mark() {
+        let mut throttle = Throttle::new(0);
+        let look = Look { tree_used: Bytes(Marks::of(LIMIT).close.0 - 7 * PAGE_SIZE), ..full(1, 0) };
+        assert_eq!(throttle.look(&look).room_pages, 7);
+        assert!(throttle.look(&full(2, 0)).room_pages <= 0);
+    }
+
+    #[test]
+    fn where_reclaim_makes_progress_pages_come_in_slower_than_they_leave() {
+        let mut throttle = Throttle::new(0);
+        let mut patience = 0;
+        for look in 0..100_u64 {
+            patience = throttle.look(&full(look * 10_000_000, look * 1000)).patience_ns;
+        }
+        // 1000 pages leave in 10 ms.
+        assert!((10_000..20_000).contains(&patience), "{patience} ns");
+    }
+
+    #[test]
+    fn where_reclaim_makes_none_the_program_goes_on() {
+        let mut throttle = Throttle::new(0);
+        assert_eq!(throttle.look(&full(0, 0)).patience_ns, PATIENCE_NS);
+        assert_eq!(throttle.look(&full(CROWDED_NS + 1, 0)).patience_ns, IMPATIENCE_NS);
+        let stuck = Look { is_stuck: true, ..full(CROWDED_NS + 2, 0) };
+        assert!(throttle.look(&stuck).room_pages > 0);
+    }
+
+    #[test]
+    fn who_has_nothing_to_give_is_not_held_for_others() {
+        let mut throttle = Throttle::new(0);
+        assert!(throttle.look(&Look { gate: Gate::Throttled, ..full(0, 0) }).room_pages > 0);
+    }
+
+    #[test]
+    fn below_the_floor_of_a_hopeless_budget_nothing_waits_and_above_it_all_does() {
+        let mut throttle = Throttle::new(0);
+        let hopeless = Look { is_hopeless: true, floor_pages: 40_000, refused_pages: 10_100, ..full(0, 0) };
+        assert_eq!(throttle.look(&hopeless).room_pages, 100);
+        assert!(throttle.look(&Look { refused_pages: 10_000, ..hopeless }).room_pages <= 0);
+    }
+
+    #[test]
+    fn no_page_waits_for_ever() {
+        let (mut throttle, mut turnstile) = (Throttle::new(0), Turnstile::default());
+        let mut now = 0;
+        for _ in 0..1000 {
+            let since = now;
+            let mut admission = throttle.look(&full(now, 0));
+            while !turnstile.admits(now, since, admission) {
+                now += 100_000;
+                admission = throttle.look(&full(now, 0));
+                assert!(now - since <= 2 * PATIENCE_NS + 100_000);
+            }
+        }
+    }
+}

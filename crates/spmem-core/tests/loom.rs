@@ -1,0 +1,226 @@
+//! Every order of a few operations, and every value that a weak memory may show them: the frame allocator with loom's
+//! atomics in place of the processor's.
+//!
+//! The source is the library's own, built once more. What is tried: the lock of a zone with the hints that are read without
+//! it, the slot that processors share, and the mark of poison that caches look at. Orders with more than three preemptions
+//! are left to `tests/shuttle.rs`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+extern crate alloc;
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+#[path = "model/loom_sync.rs"]
+mod sync;
+#[path = "../src"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    clippy::all,
+    clippy::pedantic,
+    reason = "the library's own source"
+)]
+mod source {
+    pub(crate) mod frames;
+    pub(crate) mod units;
+}
+use source::{frames, units};
+
+use frames::{Cache, Frames, FramesError, Hurt, Metadata, PerCpu};
+use loom::model::Builder;
+use loom::sync::Arc;
+use loom::thread;
+use units::{FrameCount, FrameNumber, Order};
+
+/// Two frames.
+const PAIR: Order = order(1);
+/// Two rows.
+const ROWS: Order = order(7);
+
+const fn order(order: u8) -> Order {
+    match Order::new(order) {
+        Ok(order) => order,
+        Err(_) => panic!("there is no such order"),
+    }
+}
+
+/// Tries every order of what `run` does; how many there were.
+fn explore(run: impl Fn([Metadata; 2]) + Sync + Send + 'static) {
+    let lent = [Metadata::from_heap(ZONE).unwrap(), Metadata::from_heap(ZONE).unwrap()];
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.max_branches = 200_000;
+    let runs = std::sync::Arc::new(AtomicUsize::new(0));
+    let counted = std::sync::Arc::clone(&runs);
+    builder.check(move || {
+        sync::begin_run();
+        counted.fetch_add(1, Relaxed);
+        run(lent);
+    });
+    let runs = runs.load(Relaxed);
+    println!("{runs} orders");
+    assert!(runs > 5, "only {runs} orders were tried");
+}
+
+/// A node of one zone of which 2^`free` frames are free.
+fn node(free: Order, lent: Metadata) -> Frames {
+    let mut frames = Frames::with_relax(thread::yield_now);
+    add_zone(&mut frames, free, lent);
+    frames
+}
+
+/// Adds a zone of which 2^`free` frames are free, to a node that has none free.
+fn add_zone(frames: &mut Frames, free: Order, lent: Metadata) {
+    frames.add_range(ZONE, lent).unwrap();
+    (1..sync::ZONE_TREES).for_each(|_| assert!(frames.alloc(Order::MAX).is_ok()));
+    Order::all().filter(|&order| order >= free && order < Order::MAX).rev().for_each(|order| {
+        frames.alloc(order).unwrap();
+    });
+    // Makes loom's atomics here: no thread may see them made by another.
+    let frame = frames.alloc(Order::ZERO).unwrap();
+    frames.free_block(frame, Order::ZERO).unwrap();
+    assert_eq!(frames.free(), free.frames());
+}
+
+const ZONE: FrameCount = FrameCount(sync::ZONE_TREES as u64 * 1024);
+
+#[test]
+fn of_two_who_want_the_last_frame_one_gets_it() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(Order::ZERO, lent));
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || frames.alloc(Order::ZERO).is_ok())
+        };
+        let mine = frames.alloc(Order::ZERO).is_ok();
+        assert_ne!(mine, other.join().unwrap());
+        assert_eq!(frames.free(), FrameCount(0));
+    });
+}
+
+#[test]
+fn while_a_frame_is_free_all_the_time_nobody_is_refused() {
+    explore(|[lent, _]| {
+        // Two frames, and never more than two in use at once but for the instant of a swap: one thread gives one back and
+        // takes one, so whenever the other asks there is one, or has just been one.
+        let frames = Arc::new(node(PAIR, lent));
+        let held = frames.alloc(Order::ZERO).unwrap();
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || {
+                frames.free_block(held, Order::ZERO).unwrap();
+                frames.alloc(Order::ZERO).unwrap()
+            })
+        };
+        let mine = frames.alloc(Order::ZERO).unwrap();
+        assert_ne!(mine, other.join().unwrap());
+    });
+}
+
+#[test]
+fn while_a_frame_is_free_somewhere_all_the_time_nobody_is_refused() {
+    explore(|[lent, second]| {
+        // One frame in use in the first zone, none free; two free in the second. The other thread frees the one behind our
+        // back, if we have passed it already, and then may take the two before we come there.
+        let mut frames = node(PAIR, lent);
+        let held = frames.alloc(Order::ZERO).unwrap();
+        frames.alloc(Order::ZERO).unwrap();
+        add_zone(&mut frames, PAIR, second);
+        let frames = Arc::new(frames);
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || {
+                frames.free_block(held, Order::ZERO).unwrap();
+                frames.alloc(PAIR).is_ok()
+            })
+        };
+        frames.alloc(Order::ZERO).unwrap();
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn of_two_who_free_a_block_one_is_refused() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(PAIR, lent));
+        let held = frames.alloc(Order::ZERO).unwrap();
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || frames.free_block(held, Order::ZERO).is_ok())
+        };
+        let mine = frames.free_block(held, Order::ZERO);
+        assert_ne!(mine.is_ok(), other.join().unwrap());
+        assert!(mine.is_ok() || mine == Err(FramesError::NotAllocated { frame: held }), "{mine:?}");
+        assert_eq!(frames.free(), FrameCount(2));
+    });
+}
+
+#[test]
+fn a_slot_gives_no_frame_to_two() {
+    explore(|[lent, _]| {
+        // Two rows, so that who finds the slot taken finds frames all the same. Waiting for a slot is left to shuttle: loom
+        // lets a waiting loop see an old value for ever.
+        let frames = Arc::new(node(ROWS, lent));
+        let caches = Arc::new(PerCpu::new(1).unwrap());
+        let frame = caches.alloc(&frames, 0, Order::ZERO).unwrap();
+        caches.free_block(&frames, 0, frame, Order::ZERO).unwrap();
+        caches.drain(&frames);
+        let other = {
+            let (frames, caches) = (Arc::clone(&frames), Arc::clone(&caches));
+            thread::spawn(move || caches.alloc(&frames, 0, Order::ZERO).unwrap())
+        };
+        let mine = caches.alloc(&frames, 0, Order::ZERO).unwrap();
+        let others = other.join().unwrap();
+        assert_ne!(mine, others);
+        caches.free_block(&frames, 0, mine, Order::ZERO).unwrap();
+        caches.free_block(&frames, 0, others, Order::ZERO).unwrap();
+        caches.drain(&frames);
+        assert_eq!(frames.free(), ROWS.frames());
+    });
+}
+
+#[test]
+fn a_frame_poisoned_while_it_is_freed_into_a_cache_never_comes_back() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(PAIR, lent));
+        let mut cache = Cache::new();
+        let held = cache.alloc(&frames).unwrap();
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || frames.poison(held).unwrap().hurt)
+        };
+        cache.free(&frames, held).unwrap();
+        other.join().unwrap();
+        // Whoever has joined knows of it.
+        let next = cache.alloc(&frames).unwrap();
+        assert_ne!(next, held);
+        cache.free(&frames, next).unwrap();
+        cache.drain(&frames);
+        assert_eq!((frames.free(), frames.poisoned()), (FrameCount(1), FrameCount(1)));
+        assert_eq!(frames.poison(held).unwrap().hurt, Hurt::Nobody);
+    });
+}
+
+#[test]
+fn a_frame_poisoned_while_it_is_allocated_is_nobodys_or_its_holder_is_named() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(PAIR, lent));
+        let first = FrameNumber(u32::try_from(ZONE.0).unwrap() - 2);
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || frames.poison(first).unwrap().hurt)
+        };
+        let mine = frames.alloc(Order::ZERO).unwrap();
+        let hurt = other.join().unwrap();
+        if mine == first {
+            // "Cached" is said of one that is just being given out; asked again it is its holder's.
+            let again = frames.poison(mine).unwrap().hurt;
+            assert_eq!(again, Hurt::Holder { first: mine, order: Order::ZERO }, "{hurt:?} at first");
+        } else {
+            assert_eq!(hurt, Hurt::Nobody);
+        }
+        frames.free_block(mine, Order::ZERO).unwrap();
+        assert_eq!((frames.free(), frames.poisoned()), (FrameCount(1), FrameCount(1)));
+    });
+}

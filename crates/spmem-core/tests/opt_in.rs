@@ -1,0 +1,142 @@
+//! R3, R15: each service is opted in node by node. With it, and no more than it stands on, the service works on a node;
+//! with all but it, the node is not touched by it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use spmem_core::frames::Metadata;
+use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Services};
+use spmem_core::page::Pages;
+use spmem_core::policy::Policy;
+use spmem_core::tier::DRAM;
+use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
+use spmem_core::wall::{Mobility, Request};
+use spmem_core::watermark::Watermarks;
+use spmem_core::zero::Initial;
+
+const FRAMES: FrameCount = FrameCount(64);
+
+/// Node 0 is sysram, node 2 slower SPM, both with all services; node 1, between them, is the one in question. Its blocks
+/// are movable, of order 0, and half of them free.
+struct Machine {
+    mm: MemoryManager,
+    demote: Grant,
+    held: Vec<Block>,
+}
+
+fn id(node: u16) -> NodeId {
+    NodeId::new(node).unwrap()
+}
+
+impl Machine {
+    fn new(services: Services) -> Self {
+        let mut mm = MemoryManager::new();
+        let mut owners = Vec::new();
+        for (node, services) in [(0, Services::all()), (1, services), (2, Services::all())] {
+            let guard = if services.contains(Services::USER_NUMA) { Guard::Easy } else { Guard::Hard };
+            let node_type = if node == 0 { NodeType::Sysram } else { NodeType::Spm };
+            let spec = NodeSpec { node_type, class: Class::Plain, services, guard, owner: "test".into() };
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let lent = Metadata::from_heap(FRAMES).unwrap();
+            mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
+            mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node)));
+            owners.push(owner);
+        }
+        let grant = |mm: &mut MemoryManager, right| {
+            let terms = Terms::new(right, Bytes(u64::MAX));
+            mm.registry_mut().grant(&[&owners[1], &owners[2]], terms).unwrap()
+        };
+        let (alloc, demote) = (grant(&mut mm, Rights::ALLOC), grant(&mut mm, Rights::DEMOTE_TO));
+        let grants = [&alloc];
+        let request = Request { mobility: Mobility::Movable, ..Request::on(DomainId::ROOT, NodeId::ONE, &grants) };
+        let all: Vec<Block> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
+        assert_eq!(all.len() as u64, FRAMES.0);
+        let mut held = Vec::new();
+        for (at, block) in all.into_iter().enumerate() {
+            if at % 2 == 0 { held.push(block) } else { mm.free(block).unwrap() }
+        }
+        let marks = Watermarks::new(FrameCount(0), FrameCount(40), FrameCount(50)).unwrap();
+        mm.registry_mut().set_watermarks(&owners[1], marks).unwrap();
+        Self { mm, demote, held }
+    }
+
+    fn looked_at(&self) -> u64 {
+        self.mm.registry().pages(NodeId::ONE).map(Pages::looked_at).unwrap()
+    }
+}
+
+/// Tries what a service does, and tells whether it did anything.
+type Try = fn(&mut Machine) -> bool;
+
+/// Each thing that a service does to a node.
+const TRIES: [(Services, Try); 9] = [
+    (Services::RECLAIM, |machine| {
+        let is_short = machine.mm.shortage(NodeId::ONE) > FrameCount(0);
+        let before = machine.looked_at();
+        let taken = machine.mm.take_cold(NodeId::ONE, 8).len();
+        assert_eq!(is_short, taken > 0, "it takes where it says that it is due");
+        is_short || machine.looked_at() != before
+    }),
+    (Services::COMPACTION, |machine| machine.mm.begin_compaction(NodeId::ONE, Order::HUGE).is_ok()),
+    (Services::COMPACTION, |machine| {
+        let range = machine.mm.registry().frames(NodeId::ONE).unwrap().ranges().next().unwrap();
+        machine.mm.plan_emptying(NodeId::ONE, range).is_ok()
+    }),
+    (Services::MIGRATION, |machine| machine.mm.take(&machine.held[0]).is_ok()),
+    (Services::DEMOTION, |machine| {
+        let Ok(isolated) = machine.mm.take(&machine.held[0]) else { return false };
+        machine.mm.plan_demotion(isolated, &[&machine.demote]).is_ok()
+    }),
+    (Services::PROMOTION, |machine| {
+        let Ok(isolated) = machine.mm.take(&machine.held[0]) else { return false };
+        machine.mm.plan_promotion(isolated, NodeId::ZERO).is_ok()
+    }),
+    (Services::LONGTERM_PIN, |machine| machine.mm.set_pinned(&machine.held[0], true) == Ok(true)),
+    (Services::USER_NUMA, |machine| {
+        let request = Request { policy: Policy::bind(NodeId::ONE.into()), ..Request::of(DomainId::ROOT) };
+        machine.mm.alloc(&request, Order::ZERO).is_ok()
+    }),
+    (Services::OOM_ELIGIBLE, |machine| machine.mm.choose_victim(NodeId::ONE, |_| FrameCount(0)).is_some()),
+];
+
+/// What a service stands on, and it.
+fn least(service: Services) -> Services {
+    let mut services = service;
+    while let Err(NodeError::ServiceNeeds { missing, .. }) = services.check() {
+        services |= missing;
+    }
+    services
+}
+
+/// All services but one, and those that stand on it.
+fn all_but(service: Services) -> Services {
+    let mut services = Services::all() - service;
+    while let Err(NodeError::ServiceNeeds { service, .. }) = services.check() {
+        services -= service;
+    }
+    services
+}
+
+#[test]
+fn a_service_works_on_a_node_that_offers_it_and_never_touches_one_that_does_not() {
+    for (service, is_touched) in TRIES {
+        // What cannot move is not kept in lists; all blocks of a node that moves nothing stay where they are.
+        let moves = if service == Services::LONGTERM_PIN { Services::MIGRATION } else { Services::empty() };
+        assert!(
+            is_touched(&mut Machine::new(least(service) | moves)),
+            "{service} does nothing where it is offered"
+        );
+        let mut machine = Machine::new(all_but(service));
+        let before = machine.mm.stats(NodeId::ONE);
+        assert!(!is_touched(&mut machine), "{service} works without being offered");
+        assert_eq!(machine.mm.stats(NodeId::ONE), before, "{service} changed a node that does not offer it");
+    }
+}
+
+/// What the table above does not try is named here: a service is not forgotten.
+#[test]
+fn every_service_is_tried() {
+    let tried = TRIES.iter().fold(Services::empty(), |tried, (service, _)| tried | *service);
+    // The fence is the back end's (R17): the memory manager hands out places, it maps nothing.
+    assert_eq!(Services::all() - tried, Services::WRITE_FENCE);
+}

@@ -1,0 +1,111 @@
+//! The parent's handler serves the first faults of a forked child, until the child can serve itself ([`crate::fork`]).
+
+use core::sync::atomic::Ordering;
+
+use spmem_sys::fd::{Poll, poll};
+use spmem_sys::uffd::{Event, Uffd};
+use spmem_sys::{Errno, PAGE, process};
+
+use crate::fault::{Served, Server};
+use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
+use crate::populate::{Since, give, populate};
+use crate::runtime::Runtime;
+
+/// How long an event of the parent's own waits for the child to serve itself, ns; then the child gets all its pages.
+const EVENT_PATIENCE_NS: u64 = 1_000_000_000;
+
+/// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, its events
+/// are not: whoever causes one waits these milliseconds. While changes are put off, faults wait likewise. An event that was
+/// read and is still to be taken is given back.
+pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) -> Option<Event> {
+    // From here on the child's missing pages survive this process.
+    runtime.entrust(Some(&child));
+    let listener = runtime.listener.load(Ordering::Relaxed);
+    let mut since = Since::default();
+    let may_read = runtime.space.lock().as_ref().is_some_and(|space| !space.changes.is_put_off());
+    let mut own_event: Option<Event> = None;
+    let mut is_own_waiting = false;
+    let mut deadline_ns = u64::MAX;
+    let is_to_be_populated = loop {
+        // More than can be passed on, or a child that forks before it can serve itself. Or: of two children one was
+        // announced, and this need not be it. Or an event waits too long for a child that may never come.
+        if since.changes().len() > MAX_EVENTS
+            || since.has_children()
+            || matches!(own_event, Some(Event::Fork { .. }))
+            || process::now_ns() > deadline_ns
+        {
+            break true;
+        }
+        let own = if is_own_waiting { -1 } else { uffd.raw() };
+        let mut entries = [Poll::readable(own), Poll::readable(child.raw()), Poll::readable(listener)];
+        let ready = poll(&mut entries, 10_000_000).unwrap_or(0);
+        if entries[0].is_ready() {
+            match may_read.then(|| uffd.read()) {
+                Some(Ok(Event::Fault { address, is_write, .. })) => {
+                    serve_own(runtime, server, uffd, address & !(PAGE - 1), is_write);
+                }
+                // The forking thread's own: it waits for this to end anyway.
+                Some(Ok(Event::Remove { start, .. })) if is_of_holding(runtime, start) => {}
+                Some(Err(_)) => {}
+                other => {
+                    own_event = other.and_then(Result::ok);
+                    is_own_waiting = true;
+                    deadline_ns = process::now_ns() + EVENT_PATIENCE_NS;
+                }
+            }
+        }
+        if entries[1].is_ready() {
+            match child.read() {
+                Ok(Event::Fault { address, .. }) => {
+                    let page = address & !(PAGE - 1);
+                    serve_child(runtime, &child, page, since.origin(page));
+                }
+                Ok(event) => since.note(event),
+                Err(_) => {}
+            }
+        }
+        let is_handed_over = entries[2].is_ready() && hand_over(runtime, Some(&child), since.changes());
+        if is_handed_over || ready == 0 && is_gone(&child) {
+            stand_alone(runtime);
+            break false;
+        }
+    };
+    if let Some(space) = runtime.space.lock().as_mut() {
+        if is_to_be_populated {
+            populate(runtime, space, &child, since);
+        }
+        end_quiet(runtime, space);
+    }
+    drop(child);
+    runtime.entrust(None);
+    own_event
+}
+
+fn is_of_holding(runtime: &Runtime, address: usize) -> bool {
+    runtime.space.lock().as_ref().is_some_and(|space| space.holding.contains(address))
+}
+
+/// Serves one fault of the parent's own.
+fn serve_own(runtime: &Runtime, server: &mut Server, uffd: &Uffd, page: usize, is_write: bool) {
+    let mut space = runtime.space.lock();
+    let Some(space) = space.as_mut() else { return };
+    // What cannot be served now (an unread event) wakes its thread, which faults again.
+    if server.serve(space, uffd, page, is_write) == Served::Later {
+        process::sleep_ns(50_000);
+        let _ = uffd.wake(page, PAGE);
+    }
+}
+
+/// Serves one fault of the child: a copy of what the parent knows of `origin`, and the parent knows no less after it.
+fn serve_child(runtime: &Runtime, child: &Uffd, page: usize, origin: Option<usize>) {
+    let space = runtime.space.lock();
+    let Some(space) = space.as_ref() else { return };
+    // An unread event of the child's: its thread is woken and faults again, after the event was read.
+    let _ = give(runtime, space, child, page, origin);
+    let _ = child.wake(page, PAGE);
+}
+
+/// A process whose memory is gone answers `ESRCH` to everything.
+fn is_gone(child: &Uffd) -> bool {
+    child.zero(0, PAGE).stopped == Some(Errno::ESRCH)
+}
