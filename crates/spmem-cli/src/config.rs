@@ -40,6 +40,10 @@ impl Default for Run {
     }
 }
 
+/// The least and the most that a node may hold, bytes: a few blocks of the store; what frames can be numbered.
+const LEAST_CAPACITY: u64 = 4 << 20;
+const MOST_CAPACITY: u64 = 16 << 40;
+
 /// Key `capacity` of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capacity {
@@ -159,6 +163,12 @@ impl<'de> Deserialize<'de> for Capacity {
             "auto" => Ok(Self::Auto),
             text => match size::parse_bytes(text).map_err(refusal)? {
                 0 => Err(refusal(size::SizeError::Zero)),
+                bytes if bytes < LEAST_CAPACITY => {
+                    Err(refusal(format_args!("a node of `{text}` is too small, expected at least 4M")))
+                }
+                bytes if bytes > MOST_CAPACITY => {
+                    Err(refusal(format_args!("a node of `{text}` is too large, expected at most 16T")))
+                }
                 bytes => Ok(Self::Bytes(bytes)),
             },
         }

@@ -106,35 +106,26 @@ impl Maps {
 
     fn query(&self, address: usize) -> Result<Option<Vma>> {
         let mut name = [0_u8; NAME_BYTES];
-        let mut query = ProcmapQuery {
+        let new = |name: &mut [u8]| ProcmapQuery {
             size: 104,
             query_flags: COVERING_OR_NEXT,
             query_addr: address as u64,
-            vma_name_size: 0,
+            vma_name_size: name.len() as u32,
+            vma_name_addr: if name.is_empty() { 0 } else { name.as_mut_ptr().expose_provenance() as u64 },
             ..Default::default()
         };
-        let result = self.ioctl(&mut query);
+        let mut query = new(&mut name);
+        let mut result = self.ioctl(&mut query);
+        if result == Err(Errno(libc::ENAMETOOLONG)) {
+            // A path, or `[anon:...]` of somebody else: no name that means anything here.
+            name[..7].copy_from_slice(b"[anon:?");
+            query = new(&mut []);
+            result = self.ioctl(&mut query);
+        }
         match result {
             Err(Errno::ENOENT) => return Ok(None),
             Err(errno) => return Err(errno),
             Ok(()) => {}
-        }
-        // A second query for the name, of anonymous memory only: a path may be longer than our buffer.
-        if query.inode == 0 {
-            let mut named = ProcmapQuery {
-                size: 104,
-                query_flags: COVERING_OR_NEXT,
-                query_addr: query.vma_start,
-                vma_name_size: 32,
-                vma_name_addr: name.as_mut_ptr().expose_provenance() as u64,
-                ..Default::default()
-            };
-            match self.ioctl(&mut named) {
-                // Longer than the buffer: no name that means anything here but `[anon:...]` of somebody else.
-                Err(Errno(libc::ENAMETOOLONG)) => name[..7].copy_from_slice(b"[anon:?"),
-                Err(errno) => return Err(errno),
-                Ok(()) => query = named,
-            }
         }
         let len = name.iter().position(|&b| b == 0).unwrap_or(NAME_BYTES);
         Ok(Some(Vma {

@@ -9,6 +9,8 @@
 
 use crate::recorder::Recorder;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use spmem_core::reclaim::Floor;
+use spmem_core::units::Bytes;
 
 /// Marks a mapped control page; the low digits are the layout's version.
 pub const MAGIC: u64 = 0x5350_4d43_544c_0001;
@@ -32,6 +34,8 @@ pub struct Control {
     pub sysram_peak_bytes: AtomicU64,
     /// Highest excess of that sum over the limit, bytes.
     pub overrun_peak_bytes: AtomicU64,
+    /// At the moment of that: what of it lay below the floors of the processes, which is never taken away.
+    pub floor_bytes_at_overrun: AtomicU64,
     /// Highest sum of [`Slot::stored_bytes`]: what the pages on node 1 would take uncompressed.
     pub stored_bytes_peak: AtomicU64,
     /// Sum of [`Slot::store_used_bytes`] at the moment of that peak.
@@ -217,7 +221,12 @@ impl Control {
         let used = self.sum(|slot| &slot.used_bytes);
         self.sysram_peak_bytes.fetch_max(used, Relaxed);
         let limit = self.limit_bytes.load(Relaxed);
-        self.overrun_peak_bytes.fetch_max(used.saturating_sub(limit), Relaxed);
+        let overrun = used.saturating_sub(limit);
+        if self.overrun_peak_bytes.fetch_max(overrun, Relaxed) < overrun {
+            let floor = Floor::default().update(Bytes(limit), Bytes(0), Bytes(0)).bytes().0;
+            let floors = self.live_slots().map(|slot| slot.used_bytes.load(Relaxed).min(floor)).sum();
+            self.floor_bytes_at_overrun.store(floors, Relaxed);
+        }
         let stored = self.sum(|slot| &slot.stored_bytes);
         if self.stored_bytes_peak.fetch_max(stored, Relaxed) < stored {
             self.store_used_bytes_peak.store(self.sum(|slot| &slot.store_used_bytes), Relaxed);

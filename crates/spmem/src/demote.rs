@@ -220,7 +220,10 @@ impl Demoter {
         if held.state != State::Busy {
             return true; // dropped meanwhile
         }
-        let Ok(handle) = space.store.store(staged) else {
+        // What other processes have stored counts too; it was looked at a moment ago.
+        let is_full = runtime.is_node_full.load(Relaxed) && !staged.is_same_filled();
+        let stored = if is_full { None } else { space.store.store(staged).ok() };
+        let Some(handle) = stored else {
             runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
             space.holding.release(slot);
             return false;

@@ -43,9 +43,13 @@ impl GateKeeper {
 
     /// Does what the plan says of growth.
     pub(crate) fn keep(&mut self, gate: Gate) {
-        match self.coverage.look(gate, process::now_ns()) {
+        let now = process::now_ns();
+        match self.coverage.look(gate, now) {
             Cover::Keep => {}
-            Cover::All => self.register_all(),
+            Cover::All => {
+                self.register_all();
+                self.coverage.covered(now, process::now_ns());
+            }
             Cover::Nothing => self.release(),
         }
     }

@@ -299,8 +299,12 @@ impl Gauge {
         let resident = used.saturating_sub(overhead) / PAGE as u64;
         slot.refused_bytes.store(refused.min(resident) * PAGE as u64, Relaxed);
         let shared = runtime.shared();
-        let fixed = shared.sum(|slot| &slot.store_used_bytes) + shared.sum(|slot| &slot.refused_bytes);
-        let FrameCount(floor) = self.floor.update(Bytes(limit), Bytes(fixed));
+        let stored = shared.sum(|slot| &slot.store_used_bytes);
+        let is_alone = stored == slot.store_used_bytes.load(Relaxed);
+        runtime.is_node_full.store(!is_alone && stored >= shared.store_capacity_bytes.load(Relaxed), Relaxed);
+        let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
+        let FrameCount(floor) =
+            self.floor.update(Bytes(limit), Bytes(fixed), Bytes(slot.store_used_bytes.load(Relaxed)));
         (self.floor_pages, self.resident_pages, self.refused_pages) = (floor, resident, refused);
         let movable = Movable::above(FrameCount(floor), resident, holding, refused);
         let facts = Facts {

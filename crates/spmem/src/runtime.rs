@@ -107,6 +107,8 @@ pub struct Runtime {
     exchange: AtomicUsize,
     /// It owes an answer for long: there is work for others.
     pub(crate) is_encoder_late: AtomicBool,
+    /// Several processes have filled node 1 together (R18).
+    pub(crate) is_node_full: AtomicBool,
     /// Where the handler is bound, for the monitor to follow; negative for nowhere.
     pub(crate) home_cpu: AtomicI32,
     /// The fault handler's thread; a forked child finds its parent's here.
@@ -165,6 +167,7 @@ impl Runtime {
             reclaimers: AtomicU32::new(0),
             exchange: AtomicUsize::new(0),
             is_encoder_late: AtomicBool::new(false),
+            is_node_full: AtomicBool::new(false),
             home_cpu: AtomicI32::new(-1),
             handler_tid: AtomicU32::new(0),
             demand: Event::new(),
@@ -344,7 +347,7 @@ impl Runtime {
 
     /// Bytes of frames node 1 may take here: what the configuration says, less where address space is limited.
     fn store_capacity(&self) -> u64 {
-        let wanted = self.shared().store_capacity_bytes.load(Ordering::Relaxed).max(16 << 20);
+        let wanted = self.shared().store_capacity_bytes.load(Ordering::Relaxed).max(CHUNK as u64);
         let wanted = process::address_space_left().map_or(wanted, |left| wanted.min(left / 4));
         wanted / CHUNK as u64 * CHUNK as u64
     }

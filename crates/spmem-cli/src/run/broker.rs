@@ -5,9 +5,11 @@
 //! were the program to close its own, missing pages would otherwise turn into zeros.
 //!
 //! A connection ends with the process image. [`Broker::sweep`] tells an exec from an exit: a process that lives on
-//! without the agent in its memory became something that cannot be managed and is counted.
-//! Holes: one that becomes unmanageable and ends within a few milliseconds may be missed in that count. A process in
-//! another pid namespace than `spm`'s is refused, since its number means nothing here.
+//! without the agent in its memory became something that cannot be managed and is counted. A child of vfork(2) or
+//! posix_spawn(3) announces itself only if it has an agent: the others are looked for below those that are known.
+//! Holes: one that becomes unmanageable and ends within a few milliseconds may be missed in that count, and so may one that
+//! was spawned and ends before it is looked for ([`SCAN_PERIOD`]). A process in another pid namespace than `spm`'s is refused,
+//! since its number means nothing here.
 
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -44,8 +46,12 @@ const DESCRIPTORS_OTHER: u64 = 32;
 const MAX_REFUSED: usize = 8;
 /// Most userfaultfds of its own that a process may have held.
 const MAX_HELD: usize = 64;
-/// How often slots are looked through for processes without a connection.
+/// How often slots, and the children of those that are known, are looked through for processes without a connection, ...
 const SCAN_PERIOD: Duration = Duration::from_millis(200);
+/// ... but never so often that it takes more than one part in so many of the time.
+const SCAN_SHARE: u32 = 16;
+/// Processes without a budget whose children are looked for.
+const MAX_UNMANAGED: usize = 1024;
 /// How long the image that an exec started may take until its agent says hello.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
 /// Epoll tokens from here on are connections.
@@ -68,6 +74,8 @@ pub struct Broker {
     connected: HashMap<u32, usize>,
     /// Processes without a connection that may get one, or have ended.
     waiting: Vec<Waiting>,
+    /// Those that were counted as unmanaged and may have children.
+    unmanaged: Vec<Process>,
     next_scan: Instant,
     /// Whether the command itself came under management.
     has_greeted: bool,
@@ -144,6 +152,7 @@ impl Broker {
             is_paused: false,
             connected: HashMap::new(),
             waiting: Vec::new(),
+            unmanaged: Vec::new(),
             next_scan: Instant::now(),
             has_greeted: false,
         })
@@ -209,8 +218,9 @@ impl Broker {
             self.is_paused = epoll::modify(epoll, &self.listener, listener, EventFlags::IN).is_err();
         }
         if now >= self.next_scan {
-            self.next_scan = now + SCAN_PERIOD;
             self.find_unconnected(control, now);
+            self.find_spawned(now);
+            self.next_scan = now + SCAN_PERIOD.max(now.elapsed() * SCAN_SHARE);
         }
         for mut waiting in std::mem::take(&mut self.waiting) {
             let pid = waiting.process.pid;
@@ -226,6 +236,32 @@ impl Broker {
             control.release_slot(pid);
             if !has_exited || waiting.has_changed {
                 control.counters.unmanaged_processes.fetch_add(1, Relaxed);
+            }
+            if !has_exited && self.unmanaged.len() < MAX_UNMANAGED {
+                self.unmanaged.push(waiting.process);
+            }
+        }
+    }
+
+    /// Looks for children without an agent that nobody has announced. One in whose memory the agent is will connect, or is a
+    /// raw clone that has counted itself.
+    fn find_spawned(&mut self, now: Instant) {
+        self.unmanaged.retain(|process| !proc::has_exited(&process.pidfd));
+        let managed = self.connected.keys().map(|&pid| (pid, true));
+        let parents: Vec<_> = managed.chain(self.unmanaged.iter().map(|process| (process.pid, false))).collect();
+        for (parent, is_managed) in parents {
+            for pid in proc::collect_children(parent) {
+                let is_known = self.is_connected(pid)
+                    || self.waiting.iter().any(|known| known.process.pid == pid)
+                    || self.unmanaged.iter().any(|known| known.pid == pid);
+                if is_known || proc::has_mapped(pid, &self.agent) {
+                    continue;
+                }
+                let Ok(process) = Process::open(pid) else { continue };
+                // With its parent's image it has not executed its own yet, or has ended.
+                if process.image.is_some() && !(is_managed && process.image == proc::read_image(parent)) {
+                    self.waiting.push(Waiting { process, deadline: now + EXEC_GRACE, has_changed: true });
+                }
             }
         }
     }

@@ -37,6 +37,16 @@ pub fn read_parent(pid: u32) -> Option<u32> {
     fields(pid)?.split(' ').nth(1)?.parse().ok()
 }
 
+/// Collects the processes that the threads of `pid` have started, or adopted, and that have not been waited for. None where
+/// the kernel does not tell (CONFIG_PROC_CHILDREN).
+pub fn collect_children(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let texts = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    texts
+        .flat_map(|text| text.split_whitespace().filter_map(|word| word.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
 /// What follows the name in `/proc/PID/stat`; the name may hold anything, parentheses too.
 fn fields(pid: u32) -> Option<String> {
     let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
@@ -47,6 +57,15 @@ fn fields(pid: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_is_among_the_children_until_it_is_waited_for() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(collect_children(std::process::id()).contains(&child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!collect_children(std::process::id()).contains(&child.id()));
+    }
 
     #[test]
     fn this_process_runs_and_has_a_parent() {

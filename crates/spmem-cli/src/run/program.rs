@@ -34,15 +34,15 @@ const MACHINE: u16 = 183;
 pub enum Missing {
     /// No such file.
     NotFound,
-    /// A directory, or not allowed.
-    NotExecutable,
+    /// It may be there: a directory, not allowed, or a path that cannot be followed. The error number says which.
+    NotExecutable(i32),
 }
 
 impl From<Missing> for std::io::Error {
     fn from(missing: Missing) -> Self {
         Self::from_raw_os_error(match missing {
             Missing::NotFound => libc::ENOENT,
-            Missing::NotExecutable => libc::EACCES,
+            Missing::NotExecutable(errno) => errno,
         })
     }
 }
@@ -99,20 +99,22 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Missing> {
         let candidate = Path::new(directory).join(name);
         match executable(&candidate) {
             Ok(()) => return Ok(candidate),
-            Err(Missing::NotExecutable) => reason = Missing::NotExecutable,
-            Err(Missing::NotFound) => {}
+            Err(Missing::NotExecutable(libc::EACCES)) => reason = Missing::NotExecutable(libc::EACCES),
+            // An entry of PATH that is no directory is passed over.
+            Err(Missing::NotFound | Missing::NotExecutable(libc::ENOTDIR)) => {}
+            Err(missing) => return Err(missing),
         }
     }
     Err(reason)
 }
 
 fn executable(path: &Path) -> Result<(), Missing> {
-    let metadata = path.metadata().map_err(|error| match error.kind() {
-        std::io::ErrorKind::PermissionDenied => Missing::NotExecutable,
-        _ => Missing::NotFound,
+    let metadata = path.metadata().map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT) | None => Missing::NotFound,
+        Some(errno) => Missing::NotExecutable(errno),
     })?;
     let may = rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).is_ok();
-    if metadata.is_file() && may { Ok(()) } else { Err(Missing::NotExecutable) }
+    if metadata.is_file() && may { Ok(()) } else { Err(Missing::NotExecutable(libc::EACCES)) }
 }
 
 /// Whether the agent will get into `program`, a path as [`find`] gives it; `None` when nothing speaks against it.
@@ -261,10 +263,14 @@ mod tests {
         script(&first, "data", b"", 0o644);
         let path = OsString::from(format!("{}:{}", first.display(), second.display()));
         assert_eq!(find(OsStr::new("tool"), Some(&path)), Ok(tool));
-        assert_eq!(find(OsStr::new("data"), Some(&path)), Err(Missing::NotExecutable));
+        assert_eq!(find(OsStr::new("data"), Some(&path)), Err(Missing::NotExecutable(libc::EACCES)));
         assert_eq!(find(OsStr::new("nothing"), Some(&path)), Err(Missing::NotFound));
         assert_eq!(find(OsStr::new(""), Some(&path)), Err(Missing::NotFound));
-        assert_eq!(find(first.as_os_str(), None), Err(Missing::NotExecutable));
+        // As execvp(3) and so env(1) have it.
+        let long = "x".repeat(300);
+        assert_eq!(find(OsStr::new(&long), Some(&path)), Err(Missing::NotExecutable(libc::ENAMETOOLONG)));
+        assert_eq!(find(OsStr::new("/etc/passwd/x"), None), Err(Missing::NotExecutable(libc::ENOTDIR)));
+        assert_eq!(find(first.as_os_str(), None), Err(Missing::NotExecutable(libc::EACCES)));
         assert!(find(OsStr::new("sh"), None).is_ok());
     }
 

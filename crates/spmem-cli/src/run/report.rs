@@ -117,9 +117,11 @@ pub struct Summary {
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
     nodes: [NodeUse; 2],
-    /// What all threads together waited for room; in the table only.
+    /// What all threads together waited for room.
+    stall_seconds: f64,
+    /// What lay below the floors of the processes when the budget was exceeded most; explains the excess.
     #[serde(skip)]
-    stalled: Duration,
+    floor_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -187,7 +189,8 @@ impl Summary {
             },
             fault_us: FaultTimes::read(&control.faults),
             nodes: node_use(control, ram_bytes),
-            stalled: Duration::from_nanos(read(&counters.throttled_ns)),
+            stall_seconds: round(Duration::from_nanos(read(&counters.throttled_ns)).as_secs_f64(), 1e3),
+            floor_bytes: read(&control.floor_bytes_at_overrun),
         }
     }
 
@@ -202,7 +205,8 @@ impl Summary {
         writeln!(
             to,
             "spm: {}: exit status {} after {:.2} s",
-            self.command.join(" "),
+            // One line, whatever is in it.
+            self.command.join(" ").replace(char::is_control, " "),
             self.exit_code,
             self.elapsed_seconds
         )?;
@@ -222,11 +226,7 @@ impl Summary {
         )?;
         let faults = &self.fault_us;
         writeln!(to, "  faults     p50 {:.1} us, p99 {:.1} us, max {:.1} us", faults.p50, faults.p99, faults.max)?;
-        writeln!(
-            to,
-            "  stalls     {:.2} s, all threads together, because there was no room",
-            self.stalled.as_secs_f64()
-        )?;
+        writeln!(to, "  stalls     {:.2} s, all threads together, because there was no room", self.stall_seconds)?;
         writeln!(to)?;
         writeln!(to, "  node  type    class  capacity    stored      used  ratio")?;
         for node in &self.nodes {
@@ -262,8 +262,15 @@ impl Summary {
         let worst = reasons.iter().max_by_key(|(pages, _)| *pages);
         let explains = |pages: u64| pages.saturating_mul(PAGE_BYTES) >= self.overrun_peak_bytes / 2;
         let stored = self.nodes[1].used_bytes_peak;
+        let fixed = stored.saturating_add(self.floor_bytes);
+        let is_full = refused.node_full > 0 && stored >= self.nodes[1].capacity_bytes / 8 * 7;
         let because = match (worst, self.sysram_limit_bytes) {
+            _ if is_full => "node 1 is full".to_owned(),
             (_, Some(limit)) if stored > limit / 8 * 7 => format!("what is stored takes {} alone", human(stored)),
+            (_, Some(limit)) if fixed > limit / 8 * 7 => {
+                let floors = human(self.floor_bytes);
+                format!("the working floors of its processes take {floors}, what is stored {}", human(stored))
+            }
             (Some((pages, reason)), _) if explains(*pages) => format!("{pages} times pages {reason}"),
             _ => "pages came in faster than others could leave".to_owned(),
         };

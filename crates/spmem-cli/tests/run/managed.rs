@@ -1,7 +1,7 @@
 //! Which processes come under management. Skipped where userfaultfd cannot be used.
 
 use crate::harness::{can_manage, finish, spm_run};
-use crate::programs::static_waiter;
+use crate::programs::{static_sleeper, static_waiter};
 
 /// Managed and unmanaged processes of `sh -c SCRIPT`; `None` and a remark where nothing can be managed.
 fn counts(script: &str) -> Option<(u64, u64)> {
@@ -40,6 +40,17 @@ fn a_child_that_cannot_be_managed_runs_and_is_counted() {
     let script = format!("{} & sleep 3; kill $!; wait", waiter.display());
     let Some((_, unmanaged)) = counts(&script) else { return };
     assert_eq!(unmanaged, 1);
+}
+
+/// A shell forks for the first and may vfork(2) for the second; no agent hears of that.
+#[test]
+fn a_child_that_cannot_be_managed_is_counted_once_however_it_was_started() {
+    let directory = tempfile::tempdir().unwrap();
+    let sleeper = static_sleeper(directory.path());
+    for script in ["({} & wait); :", "{}; :"] {
+        let Some((_, unmanaged)) = counts(&script.replace("{}", sleeper.to_str().unwrap())) else { return };
+        assert_eq!(unmanaged, 1, "{script}");
+    }
 }
 
 #[test]

@@ -30,6 +30,22 @@ pub fn static_waiter(directory: &Path) -> PathBuf {
     write(directory.join("static-waiter"), code)
 }
 
+/// Sleeps for a second.
+pub fn static_sleeper(directory: &Path) -> PathBuf {
+    let code: &[u8] = &[
+        0x6a, 0, // push 0 (nanoseconds)
+        0x6a, 1, // push 1 (seconds)
+        0x48, 0x89, 0xe7, // mov rdi, rsp
+        0x31, 0xf6, // xor esi, esi
+        0xb8, 35, 0, 0, 0, // mov eax, 35 (nanosleep)
+        0x0f, 0x05, // syscall
+        0xb8, 60, 0, 0, 0, // mov eax, 60 (exit)
+        0x31, 0xff, // xor edi, edi
+        0x0f, 0x05, // syscall
+    ];
+    write(directory.join("static-sleeper"), code)
+}
+
 /// An ELF file of one segment that starts with `code` (elf(5)).
 fn write(path: PathBuf, code: &[u8]) -> PathBuf {
     const BASE: u64 = 0x40_0000;

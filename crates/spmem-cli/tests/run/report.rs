@@ -37,6 +37,7 @@ fn the_json_has_exactly_the_documented_fields() {
         "same_filled_pages",
         "refused_pages",
         "fault_us",
+        "stall_seconds",
         "nodes",
     ];
     expected.sort_unstable();

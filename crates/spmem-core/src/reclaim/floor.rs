@@ -1,8 +1,8 @@
 //! The floor: how much of a process stays resident whatever the budget.
 //!
 //! Below it a program only chases its own pages: it runs over budget instead. A budget that is filled by what is stored and
-//! by what cannot leave is not to be kept whatever is resident; then half of it stays, because a resident page costs little more
-//! than a stored one and a thrashing program costs a lot. Called by the runtime's pressure loop and the simulator.
+//! by what cannot leave is not to be kept whatever is resident; then half of it stays, or as much as the process has stored
+//! beyond that half: a resident page costs little more than a stored one, and a thrashing program costs a lot. Called by the runtime's pressure loop and the simulator.
 
 use crate::units::{Bytes, FrameCount};
 
@@ -38,21 +38,25 @@ pub struct Movable {
 
 impl Floor {
     /// What stays of a process whose tree has a `limit`; `fixed` is what of the tree cannot be made less: what is stored,
-    /// and the pages that cannot leave.
+    /// and the pages that cannot leave. Of it, the process itself has `stored`.
     ///
     /// ```
     /// use spmem_core::{reclaim::Floor, units::Bytes};
     /// let (mut floor, limit) = (Floor::default(), Bytes::mib(256));
-    /// assert_eq!(floor.update(limit, Bytes::mib(100)).bytes(), Bytes::mib(32));
-    /// assert_eq!(floor.update(limit, Bytes::mib(225)).bytes(), Bytes::mib(128));
-    /// assert_eq!(floor.update(limit, Bytes::mib(200)).bytes(), Bytes::mib(128), "not before it is well below");
-    /// assert_eq!(floor.update(limit, Bytes::mib(160)).bytes(), Bytes::mib(32));
+    /// let none = Bytes(0);
+    /// assert_eq!(floor.update(limit, Bytes::mib(100), none).bytes(), Bytes::mib(32));
+    /// assert_eq!(floor.update(limit, Bytes::mib(225), none).bytes(), Bytes::mib(128));
+    /// assert_eq!(floor.update(limit, Bytes::mib(200), none).bytes(), Bytes::mib(128), "not before it is well below");
+    /// assert_eq!(floor.update(limit, Bytes::mib(160), none).bytes(), Bytes::mib(32));
+    /// assert_eq!(floor.update(limit, Bytes::mib(600), Bytes::mib(600)).bytes(), Bytes::mib(472));
     /// ```
-    pub const fn update(&mut self, limit: Bytes, fixed: Bytes) -> FrameCount {
+    pub const fn update(&mut self, limit: Bytes, fixed: Bytes, stored: Bytes) -> FrameCount {
         let eighths = if self.is_hopeless { HOPEFUL_BELOW } else { HOPELESS_ABOVE };
         self.is_hopeless = fixed.0 > limit.0 / 8 * eighths;
         let floor = if self.is_hopeless {
-            if limit.0 / 2 < FLOOR_MIN.0 { FLOOR_MIN.0 } else { limit.0 / 2 }
+            let beyond = stored.0.saturating_sub(limit.0 / 2);
+            let most = if beyond > limit.0 / 2 { beyond } else { limit.0 / 2 };
+            if most < FLOOR_MIN.0 { FLOOR_MIN.0 } else { most }
         } else if limit.0 / SHARE < FLOOR_MIN.0 {
             FLOOR_MIN.0
         } else if limit.0 / SHARE > FLOOR_MAX.0 {
@@ -98,11 +102,23 @@ mod tests {
         for mib in [1, 8, 31, 32, 33, 511, 512, 513, 1 << 20] {
             for fixed in 0..=16 {
                 let limit = Bytes::mib(mib);
-                let floor = Floor::default().update(limit, Bytes(limit.0 / 16 * fixed)).bytes();
+                let floor = Floor::default().update(limit, Bytes(limit.0 / 16 * fixed), Bytes(0)).bytes();
                 assert!(floor >= FLOOR_MIN && floor.0 <= (limit.0 / 2).max(FLOOR_MIN.0), "{mib} MiB: {floor}");
                 assert!(fixed >= 14 || floor <= FLOOR_MAX, "{mib} MiB: {floor}");
             }
         }
+    }
+
+    #[test]
+    fn the_floor_of_a_hopeless_budget_grows_with_what_is_stored_and_has_no_step() {
+        let limit = Bytes::mib(64);
+        let mut before = Floor::default().update(limit, limit, Bytes(limit.0 / 2));
+        for mib in 32..1024 {
+            let now = Floor::default().update(limit, Bytes::mib(mib + 64), Bytes::mib(mib));
+            assert!(now >= before && now.bytes().0 - before.bytes().0 <= Bytes::mib(1).0, "{mib} MiB");
+            before = now;
+        }
+        assert_eq!(before.bytes(), Bytes::mib(1023 - 32));
     }
 
     #[test]

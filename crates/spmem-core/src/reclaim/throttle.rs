@@ -22,8 +22,10 @@ const IMPATIENCE_NS: u64 = 200_000;
 const LEAVE_MIN: u64 = 2 * BATCH_PAGES;
 /// ... or after this part of what is resident: a look takes time in proportion to that.
 const LEAVE_SHARE: u64 = 64;
-/// How often new ranges are looked for while the gate is not open, ns.
+/// How often new ranges are looked for while the gate is not open, ns, ...
 const COVER_NS: u64 = 4_000_000;
+/// ... but never so often that it takes more than one part in so many of the time: programs have thousands of ranges.
+const COVER_SHARE: u64 = 16;
 /// How long the gate has to be open before ranges are let go, ns.
 const UNCOVER_NS: u64 = 1_000_000_000;
 
@@ -168,7 +170,8 @@ pub enum Cover {
 /// When first touches come through the fault handler.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
-    covered_ns: Option<u64>,
+    /// When new ranges are looked for next, ns.
+    due_ns: u64,
     /// When the gate was last seen not open, ns; none since all was let go.
     gated_ns: Option<u64>,
 }
@@ -181,7 +184,8 @@ impl Coverage {
     /// let mut coverage = Coverage::default();
     /// assert_eq!(coverage.look(Gate::Open, 5), Cover::Keep);
     /// assert_eq!(coverage.look(Gate::Throttled, 10), Cover::All);
-    /// assert_eq!(coverage.look(Gate::Throttled, 11), Cover::Keep, "nothing grows that fast");
+    /// coverage.covered(10, 11);
+    /// assert_eq!(coverage.look(Gate::Throttled, 12), Cover::Keep, "nothing grows that fast");
     /// assert_eq!(coverage.look(Gate::Open, 20), Cover::Keep, "it may be needed again soon");
     /// assert_eq!(coverage.look(Gate::Open, 2_000_000_000), Cover::Nothing);
     /// ```
@@ -195,11 +199,13 @@ impl Coverage {
             return Cover::Nothing;
         }
         self.gated_ns = Some(now_ns);
-        if !is_over(self.covered_ns, COVER_NS) {
-            return Cover::Keep;
-        }
-        self.covered_ns = Some(now_ns);
-        Cover::All
+        if now_ns < self.due_ns { Cover::Keep } else { Cover::All }
+    }
+
+    /// All that can grow was looked at, from `since_ns` to `now_ns`.
+    pub const fn covered(&mut self, since_ns: u64, now_ns: u64) {
+        let pause = now_ns.saturating_sub(since_ns).saturating_mul(COVER_SHARE);
+        self.due_ns = now_ns.saturating_add(if pause > COVER_NS { pause } else { COVER_NS });
     }
 }
 
@@ -250,6 +256,20 @@ mod tests {
         assert_eq!(throttle.look(&full(CROWDED_NS + 1, 0)).patience_ns, IMPATIENCE_NS);
         let stuck = Look { is_stuck: true, ..full(CROWDED_NS + 2, 0) };
         assert!(throttle.look(&stuck).room_pages > 0);
+    }
+
+    #[test]
+    fn looking_for_new_ranges_takes_a_sixteenth_of_the_time_at_most() {
+        let (mut coverage, mut now, mut looking) = (Coverage::default(), 0, 0);
+        while now < 1_000_000_000 {
+            if coverage.look(Gate::Throttled, now) == Cover::All {
+                // As long as it takes with ten thousand ranges.
+                coverage.covered(now, now + 20_000_000);
+                (now, looking) = (now + 20_000_000, looking + 20_000_000);
+            }
+            now += 1_000_000;
+        }
+        assert!(looking > 0 && looking <= now / 16 + 20_000_000, "{looking} ns");
     }
 
     #[test]

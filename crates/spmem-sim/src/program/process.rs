@@ -283,7 +283,7 @@ impl Process {
         report: &mut Report,
         mm: &mut MemoryManager,
     ) -> Result<u64, Violation> {
-        let FrameCount(floor) = self.floor.update(around.limit, around.fixed);
+        let FrameCount(floor) = self.floor.update(around.limit, around.fixed, Bytes(self.stored));
         self.floor_pages = floor;
         let movable = Movable::above(FrameCount(floor), self.resident, self.held, self.refused);
         self.keeps_copies = keeps_copies(around.limit, around.used, Bytes(self.kept));
@@ -319,7 +319,10 @@ impl Process {
         }
         match self.coverage.look(plan.gate, now) {
             Cover::Keep => {}
-            Cover::All => self.is_covered = true,
+            Cover::All => {
+                self.is_covered = true;
+                self.coverage.covered(now, now);
+            }
             Cover::Nothing => self.is_covered = false,
         }
         if plan.evict_pages == 0 {
