@@ -95,9 +95,9 @@ pub struct ExplainArguments {
     #[arg(long, value_name = "LIST")]
     pub nodes: Option<String>,
     /// How strongly it names them, as mpol= of tmpfs(5) has it: bind, preferred, preferred-many, interleave,
-    /// weighted-interleave, local or default, with =static or =relative behind
-    #[arg(long, value_name = "MODE[=FLAG]", default_value = "bind")]
-    pub policy: PolicyName,
+    /// weighted-interleave, local or default, with =static or =relative behind [default: bind where nodes are named]
+    #[arg(long, value_name = "MODE[=FLAG]")]
+    pub policy: Option<PolicyName>,
     /// A grant that is shown, by name, or NODES:RIGHT,RIGHT for one that the nodes' owner might give; may be repeated
     #[arg(long, value_name = "GRANT")]
     pub grant: Vec<String>,

@@ -63,3 +63,47 @@ fn following_the_advice_changes_the_answer() {
     let (answer, status) = json(&["--machine", MACHINE, "--nodes", "3", "--grant", "staging"]);
     assert_eq!((answer["allowed"].as_str(), status), (Some("3"), Some(0)));
 }
+
+#[test]
+fn a_mode_that_needs_nodes_is_refused_without_them_as_linux_does() {
+    for mode in ["bind", "interleave", "preferred-many", "weighted-interleave"] {
+        let output = explain(&["--policy", mode]);
+        assert_eq!(output.status.code(), Some(2), "{mode}");
+        let reason = String::from_utf8(output.stderr).unwrap();
+        assert!(reason.contains("node"), "{mode}: {reason}");
+    }
+    for mode in ["default", "local", "preferred"] {
+        assert_eq!(explain(&["--policy", mode]).status.code(), Some(0), "{mode}");
+    }
+}
+
+#[test]
+fn nodes_that_nobody_named_are_opened_by_naming_them() {
+    let (answer, _) = json(&[]);
+    assert!(answer["nodes"][1]["remedy"].as_str().unwrap().contains("requests that name it"), "{answer}");
+    let (answer, _) = json(&["--grant", "cram"]);
+    assert_eq!(answer["nodes"][1]["remedy"], "name it", "an SPM node is in no default mask (R4)");
+}
+
+#[test]
+fn relative_numbers_are_not_taken_for_nodes() {
+    let (answer, status) = json(&["--nodes", "1", "--policy", "bind=relative"]);
+    assert_eq!(
+        (answer["policy"].as_str(), answer["allowed"].as_str(), status),
+        (Some("bind=relative"), Some("0"), Some(0))
+    );
+}
+
+#[test]
+fn a_grant_whose_quota_is_used_up_opens_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("machine.toml");
+    let machine = std::fs::read_to_string(MACHINE).unwrap();
+    std::fs::write(&file, machine.replace("quota = \"1G\"", "quota = \"0\"")).unwrap();
+    let (answer, status) = json(&["--machine", file.to_str().unwrap(), "--nodes", "3", "--grant", "staging"]);
+    assert_eq!(
+        (answer["errno"].as_str(), answer["allowed"].as_str(), status),
+        (Some("EDQUOT"), Some(""), Some(1))
+    );
+    assert_eq!(answer["nodes"][0]["obstacle"], "over-quota");
+}

@@ -10,17 +10,17 @@ use std::io::Write;
 
 use anyhow::Context;
 use serde::Serialize;
-use spmem_core::grant::Grant;
+use spmem_core::grant::{Grant, Rights};
 use spmem_core::node::NodeType;
 use spmem_core::nodemask::NodeMask;
-use spmem_core::policy::Policy;
+use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::registry::Registry;
-use spmem_core::units::NodeId;
-use spmem_core::wall::{Pass, Refusal, Request};
+use spmem_core::units::{NodeId, PAGE_SIZE};
+use spmem_core::wall::{Reason, Refusal, Request};
 
 pub use self::machine::EXAMPLE;
 use self::machine::{Machine, parse_mask};
-use crate::arguments::ExplainArguments;
+use crate::arguments::{ExplainArguments, PolicyName};
 
 /// No node is allowed.
 const REFUSED: i32 = 1;
@@ -87,24 +87,30 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
     let default = registry.default_mask(domain).copied().unwrap_or_default();
     let asked = options.nodes.as_deref().map(|text| parse_mask("--nodes", text, default)).transpose()?;
     let grants: Vec<&Grant> = options.grant.iter().filter_map(|name| machine.grant(name)).collect();
-    let policy = match asked {
-        None => Policy::DEFAULT,
-        Some(nodes) => Policy::new(options.policy.mode, options.policy.flags, nodes)?,
+    let policy = match (options.policy, asked) {
+        (None, None) => Policy::DEFAULT,
+        (None, Some(nodes)) => Policy::new(Mode::Bind, Flags::empty(), nodes)?,
+        (Some(PolicyName { mode, flags }), nodes) => Policy::new(mode, flags, nodes.unwrap_or_default())?,
     };
     let request = Request { policy, grants: &grants, ..Request::of(domain) };
     let result = registry.admit(&request);
-    let fallback = result.as_ref().map_or(NodeMask::EMPTY, |pass| *pass.mask());
-    let looked_at = asked.map_or(*registry.present(), |asked| asked.union(&fallback));
-    let nodes = looked_at.iter().map(|node| node_answer(registry, &request, result.as_ref(), node)).collect();
+    let open = result.as_ref().map_or(NodeMask::EMPTY, |pass| *pass.mask());
+    let allowed: NodeMask = open.iter().filter(|&node| has_quota(registry, &request, node)).collect();
+    // Relative numbers count the nodes that are possible: they are no nodes to be looked at.
+    let named = asked.filter(|_| !policy.flags().contains(Flags::RELATIVE_NODES));
+    let looked_at = named.map_or(*registry.present(), |named| named.union(&open));
+    let nodes = looked_at.iter().map(|node| node_answer(registry, &request, &open, &allowed, node)).collect();
     let refusal = result.as_ref().err();
+    let is_refused = allowed.is_empty();
+    let text = |mask: &NodeMask| if is_refused { String::new() } else { mask.to_string() };
     Ok(Answer {
         schema: 1,
         domain: registry.domain_path(domain).unwrap_or_default(),
-        policy: policy.mode().to_string(),
+        policy: describe(&policy),
         asked: asked.map(|mask| mask.to_string()),
-        allowed: result.as_ref().map_or_else(|_| String::new(), |pass| pass.mask().to_string()),
-        chosen: result.as_ref().map_or_else(|_| String::new(), |pass| pass.nodes().to_string()),
-        errno: refusal.map(|_| "EINVAL"),
+        allowed: text(&allowed),
+        chosen: result.as_ref().map_or_else(|_| String::new(), |pass| text(&pass.nodes().intersection(&allowed))),
+        errno: is_refused.then(|| refusal.map_or("EDQUOT", |_| "EINVAL")),
         reason: refusal
             .filter(|refusal| refusal.node.is_none())
             .map(|refusal| format!("{}; {}", refusal.reason.what(registry), refusal.reason.remedy())),
@@ -115,11 +121,12 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
 fn node_answer(
     registry: &Registry,
     request: &Request<'_>,
-    result: Result<&Pass, &Refusal>,
+    open: &NodeMask,
+    allowed: &NodeMask,
     node: NodeId,
 ) -> NodeAnswer {
     let spec = registry.spec(node);
-    let is_allowed = result.is_ok_and(|pass| pass.mask().contains(node));
+    let is_allowed = allowed.contains(node);
     let is_spm = spec.is_some_and(|spec| spec.node_type == NodeType::Spm);
     let mut answer = NodeAnswer {
         node: node.get(),
@@ -133,19 +140,52 @@ fn node_answer(
     };
     match registry.obstacle(request, node) {
         _ if is_allowed => answer.reason = opening(is_spm, request, registry, node).to_owned(),
+        _ if open.contains(node) => {
+            answer.obstacle = Some("over-quota");
+            answer.reason = "the quota of the grant is used up".to_owned();
+            answer.remedy = Some("ask the node's owner for a larger one");
+        }
         Some(Refusal { reason, .. }) => {
             answer.obstacle = Some(reason.name());
             answer.domain = reason.domain().and_then(|domain| registry.domain_path(domain));
             answer.reason = reason.what(registry).to_string();
-            answer.remedy = Some(reason.remedy());
+            answer.remedy = Some(match reason {
+                Reason::NeedsGrant { .. } if request.policy.nodes().is_empty() => {
+                    "a grant from its owner with ALLOC would open it to requests that name it"
+                }
+                _ => reason.remedy(),
+            });
         }
         None => {
             answer.obstacle = Some("not-default");
             answer.reason = "not in the domain's default mask".to_owned();
-            answer.remedy = Some("name it, or add it to mems.sysram");
+            // R4: the default never holds an SPM node.
+            answer.remedy = Some(if is_spm { "name it" } else { "name it, or add it to mems.sysram" });
         }
     }
     answer
+}
+
+/// The mode and its flag, as `--policy` takes them.
+fn describe(policy: &Policy) -> String {
+    let flag = match policy.flags() {
+        Flags::STATIC_NODES => "=static",
+        Flags::RELATIVE_NODES => "=relative",
+        _ => "",
+    };
+    format!("{}{flag}", policy.mode())
+}
+
+/// Whether a page of the node could be charged: it needs no grant, or one of those shown has as much left.
+fn has_quota(registry: &Registry, request: &Request<'_>, node: NodeId) -> bool {
+    let without = Request { grants: &[], ..*request };
+    let is_open = registry.obstacle(&without, node).is_none();
+    is_open
+        || request.grants.iter().filter_map(|grant| registry.grant_info(grant).ok()).any(|info| {
+            info.nodes.contains(node)
+                && info.terms.rights.contains(Rights::ALLOC)
+                && info.terms.quota.0.saturating_sub(info.used.0) >= PAGE_SIZE
+        })
 }
 
 /// Why a node is open.
