@@ -275,7 +275,16 @@ impl Measure<'_> {
         else {
             return;
         };
-        let slower = [&own.pair, &own.bulk_alloc, &own.random_free].map(|of| median(&of[1]) / median(&of[0]));
+        let contended = [
+            &own.pair,
+            &own.bulk_alloc,
+            &own.bulk_free,
+            &own.random_free,
+            &cpu.pair,
+            &zones.huge_pair,
+            &zones.batch,
+        ];
+        let slower = contended.map(|of| median(&of[1]) / median(&of[0]));
         let reached = [
             median(&own.pair[0]),
             median(&cpu.pair[0]),
