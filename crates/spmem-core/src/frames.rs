@@ -34,6 +34,7 @@ mod poison;
 mod range;
 mod states;
 mod uses;
+mod view;
 mod word;
 mod zone;
 
@@ -51,6 +52,7 @@ pub use self::error::FramesError;
 pub use self::poison::{Hurt, Poisoned};
 pub use self::range::Metadata;
 pub use self::uses::InUse;
+pub use self::view::FramesView;
 
 const _: () = assert!(usize::BITS >= 64);
 
@@ -80,6 +82,13 @@ impl FrameRange {
     /// ```
     pub const fn contains(&self, frame: FrameNumber) -> bool {
         frame.0 >= self.first.0 && ((frame.0 - self.first.0) as u64) < self.count.0
+    }
+
+    /// The blocks that a contiguous range is given out as, in order.
+    pub(crate) fn blocks(self) -> impl Iterator<Item = (FrameNumber, Order)> {
+        // Ranges of a node begin at multiples of the largest block: the pieces are the same from there and from frame 0.
+        let pieces = contiguous::pieces(self.first.0 as usize, self.count.0 as usize);
+        pieces.map(|(first, order)| (FrameNumber(first as u32), order))
     }
 }
 
@@ -273,7 +282,7 @@ impl Frames {
     }
 
     /// The ranges, lowest first.
-    pub fn ranges(&self) -> impl ExactSizeIterator<Item = FrameRange> + '_ {
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = FrameRange> + DoubleEndedIterator + '_ {
         self.ranges.iter().map(|range| range.span)
     }
 

@@ -4,6 +4,8 @@
 //! [`watermark`](crate::watermark) -> [`frames`](crate::frames). It owns the registry with all frames; a [`Block`] is
 //! what it gives out. Called by the runtime's store, the simulator and the tools. Takes no lock: `&mut self`.
 
+mod many;
+
 use core::fmt;
 use core::num::NonZeroU16;
 
@@ -15,6 +17,8 @@ use crate::registry::{Node, Registry};
 use crate::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
 use crate::wall::{Mobility, Pass, Refusal, Request, Reserve};
 use crate::watermark::Pressure;
+
+pub use self::many::Contiguous;
 
 /// Services for which it must be known which blocks can move.
 const MOVING: Services = Services::MIGRATION.union(Services::RECLAIM);
@@ -233,6 +237,15 @@ impl MemoryManager {
     /// # Panics
     /// When the pass is another manager's.
     pub fn alloc_with(&mut self, pass: &mut Pass, order: Order) -> Result<Block, AllocError> {
+        self.on_each(pass, |mm, pass, node| mm.alloc_on(pass, order, node))
+    }
+
+    /// Asks the nodes that a pass allows, one after the other, until one of them gives.
+    fn on_each<T>(
+        &mut self,
+        pass: &mut Pass,
+        mut alloc_on: impl FnMut(&mut Self, &Pass, NodeId) -> Result<T, AllocError>,
+    ) -> Result<T, AllocError> {
         pass.renew(&self.registry).map_err(AllocError::Refused)?;
         let turn = if pass.policy().mode().is_interleaved() {
             let weight = |node| self.registry.weight(node);
@@ -243,8 +256,8 @@ impl MemoryManager {
         };
         let mut last = None;
         for &node in turn.iter().chain(&pass.chosen).chain(&pass.fallback) {
-            match self.alloc_on(pass, order, node) {
-                Ok(block) => return Ok(block),
+            match alloc_on(self, pass, node) {
+                Ok(given) => return Ok(given),
                 Err(error) => last = Some(error),
             }
         }
@@ -296,9 +309,7 @@ impl MemoryManager {
         node.pages.untrack(block.frame);
         let freed = node.frames.free_block(block.frame, block.order);
         assert!(freed.is_ok(), "a block is not copyable, so it is freed once: {freed:?}");
-        if block.charged != UNCHARGED {
-            self.registry.grants.uncharge(block.charged, block.bytes());
-        }
+        self.uncharge(block.charged, block.order.frames());
         if let Some(domain) = block.domain() {
             self.registry.domains.uncharge(domain, block.node, block.order.frames().0);
         }
@@ -347,14 +358,7 @@ impl MemoryManager {
     /// Watermark, charge, frames: on one node.
     fn alloc_on(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<Block, AllocError> {
         let registry = self.tag();
-        let needs_grant = self.registry.spm().contains(node);
-        let entry = self.registry.node(node).expect("an allowed node is registered");
-        keeps_reserve(entry, pass.reserve, order).map_err(|(free, min)| AllocError::ReserveOnly {
-            node,
-            free,
-            min,
-        })?;
-        let charged = if needs_grant { self.charge_for(pass, order, node)? } else { UNCHARGED };
+        let charged = self.enter(pass, order.frames(), node)?;
         let entry = self.registry.node_mut(node).expect("an allowed node is registered");
         // Apart from those that cannot move: one of these keeps its neighbours from becoming a large block.
         let is_movable = pass.mobility == Mobility::Movable && entry.spec.services.intersects(MOVING);
@@ -377,11 +381,28 @@ impl MemoryManager {
                 if entry.frames.free() >= order.frames() {
                     entry.watermarks.boost(order.frames());
                 }
-                if charged != UNCHARGED {
-                    self.registry.grants.uncharge(charged, order.bytes());
-                }
+                self.uncharge(charged, order.frames());
                 Err(AllocError::Exhausted { node, cause })
             }
+        }
+    }
+
+    /// Watermark and charge, for so many frames of a node: the slot of the grant charged, or [`UNCHARGED`].
+    fn enter(&mut self, pass: &Pass, frames: FrameCount, node: NodeId) -> Result<u16, AllocError> {
+        let entry = self.registry.node(node).expect("an allowed node is registered");
+        keeps_reserve(entry, pass.reserve, frames).map_err(|(free, min)| AllocError::ReserveOnly {
+            node,
+            free,
+            min,
+        })?;
+        let needs_grant = self.registry.spm().contains(node);
+        if needs_grant { self.charge_for(pass, frames.bytes(), node) } else { Ok(UNCHARGED) }
+    }
+
+    /// A grant regains what was charged to it.
+    fn uncharge(&mut self, charged: u16, frames: FrameCount) {
+        if charged != UNCHARGED && frames.0 > 0 {
+            self.registry.grants.uncharge(charged, frames.bytes());
         }
     }
 
@@ -395,10 +416,10 @@ impl MemoryManager {
 
     /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
     /// that has ended is none.
-    fn charge_for(&mut self, pass: &Pass, order: Order, node: NodeId) -> Result<u16, AllocError> {
+    fn charge_for(&mut self, pass: &Pass, bytes: Bytes, node: NodeId) -> Result<u16, AllocError> {
         let mut refused = None;
         for &grant in pass.grants() {
-            match self.charge_one(grant, order, node, pass.right) {
+            match self.charge_one(grant, bytes, node, pass.right) {
                 Ok(Some(slot)) => return Ok(slot),
                 Ok(None) | Err(GrantError::Revoked | GrantError::Expired { .. }) => {}
                 Err(cause) => refused = Some(cause),
@@ -413,12 +434,12 @@ impl MemoryManager {
     fn charge_one(
         &mut self,
         grant: GrantId,
-        order: Order,
+        bytes: Bytes,
         node: NodeId,
         right: Rights,
     ) -> Result<Option<u16>, GrantError> {
         let grants = &mut self.registry.grants;
-        if grants.allows(grant, node, right)? { grants.charge(grant, order.bytes()).map(Some) } else { Ok(None) }
+        if grants.allows(grant, node, right)? { grants.charge(grant, bytes).map(Some) } else { Ok(None) }
     }
 
     /// Who must give when `node` has nothing left and nothing of it can move: of the domains that use it, the one that exceeds
@@ -448,8 +469,8 @@ impl MemoryManager {
 }
 
 /// Whether the node's reserve stays whole; its free frames and reserve when not.
-fn keeps_reserve(node: &Node, reserve: Reserve, order: Order) -> Result<(), (FrameCount, FrameCount)> {
+fn keeps_reserve(node: &Node, reserve: Reserve, wanted: FrameCount) -> Result<(), (FrameCount, FrameCount)> {
     let (free, min) = (node.frames.free(), node.watermarks.min());
-    let is_kept = reserve == Reserve::Use || min.0 == 0 || free.0 >= min.0 + order.frames().0;
+    let is_kept = reserve == Reserve::Use || min.0 == 0 || free.0 >= min.0 + wanted.0;
     if is_kept { Ok(()) } else { Err((free, min)) }
 }

@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::compact::Deferral;
 use crate::distance::{DistanceError, Distances};
 use crate::domain::Domains;
-use crate::frames::{FrameRange, Frames, Metadata};
+use crate::frames::{FrameRange, Frames, FramesView, Metadata};
 use crate::grant::{GrantId, Grants};
 use crate::node::{Guard, NodeError, NodeSpec, NodeType, Owner};
 use crate::nodemask::NodeMask;
@@ -311,9 +311,9 @@ impl Registry {
         self.node(node).map(|node| &node.spec)
     }
 
-    /// The frames of a node, to look at; `None` when it is not registered.
-    pub fn frames(&self, node: NodeId) -> Option<&Frames> {
-        self.node(node).map(|node| &node.frames)
+    /// The frames of a node, to look at; `None` when it is not registered. They are had by a request only (R6).
+    pub fn frames(&self, node: NodeId) -> Option<FramesView<'_>> {
+        self.node(node).map(|node| FramesView::new(&node.frames))
     }
 
     /// Tells this registry from every other.

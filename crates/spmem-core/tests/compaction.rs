@@ -163,14 +163,16 @@ fn a_contiguous_range_is_had_by_emptying_it() {
     all.iter().enumerate().filter(|(at, _)| at % 2 != 0).for_each(|(_, &frame)| machine.free(frame));
     let first = machine.mm.registry().frames(NodeId::ONE).unwrap().ranges().next().unwrap().first;
     let run = FrameRange { first: FrameNumber(first.0 + 1024), count: FrameCount(2048) };
-    let frames =
-        |machine: &Machine| machine.mm.registry().frames(NodeId::ONE).unwrap().alloc_contiguous(run.count);
-    assert!(frames(&machine).is_err());
+    let contiguous = |machine: &mut Machine| {
+        let grants = [&machine.grant];
+        machine.mm.alloc_contiguous(&Request::on(DomainId::ROOT, NodeId::ONE, &grants), run.count)
+    };
+    assert!(contiguous(&mut machine).is_err());
     let emptying = machine.mm.plan_emptying(NodeId::ONE, run).unwrap();
     assert!(emptying.stuck.is_empty());
     emptying.moves.into_iter().for_each(|planned| machine.complete(planned));
     machine.check();
-    assert_eq!(frames(&machine), Ok(run));
+    assert_eq!(contiguous(&mut machine).unwrap().run(), run);
 }
 
 #[test]

@@ -37,12 +37,11 @@ impl Frames {
                     && first / ZONE_FRAMES == *zones.start()
                 {
                     if is_run_free(&parts, first, len) {
-                        each_piece(first, len, |piece, order| {
+                        for (piece, order) in pieces(first, len) {
                             let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
                             zone.take_at(piece % ZONE_FRAMES, order.index());
                             range.states().set(piece, Some(order));
-                            Ok(())
-                        })?;
+                        }
                         for (number, zone) in zones.zip(parts.into_iter().flatten()) {
                             self.settle(range, number, zone);
                         }
@@ -73,14 +72,13 @@ impl Frames {
         let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
         let high = (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
         let parts = [Some(&low), high.as_ref()];
-        each_piece(first, len, |piece, order| check(range, piece, range.number(piece), order))?;
-        each_piece(first, len, |piece, order| {
+        pieces(first, len).try_for_each(|(piece, order)| check(range, piece, range.number(piece), order))?;
+        for (piece, order) in pieces(first, len) {
             range.states().set(piece, None);
             let number = piece / ZONE_FRAMES;
             let zone = parts[number - zones.start()].expect("locked");
             self.put(range, number, zone, piece % ZONE_FRAMES, order.index());
-            Ok(())
-        })?;
+        }
         for (number, zone) in zones.zip(parts.into_iter().flatten()) {
             self.settle(range, number, zone);
         }
@@ -101,17 +99,12 @@ fn is_run_free(parts: &[Option<&Zone<'_>>; 2], first: usize, len: usize) -> bool
 }
 
 /// The blocks that `len` frames from `first` on are made of: the largest that fit, in order.
-fn each_piece(
-    first: usize,
-    len: usize,
-    mut piece: impl FnMut(usize, Order) -> Result<(), FramesError>,
-) -> Result<(), FramesError> {
+pub(super) fn pieces(first: usize, len: usize) -> impl Iterator<Item = (usize, Order)> {
     let (mut at, end) = (first, first + len);
-    while at < end {
+    core::iter::from_fn(move || {
         let fits = |order: &Order| at.is_multiple_of(1 << order.get()) && at + (1 << order.get()) <= end;
-        let order = Order::all().rev().find(fits).unwrap_or(Order::ZERO);
-        piece(at, order)?;
-        at += 1 << order.get();
-    }
-    Ok(())
+        let piece = (at, Order::all().rev().find(fits)?);
+        at += 1 << piece.1.get();
+        Some(piece)
+    })
 }
