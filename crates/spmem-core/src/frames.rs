@@ -275,6 +275,22 @@ impl Frames {
         FrameCount(self.capacity - self.ranges.iter().map(Range::count_taken).sum::<u64>())
     }
 
+    /// Whether at least so many frames are free. Looks at no more zones than it takes, those with a large block first and never
+    /// at full ones: an allocation asks this each time.
+    pub(crate) fn has_free(&self, wanted: FrameCount) -> bool {
+        let reaches = |order: Order| {
+            let mut found = 0;
+            self.ranges.iter().any(|range| {
+                let next = |&zone: &usize| range.next_zone(order.index(), zone + 1);
+                core::iter::successors(range.next_zone(order.index(), 0), next).any(|zone| {
+                    found += range.count_free(zone);
+                    found >= wanted.0
+                })
+            })
+        };
+        wanted.0 == 0 || reaches(Order::MAX) || reaches(Order::ZERO)
+    }
+
     /// Frames in use or in a cache. Looks at every zone.
     pub fn used(&self) -> FrameCount {
         let used = |range: &Range| range.count_taken().saturating_sub(range.count_retired());

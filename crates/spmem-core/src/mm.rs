@@ -470,7 +470,7 @@ impl MemoryManager {
 
 /// Whether the node's reserve stays whole; its free frames and reserve when not.
 fn keeps_reserve(node: &Node, reserve: Reserve, wanted: FrameCount) -> Result<(), (FrameCount, FrameCount)> {
-    let (free, min) = (node.frames.free(), node.watermarks.min());
-    let is_kept = reserve == Reserve::Use || min.0 == 0 || free.0 >= min.0 + wanted.0;
-    if is_kept { Ok(()) } else { Err((free, min)) }
+    let min = node.watermarks.min();
+    let is_kept = reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0 + wanted.0));
+    if is_kept { Ok(()) } else { Err((node.frames.free(), min)) }
 }

@@ -129,3 +129,29 @@ fn a_batch_takes_turns_and_keeps_track_of_what_moves_as_single_frames_do() {
     assert_eq!(blocks.iter().filter(|block| block.node() == NodeId::ONE).count(), 50);
     assert_eq!(machine.mm.registry().pages(NodeId::ONE).unwrap().iter().count(), 50);
 }
+
+#[test]
+fn the_reserve_is_kept_to_the_frame_however_free_frames_are_spread() {
+    let mut machine = Machine::new();
+    let request = Request::of(DomainId::ROOT);
+    let all: Vec<_> = (0..FRAMES.0).map(|_| machine.mm.alloc(&request, Order::ZERO).unwrap()).collect();
+    let mut held = Vec::new();
+    for (at, block) in all.into_iter().enumerate() {
+        if at % 64 == 0 { machine.mm.free(block).unwrap() } else { held.push(block) }
+    }
+    let free = machine.mm.stats(NodeId::ZERO).unwrap().free;
+    for (min, may) in [(free.0 - 1, true), (free.0, false)] {
+        let marks = Watermarks::new(FrameCount(min), FrameCount(min), FrameCount(min)).unwrap();
+        machine.mm.registry_mut().set_watermarks(&machine.owners[0], marks).unwrap();
+        match machine.mm.alloc(&request, Order::ZERO) {
+            Ok(block) => {
+                assert!(may);
+                machine.mm.free(block).unwrap();
+            }
+            Err(error) => {
+                assert!(!may);
+                assert_eq!(error, AllocError::ReserveOnly { node: NodeId::ZERO, free, min: FrameCount(min) });
+            }
+        }
+    }
+}

@@ -46,7 +46,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Takes the free block of `order` that lies highest. Looks at the zones from the top down.
+    /// Takes the free block of `order` that lies highest. Looks at the zones that may have one, from the top down.
     ///
     /// # Errors
     /// [`FramesError::Exhausted`]; never while a block of that order stays free.
@@ -62,10 +62,9 @@ impl Frames {
         loop {
             let epoch = self.epoch.load(Acquire);
             for range in self.ranges.iter().rev() {
-                for number in (0..range.zones).rev() {
-                    if range.hint(order.index(), number / 64).load(Acquire) >> (number % 64) & 1 != 0 {
-                        continue;
-                    }
+                let mut behind = range.zones;
+                while let Some(number) = range.previous_zone(order.index(), behind) {
+                    behind = number;
                     let zone = Zone::lock(range.zone_words(number), self.relax);
                     if let Some(first) = zone.find_highest(order.index()) {
                         zone.take_at(first, order.index());

@@ -107,6 +107,25 @@ impl Range {
         None
     }
 
+    /// The last zone before `behind` that may have a free block of the order.
+    pub(super) fn previous_zone(&self, order: usize, behind: usize) -> Option<usize> {
+        let mut skipped = if behind.is_multiple_of(64) { 0 } else { u64::MAX << (behind % 64) };
+        for at in (0..behind.div_ceil(64)).rev() {
+            let none = self.hint(order, at).load(Acquire) | skipped;
+            if none != u64::MAX {
+                return Some(at * 64 + 63 - none.leading_ones() as usize);
+            }
+            skipped = 0;
+        }
+        None
+    }
+
+    /// Free frames of a zone.
+    pub(super) fn count_free(&self, zone: usize) -> u64 {
+        // Those that do not exist are counted as used.
+        (ZONE_FRAMES as u64).saturating_sub(zone::read_used(self.zone_words(zone)))
+    }
+
     /// Frames that are not free.
     pub(super) fn count_taken(&self) -> u64 {
         let taken: u64 = (0..self.zones).map(|zone| zone::read_used(self.zone_words(zone))).sum();
