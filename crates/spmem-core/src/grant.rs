@@ -5,6 +5,17 @@
 //! terms, use) lives in the registry, so that revoking takes effect at once wherever the value went, and so does the end
 //! of its time ([`Registry::advance`]). Use counts against a grant and all it was narrowed from. Hole: a dropped grant
 //! keeps its record until it is revoked ([`Registry::release`] gives it back).
+//!
+//! | right | asked for by |
+//! |---|---|
+//! | ALLOC | the wall, for each allocation ([`Registry::admit`]) |
+//! | DEMOTE_TO | each move to an SPM node ([`migrate`](crate::migrate)) |
+//! | MIGRATE_FROM | [`MemoryManager::take`](crate::mm::MemoryManager::take): a move off the node on its holder's behalf |
+//! | PIN | [`MemoryManager::pin`](crate::mm::MemoryManager::pin) |
+//! | MAP_READ, MAP_WRITE | [`Registry::check`], by whoever maps: the manager itself maps nothing |
+//!
+//! What the memory manager moves by itself needs no MIGRATE_FROM: reclaim and compaction, to which the owner has agreed by
+//! offering the services (R3), and evacuation, where a mask or a grant no longer covers what lies there (R5, R13).
 
 mod records;
 
@@ -37,7 +48,7 @@ bitflags! {
         const MAP_WRITE = 1 << 2;
         /// Demote pages to the node (R14).
         const DEMOTE_TO = 1 << 3;
-        /// Migrate pages away from the node.
+        /// Migrate pages away from the node; the node's own services do so without.
         const MIGRATE_FROM = 1 << 4;
         /// Pin pages.
         const PIN = 1 << 5;

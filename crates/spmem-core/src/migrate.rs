@@ -14,12 +14,12 @@ use core::fmt;
 
 use crate::grant::{Grant, Rights};
 use crate::mm::{AllocError, Block, FreeError, MemoryManager};
-use crate::node::Services;
+use crate::node::{Owner, Services};
 use crate::nodemask::NodeMask;
 use crate::page::Page;
 use crate::policy::Policy;
 use crate::units::{DomainId, FrameCount, FrameNumber, NodeId};
-use crate::wall::{Mobility, Request};
+use crate::wall::{Mobility, Refusal, Request};
 
 /// Frames looked at, for each block that is wanted, to find cold ones.
 const LOOKS_PER_BLOCK: usize = 512;
@@ -68,6 +68,18 @@ impl Move {
     }
 }
 
+/// On whose behalf a block is taken. The services of a node need none of them: by offering RECLAIM, COMPACTION and the
+/// like its owner has agreed to what they move ([`MemoryManager::take_cold`], [`MemoryManager::plan_emptying`]).
+#[derive(Clone, Copy, Debug)]
+pub enum Mover<'a> {
+    /// Who holds it, or anybody else: off an SPM node only with a grant that carries MIGRATE_FROM.
+    Holder(&'a [&'a Grant]),
+    /// The owner of the node it lies on.
+    Owner(&'a Owner),
+    /// The memory manager: only what lies outside its domain's masks, or under a grant that has ended (R5, R13).
+    Manager,
+}
+
 /// Why a block stays where it is. Nothing has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stay {
@@ -87,6 +99,11 @@ pub enum Stay {
     NoTarget {
         /// Whose it is.
         domain: Option<DomainId>,
+    },
+    /// The mover lacks a right on the SPM node that the block lies on (R12).
+    Refused {
+        /// What stands in the way.
+        refusal: Refusal,
     },
     /// Compaction did not help lately: it is tried again later.
     Deferred {
@@ -109,6 +126,7 @@ impl fmt::Display for Stay {
                 write!(f, "domain {domain} and the grants shown leave no node to go to")
             }
             Self::NoTarget { domain: None } => f.write_str("a block without a domain has no node to go to"),
+            Self::Refused { refusal } => refusal.fmt(f),
             Self::Deferred { node } => write!(f, "compaction of node {node} did not help lately; try again later"),
             Self::NoRoom { cause } => write!(f, "no room: {cause}"),
         }
@@ -125,15 +143,26 @@ impl MemoryManager {
         }
     }
 
-    /// Keeps a block where it is, or lets it move again; whether that could be: not while it is on its way. A pin for long
-    /// needs a node with LONGTERM_PIN.
+    /// Keeps a block where it is; whether that could be: not while it is on its way. A pin for long needs a node with
+    /// LONGTERM_PIN, and on an SPM node a grant with PIN: what is pinned its owner does not get back (R12).
     ///
     /// # Errors
-    /// [`Stay::NotOffered`]
-    pub fn set_pinned(&mut self, block: &Block, is_pinned: bool) -> Result<bool, Stay> {
+    /// [`Stay::NotOffered`], [`Stay::Refused`].
+    pub fn pin(&mut self, block: &Block, grants: &[&Grant]) -> Result<bool, Stay> {
         self.offered(block.node, Services::LONGTERM_PIN)?;
-        let node = self.registry.node_mut(block.node);
-        Ok(node.is_some_and(|node| node.pages.set_pinned(block.frame, is_pinned)))
+        let refused = |refusal| Stay::Refused { refusal };
+        self.registry.check(block.node, Rights::PIN, grants).map_err(refused)?;
+        let is_own = self.is_own(block);
+        let node = self.registry.node_mut(block.node).filter(|_| is_own);
+        Ok(node.is_some_and(|node| node.pages.set_pinned(block.frame, true)))
+    }
+
+    /// Lets a block move again.
+    pub fn unpin(&mut self, block: &Block) {
+        let is_own = self.is_own(block);
+        if let Some(node) = self.registry.node_mut(block.node).filter(|_| is_own) {
+            node.pages.set_pinned(block.frame, false);
+        }
     }
 
     /// How many frames must leave a node so that it is no longer short (watermarks: begun below low, aimed at high); 0 for
@@ -167,13 +196,31 @@ impl MemoryManager {
         pages.into_iter().map(|page| Isolated { node, page }).collect()
     }
 
-    /// Takes one block, however warm, to be moved.
+    /// Takes one block, however warm, to be moved; whether it may leave its node depends on the mover (R12).
     ///
     /// # Errors
-    /// [`Stay::NotOffered`] from a node without MIGRATION (R15), [`Stay::NotMovable`].
-    pub fn take(&mut self, block: &Block) -> Result<Isolated, Stay> {
+    /// [`Stay::NotOffered`] from a node without MIGRATION (R15), [`Stay::NotMovable`]; [`Stay::Refused`] when the mover may
+    /// not.
+    pub fn take(&mut self, block: &Block, mover: Mover<'_>) -> Result<Isolated, Stay> {
         self.offered(block.node, Services::MIGRATION)?;
+        if !self.is_own(block) {
+            return Err(Stay::NotMovable { node: block.node });
+        }
+        let may = match mover {
+            Mover::Holder(grants) => self.registry.check(block.node, Rights::MIGRATE_FROM, grants),
+            Mover::Owner(owner) if owner.node() == block.node && self.registry.is_owner(owner) => Ok(()),
+            Mover::Manager if self.must_leave(block) => Ok(()),
+            Mover::Owner(_) | Mover::Manager => self.registry.check(block.node, Rights::MIGRATE_FROM, &[]),
+        };
+        may.map_err(|refusal| Stay::Refused { refusal })?;
         self.take_at(block.node, block.frame).ok_or(Stay::NotMovable { node: block.node })
+    }
+
+    /// Whether a block lies where its domain no longer reaches (R5), or where the grant that it is charged to has ended (R13).
+    fn must_leave(&self, block: &Block) -> bool {
+        let effective = block.domain().and_then(|domain| self.registry.effective(domain));
+        let is_outside = effective.is_some_and(|effective| !effective.contains(block.node));
+        is_outside || self.has_lost_its_grant(block)
     }
 
     /// Takes the block that begins at a frame, if it can move.

@@ -457,6 +457,11 @@ impl MemoryManager {
         oom::choose(uses)
     }
 
+    /// Whether the grant that the block is charged to has ended.
+    pub(crate) fn has_lost_its_grant(&self, block: &Block) -> bool {
+        block.charged != UNCHARGED && self.registry.grants.has_ended(block.charged)
+    }
+
     /// Whether the block was allocated here.
     pub(crate) fn is_own(&self, block: &Block) -> bool {
         block.registry == self.tag()

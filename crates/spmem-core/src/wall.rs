@@ -315,6 +315,42 @@ impl Registry {
         }
     }
 
+    /// Whether who shows `grants` may do with what lies on a node what `rights` say (R12): map it, move it off, pin it. On
+    /// sysram everybody may, and on an easy node all but pin it, as everybody may allocate there (R9).
+    ///
+    /// # Errors
+    /// [`Refusal`]: why not, and what would change it (R11).
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::{grant::{Rights, Terms}, registry::Registry, units::{Bytes, NodeId}};
+    /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut registry = Registry::new();
+    /// let owner = registry.register(NodeId::ONE, spec).unwrap();
+    /// let grant = registry.grant(&[&owner], Terms::new(Rights::MAP_READ, Bytes::mib(1))).unwrap();
+    /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ, &[&grant]).is_ok());
+    /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ | Rights::MAP_WRITE, &[&grant]).is_err());
+    /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ, &[]).is_err());
+    /// ```
+    pub fn check(&self, node: NodeId, rights: Rights, grants: &[&Grant]) -> Result<(), Refusal> {
+        let refused = |reason| Err(Refusal { node: Some(node), reason });
+        let Some(spec) = self.spec(node) else { return refused(Reason::Absent) };
+        let is_open = self.easy().contains(node) && !rights.contains(Rights::PIN);
+        if spec.node_type == NodeType::Sysram || is_open {
+            return Ok(());
+        }
+        let mut reason = Reason::LacksRight { right: rights };
+        for grant in grants {
+            match self.grants.own(grant).and_then(|id| self.grants.allows(id, node, rights)) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(cause) => reason = Reason::BadGrant { cause },
+            }
+        }
+        refused(reason)
+    }
+
     /// What stands between a request and one node, whatever else it asks for; `None` when nothing does.
     pub fn obstacle(&self, request: &Request<'_>, node: NodeId) -> Option<Refusal> {
         let mode = request.policy.mode();

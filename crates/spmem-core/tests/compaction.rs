@@ -36,7 +36,8 @@ impl Machine {
         let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
         let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
         mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
-        let grant = mm.registry_mut().grant(&[&owner], Terms::new(Rights::ALLOC, Bytes(u64::MAX))).unwrap();
+        let grant =
+            mm.registry_mut().grant(&[&owner], Terms::new(Rights::ALLOC | Rights::PIN, Bytes(u64::MAX))).unwrap();
         Self { mm, grant, owner, held: BTreeMap::new() }
     }
 
@@ -114,7 +115,7 @@ fn what_cannot_move_keeps_its_window_and_no_other() {
     let all: Vec<_> = std::iter::from_fn(|| machine.alloc(0, Mobility::Movable)).collect();
     // Blocks were given out from the top down; every fourth is kept, this one among them.
     let pinned = all[4 * 512 + 4];
-    assert!(machine.mm.set_pinned(&machine.held[&pinned], true).unwrap());
+    assert!(machine.mm.pin(&machine.held[&pinned], &[&machine.grant]).unwrap());
     all.iter().enumerate().filter(|(at, _)| at % 4 != 0).for_each(|(_, &frame)| machine.free(frame));
     machine.compact();
     assert_eq!(machine.free_huge(), 5);

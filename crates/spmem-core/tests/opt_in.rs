@@ -4,6 +4,7 @@
 
 use spmem_core::frames::Metadata;
 use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::migrate::{Isolated, Mover, Stay};
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Services};
 use spmem_core::page::Pages;
@@ -20,6 +21,8 @@ const FRAMES: FrameCount = FrameCount(64);
 /// are movable, of order 0, and half of them free.
 struct Machine {
     mm: MemoryManager,
+    /// ALLOC, MIGRATE_FROM and PIN.
+    grant: Grant,
     demote: Grant,
     held: Vec<Block>,
 }
@@ -46,8 +49,9 @@ impl Machine {
             let terms = Terms::new(right, Bytes(u64::MAX));
             mm.registry_mut().grant(&[&owners[1], &owners[2]], terms).unwrap()
         };
-        let (alloc, demote) = (grant(&mut mm, Rights::ALLOC), grant(&mut mm, Rights::DEMOTE_TO));
-        let grants = [&alloc];
+        let rights = Rights::ALLOC | Rights::MIGRATE_FROM | Rights::PIN;
+        let (grant, demote) = (grant(&mut mm, rights), grant(&mut mm, Rights::DEMOTE_TO));
+        let grants = [&grant];
         let request = Request { mobility: Mobility::Movable, ..Request::on(DomainId::ROOT, NodeId::ONE, &grants) };
         let all: Vec<Block> = std::iter::from_fn(|| mm.alloc(&request, Order::ZERO).ok()).collect();
         assert_eq!(all.len() as u64, FRAMES.0);
@@ -57,7 +61,11 @@ impl Machine {
         }
         let marks = Watermarks::new(FrameCount(0), FrameCount(40), FrameCount(50)).unwrap();
         mm.registry_mut().set_watermarks(&owners[1], marks).unwrap();
-        Self { mm, demote, held }
+        Self { mm, grant, demote, held }
+    }
+
+    fn take(&mut self) -> Result<Isolated, Stay> {
+        self.mm.take(&self.held[0], Mover::Holder(&[&self.grant]))
     }
 
     fn looked_at(&self) -> u64 {
@@ -82,16 +90,16 @@ const TRIES: [(Services, Try); 9] = [
         let range = machine.mm.registry().frames(NodeId::ONE).unwrap().ranges().next().unwrap();
         machine.mm.plan_emptying(NodeId::ONE, range).is_ok()
     }),
-    (Services::MIGRATION, |machine| machine.mm.take(&machine.held[0]).is_ok()),
+    (Services::MIGRATION, |machine| machine.take().is_ok()),
     (Services::DEMOTION, |machine| {
-        let Ok(isolated) = machine.mm.take(&machine.held[0]) else { return false };
+        let Ok(isolated) = machine.take() else { return false };
         machine.mm.plan_demotion(isolated, &[&machine.demote]).is_ok()
     }),
     (Services::PROMOTION, |machine| {
-        let Ok(isolated) = machine.mm.take(&machine.held[0]) else { return false };
+        let Ok(isolated) = machine.take() else { return false };
         machine.mm.plan_promotion(isolated, NodeId::ZERO).is_ok()
     }),
-    (Services::LONGTERM_PIN, |machine| machine.mm.set_pinned(&machine.held[0], true) == Ok(true)),
+    (Services::LONGTERM_PIN, |machine| machine.mm.pin(&machine.held[0], &[&machine.grant]) == Ok(true)),
     (Services::USER_NUMA, |machine| {
         let request = Request { policy: Policy::bind(NodeId::ONE.into()), ..Request::of(DomainId::ROOT) };
         machine.mm.alloc(&request, Order::ZERO).is_ok()

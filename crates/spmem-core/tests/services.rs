@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use spmem_core::frames::Metadata;
 use spmem_core::grant::{Grant, Rights, Terms};
-use spmem_core::migrate::{Isolated, Move, Stay};
+use spmem_core::migrate::{Isolated, Move, Mover, Stay};
 use spmem_core::mm::{Block, FreeError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
@@ -38,7 +38,7 @@ const ALL: Services = Services::RECLAIM
 struct Machine {
     mm: MemoryManager,
     owners: Vec<Owner>,
-    /// ALLOC on all SPM nodes.
+    /// ALLOC and PIN on all SPM nodes.
     alloc: Grant,
     /// DEMOTE_TO on nodes 2 to 4.
     demote: Grant,
@@ -68,7 +68,7 @@ impl Machine {
             registry.set_abstract_distance(id(node), adistance);
         }
         let spm: Vec<&Owner> = owners[2..5].iter().collect();
-        let alloc = registry.grant(&spm, Terms::new(Rights::ALLOC, Bytes(u64::MAX))).unwrap();
+        let alloc = registry.grant(&spm, Terms::new(Rights::ALLOC | Rights::PIN, Bytes(u64::MAX))).unwrap();
         let demote = registry.grant(&spm, Terms::new(Rights::DEMOTE_TO, Bytes(u64::MAX))).unwrap();
         let inner = registry.create_domain(DomainId::ROOT, "inner").unwrap();
         Self { mm, owners, alloc, demote, inner }
@@ -224,7 +224,14 @@ impl Model {
                 let at = at.index(self.blocks.len());
                 let is_moving = self.is_moving(&self.blocks[at].0);
                 let (block, known) = &mut self.blocks[at];
-                match self.machine.mm.set_pinned(block, is_pinned) {
+                let result = if is_pinned {
+                    self.machine.mm.pin(block, &[&self.machine.alloc])
+                } else {
+                    // Says nothing; what came of it the next pin and move tell.
+                    self.machine.mm.unpin(block);
+                    if block.node() >= id(4) { return } else { Ok(!is_moving) }
+                };
+                match result {
                     Ok(is_set) => {
                         assert_eq!(is_set, !is_moving);
                         *known = if is_set { is_pinned } else { *known };
@@ -237,7 +244,8 @@ impl Model {
             Op::Take(at) if !self.blocks.is_empty() => {
                 let (block, is_pinned) = &self.blocks[at.index(self.blocks.len())];
                 let may = !is_pinned && !self.is_moving(block) && block.node() < id(4);
-                let taken = self.machine.mm.take(block);
+                let owner = &self.machine.owners[block.node().index()];
+                let taken = self.machine.mm.take(block, Mover::Owner(owner));
                 assert_eq!(taken.is_ok(), may, "R15");
                 self.isolated.extend(taken);
             }
@@ -391,7 +399,7 @@ fn a_move_of_one_manager_is_no_move_of_another() {
     let (mut mine, mut theirs) = (Machine::new(), Machine::new());
     let (my_block, their_block) =
         (mine.alloc(DomainId::ROOT, 0, 0).unwrap(), theirs.alloc(DomainId::ROOT, 0, 0).unwrap());
-    let isolated = mine.mm.take(&my_block).unwrap();
+    let isolated = mine.mm.take(&my_block, Mover::Holder(&[])).unwrap();
     let planned = mine.mm.plan_demotion(isolated, &[&mine.demote]).unwrap();
     let (planned, their_block) = mine.mm.complete(planned, their_block).unwrap_err();
     theirs.mm.free(their_block).unwrap();

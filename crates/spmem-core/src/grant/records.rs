@@ -103,6 +103,12 @@ impl Grants {
         Ok(record.nodes.contains(node) && record.terms.rights.contains(rights))
     }
 
+    /// Whether nothing new can be had under the grant of a slot that something is charged to. One that was given back has
+    /// not ended: what is in use under it stays.
+    pub(crate) fn has_ended(&self, slot: u16) -> bool {
+        matches!(self.record(slot).state, State::Expired | State::Revoked)
+    }
+
     /// The nodes that a grant names, whatever it allows there.
     ///
     /// # Errors

@@ -52,7 +52,7 @@ pub enum Reason {
         /// How the node was named; on an easy node bind would do (R9).
         mode: Mode,
     },
-    /// A grant names the node but lacks this right (R6).
+    /// No grant shown carries this right on the node (R6, R12).
     LacksRight {
         /// The right.
         right: Rights,

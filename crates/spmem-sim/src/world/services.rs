@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use spmem_core::grant::{Grant, Rights};
-use spmem_core::migrate::{Isolated, Move, Stay};
+use spmem_core::migrate::{Isolated, Move, Mover, Stay};
 use spmem_core::mm::MemoryManager;
 use spmem_core::node::Services;
 use spmem_core::page::Pages;
@@ -193,7 +193,7 @@ impl World {
         for number in outside {
             let (is_movable, node) = (self.model.blocks[&number].is_movable, self.model.blocks[&number].node);
             let has_service = self.model.nodes[&node].services.contains(Services::MIGRATION);
-            let isolated = match self.mm.take(&self.blocks[&number]) {
+            let isolated = match self.mm.take(&self.blocks[&number], Mover::Manager) {
                 Ok(isolated) => isolated,
                 Err(stay) => {
                     hold("R5", !is_movable || !has_service, || format!("block {number} cannot move: {stay}"))?;
