@@ -98,6 +98,8 @@ struct Domain {
     default: NodeMask,
     /// Frames in use by node; nodes above the last are unused.
     used: Vec<u64>,
+    /// Tells it from one that had its number before.
+    serial: u64,
 }
 
 /// The tree of domains of a registry.
@@ -105,13 +107,14 @@ struct Domain {
 pub(crate) struct Domains {
     slots: Vec<Option<Box<Domain>>>,
     vacant: Vec<DomainId>,
+    next_serial: u64,
 }
 
 impl Domains {
     /// The root alone, without limits.
     pub(crate) fn new() -> Self {
-        let root = Domain::new("", None, 0);
-        Self { slots: alloc::vec![Some(Box::new(root))], vacant: Vec::new() }
+        let root = Domain::new("", None, 0, 0);
+        Self { slots: alloc::vec![Some(Box::new(root))], vacant: Vec::new(), next_serial: 1 }
     }
 
     fn get(&self, id: DomainId) -> Option<&Domain> {
@@ -126,6 +129,11 @@ impl Domains {
     /// The nodes that requests of the domain can reach at all, and those they get unasked.
     pub(crate) fn masks(&self, id: DomainId) -> Option<(&NodeMask, &NodeMask)> {
         self.get(id).map(|domain| (&domain.effective, &domain.default))
+    }
+
+    /// Tells a domain from others that have had, or will have, its number.
+    pub(crate) fn serial(&self, id: DomainId) -> Option<u64> {
+        self.get(id).map(|domain| domain.serial)
     }
 
     /// Works out the effective masks of a domain and everything below it (R4).
@@ -176,7 +184,7 @@ impl Domains {
 }
 
 impl Domain {
-    fn new(name: &str, parent: Option<DomainId>, depth: usize) -> Self {
+    fn new(name: &str, parent: Option<DomainId>, depth: usize, serial: u64) -> Self {
         Self {
             name: name.into(),
             parent,
@@ -187,6 +195,7 @@ impl Domain {
             effective: NodeMask::EMPTY,
             default: NodeMask::EMPTY,
             used: Vec::new(),
+            serial,
         }
     }
 }
@@ -224,7 +233,8 @@ impl Registry {
             return Err(DomainError::TooDeep);
         }
         let domains = &mut self.domains;
-        let domain = Box::new(Domain::new(name, Some(parent), depth));
+        let domain = Box::new(Domain::new(name, Some(parent), depth, domains.next_serial));
+        domains.next_serial += 1;
         let id = if let Some(id) = domains.vacant.pop() {
             domains.slots[id.index()] = Some(domain);
             id

@@ -415,13 +415,17 @@ impl MemoryManager {
     }
 
     /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
-    /// that has ended is none.
+    /// that has ended is none. On a hard one nothing is had without, whatever a pass says (R12).
     fn charge_for(&mut self, pass: &Pass, bytes: Bytes, node: NodeId) -> Result<u16, AllocError> {
-        let mut refused = None;
+        let is_easy = self.registry.easy().contains(node);
+        let mut refused = if is_easy { None } else { Some(GrantError::Revoked) };
         for &grant in pass.grants() {
             match self.charge_one(grant, bytes, node, pass.right) {
                 Ok(Some(slot)) => return Ok(slot),
-                Ok(None) | Err(GrantError::Revoked | GrantError::Expired { .. }) => {}
+                Ok(None) => {}
+                Err(GrantError::Revoked | GrantError::Expired { .. }) if is_easy => {}
+                // A quota that is too small says more than a grant that has ended.
+                Err(_) if matches!(refused, Some(GrantError::OverQuota { .. })) => {}
                 Err(cause) => refused = Some(cause),
             }
         }
@@ -478,4 +482,34 @@ fn keeps_reserve(node: &Node, reserve: Reserve, wanted: FrameCount) -> Result<()
     let min = node.watermarks.min();
     let is_kept = reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0 + wanted.0));
     if is_kept { Ok(()) } else { Err((node.frames.free(), min)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frames::Metadata;
+    use crate::grant::Terms;
+    use crate::node::{Class, Guard, NodeSpec, NodeType};
+    use crate::units::Time;
+    use crate::zero::Initial;
+
+    #[test]
+    fn a_pass_that_nobody_told_of_a_grants_end_takes_nothing_of_a_hard_node() {
+        let mut mm = MemoryManager::new();
+        let (node_type, class, guard) = (NodeType::Spm, Class::Plain, Guard::Hard);
+        let spec = NodeSpec { node_type, class, services: Services::empty(), guard, owner: "test".into() };
+        let owner = mm.registry.register(NodeId::ONE, spec.clone()).unwrap();
+        let lent = Metadata::from_heap(FrameCount(64)).unwrap();
+        mm.registry.add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero).unwrap();
+        let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(9));
+        let grant = mm.registry.grant(&[&owner], terms).unwrap();
+        let mut pass = mm.registry.admit(&Request::on(DomainId::ROOT, NodeId::ONE, &[&grant])).unwrap();
+        // Behind the registry's back: the epoch is what it was.
+        assert_eq!(mm.registry.grants.expire(Time(9)), [grant.id()]);
+        let cause = GrantError::Expired { at: Time(9) };
+        let refused = AllocError::Grant { node: NodeId::ONE, cause };
+        assert_eq!(mm.alloc_with(&mut pass, Order::ZERO), Err(refused));
+        assert_eq!(mm.alloc_batch(&mut pass, 3, &mut alloc::vec::Vec::new()), Err(refused));
+        assert_eq!(mm.stats(NodeId::ONE).unwrap().used, FrameCount(0));
+    }
 }

@@ -102,6 +102,8 @@ pub struct Pass {
     policy: Policy,
     local: Option<NodeId>,
     domain: Option<DomainId>,
+    /// Of the domain that was asked for: its number may name another one later.
+    serial: Option<u64>,
     grants: Vec<GrantId>,
     /// What a grant must carry to open a node.
     pub(crate) right: Rights,
@@ -184,6 +186,7 @@ impl Pass {
             Some(domain) => registry
                 .domains
                 .masks(domain)
+                .filter(|_| registry.domains.serial(domain) == self.serial)
                 .ok_or(Refusal { node: None, reason: Reason::UnknownDomain { domain } })?,
         };
         let (granted, easy) = match self.domain {
@@ -301,6 +304,7 @@ impl Registry {
             policy: request.policy,
             local: request.local,
             domain: request.domain,
+            serial: request.domain.and_then(|domain| self.domains.serial(domain)),
             grants,
             right,
             reserve: request.reserve,

@@ -7,12 +7,12 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use spmem_core::domain::{DomainError, MAX_DEPTH, MAX_NAME};
 use spmem_core::frames::Metadata;
-use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::mm::{AllocError, Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::Policy;
 use spmem_core::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId, Order};
-use spmem_core::wall::{Pass, Request};
+use spmem_core::wall::{Pass, Reason, Refusal, Request};
 use spmem_core::zero::Initial;
 
 type Set = BTreeSet<u16>;
@@ -304,4 +304,24 @@ fn depth_and_number_of_domains_have_limits() {
     });
     assert_eq!(made.find_map(Result::err), Some(DomainError::TooMany));
     assert_eq!(registry.domains().count(), usize::from(MAX_DOMAINS));
+}
+
+#[test]
+fn a_pass_of_a_removed_domain_is_none_of_the_one_that_has_its_number_now() {
+    let mut mm = MemoryManager::new();
+    for node in [0, 1] {
+        let (node_type, class, services) = (NodeType::Sysram, Class::Plain, Services::empty());
+        let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
+        let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+        let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
+    }
+    let old = mm.registry_mut().create_domain(DomainId::ROOT, "old").unwrap();
+    let mut pass = mm.registry().admit(&Request::of(old)).unwrap();
+    mm.registry_mut().remove_domain(old).unwrap();
+    let new = mm.registry_mut().create_domain(DomainId::ROOT, "new").unwrap();
+    assert_eq!(new, old, "the number is used again");
+    let gone = AllocError::Refused(Refusal { node: None, reason: Reason::UnknownDomain { domain: old } });
+    assert_eq!(mm.alloc_with(&mut pass, Order::ZERO), Err(gone));
+    assert_eq!(mm.registry().used_by(new, NodeId::ZERO), FrameCount(0));
 }
