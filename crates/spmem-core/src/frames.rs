@@ -165,15 +165,14 @@ impl Frames {
         Self { ranges: Vec::new(), capacity: 0, epoch: AtomicU64::new(0), relax, stamp: AtomicU64::new(0) }
     }
 
-    /// Adds `count` free frames; they begin at the next multiple of 1024 behind the last range.
+    /// Adds `count` free frames, in the lowest gap between ranges that holds them, at a multiple of 1024: so memory that comes
+    /// and goes never runs out of frame numbers.
     ///
     /// # Errors
     /// [`FramesError::EmptyRange`], [`FramesError::TooMany`]; [`FramesError::NoMetadata`] when less was lent than
     /// [`Metadata::size`] says.
     pub fn add_range(&mut self, count: FrameCount, lent: Metadata) -> Result<FrameRange, FramesError> {
-        let first = self.ranges.last().map_or(0, |last| {
-            (u64::from(last.span.first.0) + last.span.count.0).next_multiple_of(TREE_FRAMES as u64)
-        });
+        let (at, first) = self.find_gap(count);
         let too_many = FramesError::TooMany { ranges: self.ranges.len(), frames: first };
         if count.0 == 0 {
             return Err(FramesError::EmptyRange);
@@ -199,9 +198,22 @@ impl Frames {
         if self.stamp.load(Relaxed) == 0 {
             self.stamp.store(NEXT_STAMP.fetch_add(2, Relaxed), Relaxed);
         }
-        self.ranges.push(range);
+        self.ranges.insert(at, range);
         self.capacity += count.0;
         Ok(span)
+    }
+
+    /// Where a new range goes: which of the ranges it is then, and where it begins.
+    fn find_gap(&self, count: FrameCount) -> (usize, u64) {
+        let mut first = 0;
+        for (at, range) in self.ranges.iter().enumerate() {
+            let start = u64::from(range.span.first.0);
+            if start - first >= count.0 {
+                return (at, first);
+            }
+            first = (start + range.span.count.0).next_multiple_of(TREE_FRAMES as u64);
+        }
+        (self.ranges.len(), first)
     }
 
     /// Takes away the range that begins at `first`, all of whose frames must be free or out of use: none in use, none in a

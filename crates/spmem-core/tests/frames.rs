@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use spmem_core::frames::{FrameRange, Frames, FramesError, Hurt, InUse, Metadata};
+use spmem_core::frames::{FrameRange, Frames, FramesError, Hurt, InUse, Metadata, PerCpu};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 
 /// What a frame is, one entry a frame.
@@ -103,9 +103,10 @@ impl Oracle {
     fn add_range(&mut self, count: u64) {
         let range = self.frames.add_range(FrameCount(count), lent(count)).unwrap();
         assert_eq!(range.first.0 % 1024, 0);
-        assert!(range.first.0 as usize >= self.owners.len());
-        self.owners.resize(range.first.0 as usize, Owner::Hole);
-        self.owners.extend((0..count).map(|_| Owner::Free));
+        let (first, end) = (range.first.0 as usize, range.first.0 as usize + count as usize);
+        self.owners.resize(end.max(self.owners.len()), Owner::Hole);
+        assert!(self.owners[first..end].iter().all(|&owner| owner == Owner::Hole), "ranges overlap");
+        self.owners[first..end].fill(Owner::Free);
     }
 
     fn alloc(&mut self, order: Order) {
@@ -456,4 +457,49 @@ fn metadata_stays_below_a_thousandth_of_the_memory() {
     let mut frames = Frames::new();
     frames.add_range(FrameCount(1 << 18), lent(1 << 18)).unwrap();
     assert!(frames.metadata_bytes() * 1000 < 1 << 30, "{}", frames.metadata_bytes());
+}
+
+#[test]
+fn memory_may_come_and_go_for_ever() {
+    let count = FrameCount(1 << 18);
+    let mut frames = Frames::new();
+    let mut old = frames.add_range(count, lent(count.0)).unwrap();
+    let mut spare = lent(count.0);
+    for _ in 0..(1 << 15) {
+        let new = frames.add_range(count, spare).unwrap();
+        spare = frames.remove_range(old.first).unwrap().1;
+        old = new;
+    }
+    assert!(u64::from(old.first.0) <= count.0);
+}
+
+#[test]
+fn a_range_goes_into_the_lowest_gap_that_holds_it() {
+    let mut frames = Frames::new();
+    let add = |frames: &mut Frames, count: u64| frames.add_range(FrameCount(count), lent(count)).unwrap().first.0;
+    assert_eq!([add(&mut frames, 1024), add(&mut frames, 100), add(&mut frames, 3000)], [0, 1024, 2048]);
+    frames.remove_range(FrameNumber(0)).unwrap();
+    frames.remove_range(FrameNumber(1024)).unwrap();
+    assert_eq!(add(&mut frames, 2049), 5120, "the gap has 2048");
+    assert_eq!([add(&mut frames, 1025), add(&mut frames, 5)], [0, 8192]);
+    frames.remove_range(FrameNumber(0)).unwrap();
+    assert_eq!([add(&mut frames, 2048), add(&mut frames, 1)], [0, 9216]);
+    let firsts: Vec<u32> = frames.ranges().map(|range| range.first.0).collect();
+    assert_eq!(firsts, [0, 2048, 5120, 8192, 9216]);
+}
+
+#[test]
+fn caches_that_hold_frames_of_another_node_are_refused() {
+    let node = || {
+        let mut frames = Frames::new();
+        frames.add_range(FrameCount(1024), lent(1024)).unwrap();
+        frames
+    };
+    let (mine, other) = (node(), node());
+    let caches = PerCpu::new(2).unwrap();
+    caches.alloc(&mine, 0, Order::ZERO).unwrap();
+    other.alloc(Order::MAX).unwrap();
+    assert_eq!(caches.alloc(&other, 0, Order::HUGE), Err(FramesError::OtherCache));
+    assert_eq!(caches.alloc(&other, 1, Order::ZERO), Err(FramesError::OtherCache));
+    assert_eq!(caches.len(), FrameCount(63), "they keep what they have");
 }

@@ -347,8 +347,8 @@ impl PerCpu {
         };
         match cached.unwrap_or_else(|| frames.alloc(order)) {
             Err(FramesError::Exhausted { .. }) => {
-                self.drain(frames);
-                frames.alloc(order)
+                let is_mixed = self.drain_own(frames);
+                frames.alloc(order).map_err(|cause| if is_mixed { FramesError::OtherCache } else { cause })
             }
             result => result,
         }
@@ -381,6 +381,18 @@ impl PerCpu {
         for slot in &self.slots {
             slot.with(frames.relax, |cache| cache.drain_alone(frames));
         }
+    }
+
+    /// Gives back what is cached of the node; whether something is of another one.
+    fn drain_own(&self, frames: &Frames) -> bool {
+        let drain = |cache: &Cache| {
+            let is_other = cache.is_of(frames).is_err();
+            if !is_other {
+                cache.drain_alone(frames);
+            }
+            is_other
+        };
+        self.slots.iter().fold(false, |is_mixed, slot| slot.with(frames.relax, drain) | is_mixed)
     }
 
     /// Frames that are cached, a moment ago.
