@@ -7,7 +7,7 @@
 mod many;
 
 use core::fmt;
-use core::num::NonZeroU16;
+use core::num::NonZeroU32;
 
 use crate::frames::FramesError;
 use crate::grant::{Grant, GrantError, GrantId, Rights};
@@ -37,9 +37,9 @@ pub struct Block {
     /// Number of the domain charged, or [`UNCHARGED`].
     domain: u16,
     /// Of the manager: a block given to another one is noticed.
-    registry: NonZeroU16,
+    registry: NonZeroU32,
     pub(crate) order: Order,
-    is_zeroed: bool,
+    pub(crate) is_zeroed: bool,
 }
 
 const _: () = assert!(size_of::<Option<Block>>() <= 16 && crate::units::MAX_DOMAINS < UNCHARGED);
@@ -471,9 +471,9 @@ impl MemoryManager {
         block.registry == self.tag()
     }
 
-    fn tag(&self) -> NonZeroU16 {
-        let number = self.registry.id() % u64::from(u16::MAX) + 1;
-        u16::try_from(number).ok().and_then(NonZeroU16::new).expect("1 to 65535")
+    fn tag(&self) -> NonZeroU32 {
+        let tag = u32::try_from(self.registry.id()).ok().and_then(NonZeroU32::new);
+        tag.expect("a registry's number is checked when it is made")
     }
 }
 

@@ -86,10 +86,14 @@ impl Default for Registry {
 
 impl Registry {
     /// A registry without nodes, and the root domain.
+    ///
+    /// # Panics
+    /// After 2^32 of them in one process: no two may have one number.
     pub fn new() -> Self {
         /// Tells registries apart, so that a token of one is worth nothing in another. Relaxed: only the value matters.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(u32::try_from(id).is_ok(), "blocks and tokens tell 2^32 registries of a process apart");
         Self {
             id,
             next_serial: 0,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
-use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::mm::{Block, FreeError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
@@ -244,4 +244,26 @@ fn a_token_of_another_table_owns_nothing() {
         Err(refused)
     );
     assert_eq!(theirs.registry_mut().unregister(&owner), Err(refused));
+}
+
+#[test]
+fn a_block_is_told_from_those_of_every_later_manager() {
+    let with_memory = || {
+        let mut mm = MemoryManager::new();
+        let (node_type, class, services) = (NodeType::Sysram, Class::Plain, Services::empty());
+        let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
+        let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap();
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
+        mm
+    };
+    let mut first = with_memory();
+    // Others make managers meanwhile: one of these would have had the number again, when numbers went round at 2^16.
+    (0..65_500).for_each(|_| drop(MemoryManager::new()));
+    for _ in 0..100 {
+        let block = first.alloc(&Request::of(DomainId::ROOT), Order::ZERO).unwrap();
+        let mut later = with_memory();
+        let _held = later.alloc(&Request::of(DomainId::ROOT), Order::ZERO).unwrap();
+        let Err(FreeError::Foreign(block)) = later.free(block) else { panic!("it is another manager's") };
+        first.free(block).unwrap();
+    }
 }

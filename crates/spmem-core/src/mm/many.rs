@@ -1,7 +1,7 @@
 //! Many frames at a time: in one piece, or one by one in a batch. Through the wall and charged as a block is.
 
 use alloc::vec::Vec;
-use core::num::NonZeroU16;
+use core::num::NonZeroU32;
 
 use super::{AllocError, Block, MemoryManager, UNCHARGED};
 use crate::frames::FrameRange;
@@ -19,7 +19,7 @@ pub struct Contiguous {
     node: NodeId,
     charged: u16,
     domain: u16,
-    registry: NonZeroU16,
+    registry: NonZeroU32,
     is_zeroed: bool,
 }
 
