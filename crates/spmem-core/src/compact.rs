@@ -167,7 +167,7 @@ impl MemoryManager {
             match self.alloc_outside(&isolated, run, above, &mut held) {
                 Some(to) => emptying.moves.push(Move::new(isolated, to)),
                 None => {
-                    self.put_back(&isolated);
+                    self.put_back(isolated);
                     emptying.stuck.push(frame);
                     if above == Above::Yes {
                         break;

@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::grant::{Grant, Rights};
-use crate::mm::{AllocError, Block, FreeError, MemoryManager};
+use crate::mm::{AllocError, Block, MemoryManager};
 use crate::node::{Owner, Services};
 use crate::nodemask::NodeMask;
 use crate::page::Page;
@@ -28,6 +28,7 @@ const LOOKS_PER_BLOCK: usize = 512;
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a dropped one never moves again"]
 pub struct Isolated {
+    registry: u64,
     node: NodeId,
     page: Page,
 }
@@ -193,7 +194,8 @@ impl MemoryManager {
         if pages.is_empty() && entry.pages.age() {
             pages = entry.pages.isolate(wanted, limit);
         }
-        pages.into_iter().map(|page| Isolated { node, page }).collect()
+        let registry = self.registry.id();
+        pages.into_iter().map(|page| Isolated { registry, node, page }).collect()
     }
 
     /// Takes one block, however warm, to be moved; whether it may leave its node depends on the mover (R12).
@@ -225,37 +227,55 @@ impl MemoryManager {
 
     /// Takes the block that begins at a frame, if it can move.
     pub(crate) fn take_at(&mut self, node: NodeId, frame: FrameNumber) -> Option<Isolated> {
+        let registry = self.registry.id();
         let entry = self.registry.node_mut(node)?;
         let page = entry.pages.get(frame)?;
-        entry.pages.isolate_one(frame).then_some(Isolated { node, page })
+        entry.pages.isolate_one(frame).then_some(Isolated { registry, node, page })
     }
 
     /// A block stays after all.
-    pub fn put_back(&mut self, isolated: &Isolated) {
+    ///
+    /// # Panics
+    /// When it is another manager's.
+    pub fn put_back(&mut self, isolated: Isolated) {
+        self.release(&isolated);
+    }
+
+    fn release(&mut self, isolated: &Isolated) {
+        assert!(isolated.registry == self.registry.id(), "a block is put back by the manager that took it");
         if let Some(entry) = self.registry.node_mut(isolated.node) {
             entry.pages.put_back(isolated.page.frame);
         }
     }
 
-    /// Plans a move to a lower tier: to sysram, and to SPM nodes on which a grant shown carries DEMOTE_TO (R14).
+    /// Plans a move to a lower tier: to sysram, and to SPM nodes on which a grant shown carries DEMOTE_TO (R14). Only to nodes
+    /// with MIGRATION: on another the block would have to stay (R15).
     ///
     /// # Errors
     /// [`Stay`]; the block is put back then.
+    ///
+    /// # Panics
+    /// When the block is another manager's.
     pub fn plan_demotion(&mut self, isolated: Isolated, grants: &[&Grant]) -> Result<Move, Stay> {
         let needs = Services::DEMOTION | Services::MIGRATION;
         self.plan(isolated, needs, grants, |mm, isolated, open| {
-            mm.registry.tiers().demotion_order(isolated.node, open, mm.registry.distances())
+            let open = mm.with_migration(open);
+            mm.registry.tiers().demotion_order(isolated.node, &open, mm.registry.distances())
         })
     }
 
-    /// Plans a move to a higher tier, near to the node where the block is used: to the domain's default (R14).
+    /// Plans a move to a higher tier, near to the node where the block is used: to sysram with MIGRATION, as above (R14).
     ///
     /// # Errors
     /// [`Stay`]; the block is put back then.
+    ///
+    /// # Panics
+    /// When the block is another manager's.
     pub fn plan_promotion(&mut self, isolated: Isolated, used_at: NodeId) -> Result<Move, Stay> {
         let needs = Services::PROMOTION | Services::MIGRATION;
         self.plan(isolated, needs, &[], |mm, isolated, open| {
-            mm.registry.tiers().promotion_order(isolated.node, used_at, open, mm.registry.distances())
+            let open = mm.with_migration(open);
+            mm.registry.tiers().promotion_order(isolated.node, used_at, &open, mm.registry.distances())
         })
     }
 
@@ -264,6 +284,9 @@ impl MemoryManager {
     ///
     /// # Errors
     /// [`Stay`]; the block is put back then.
+    ///
+    /// # Panics
+    /// When the block is another manager's.
     pub fn plan_evacuation(
         &mut self,
         isolated: Isolated,
@@ -288,6 +311,10 @@ impl MemoryManager {
         grants: &[&Grant],
         order: impl Fn(&Self, &Isolated, &NodeMask) -> Vec<NodeId>,
     ) -> Result<Move, Stay> {
+        assert!(isolated.registry == self.registry.id(), "a move is planned by the manager that took the block");
+        let entry = self.registry.node(isolated.node);
+        let page = entry.and_then(|entry| entry.pages.get(isolated.page.frame));
+        assert!(page.is_some_and(|page| page.is_isolated), "what was taken is on its way until it is planned");
         let planned = self.offered(isolated.node, needs).and_then(|()| {
             let open = self.open_to(&isolated, grants);
             let domain = isolated.page.domain;
@@ -306,7 +333,7 @@ impl MemoryManager {
         match planned {
             Ok(to) => Ok(Move { from: isolated, to }),
             Err(stay) => {
-                self.put_back(&isolated);
+                self.release(&isolated);
                 Err(stay)
             }
         }
@@ -326,6 +353,11 @@ impl MemoryManager {
         registry.effective(domain).map_or(NodeMask::EMPTY, |effective| open.intersection(effective))
     }
 
+    /// R3, R15: the nodes that have opted into moves.
+    fn with_migration(&self, nodes: &NodeMask) -> NodeMask {
+        nodes.iter().filter(|&node| self.offered(node, Services::MIGRATION).is_ok()).collect()
+    }
+
     pub(crate) fn offered(&self, node: NodeId, needs: Services) -> Result<(), Stay> {
         let services = self.registry.spec(node).map_or(Services::empty(), |spec| spec.services);
         let missing = needs - services;
@@ -341,13 +373,15 @@ impl MemoryManager {
         if (old.node, old.frame) != (isolated.node, isolated.page.frame) || !self.is_own(&old) {
             return Err((moved, old));
         }
-        self.put_back(isolated);
+        self.release(isolated);
         if moved.to.node == old.node {
             Self::succeed(&mut old, &mut moved.to);
         }
         match self.free(old) {
             Ok(()) => {
                 self.track(&moved.to);
+                // It holds a copy now, whatever it held when it was allocated (R21).
+                moved.to.is_zeroed = false;
                 Ok(moved.to)
             }
             Err(error) => unreachable!("it is this manager's and not on its way any more: {error}"),
@@ -357,10 +391,14 @@ impl MemoryManager {
     /// The move does not happen: the old block stays, the new one is given back.
     ///
     /// # Errors
-    /// [`FreeError::Foreign`] when the move is another manager's.
-    pub fn call_off(&mut self, moved: Move) -> Result<(), FreeError> {
-        self.free(moved.to)?;
-        self.put_back(&moved.from);
+    /// It again, when it is another manager's.
+    pub fn call_off(&mut self, moved: Move) -> Result<(), Move> {
+        if moved.from.registry != self.registry.id() {
+            return Err(moved);
+        }
+        let freed = self.free(moved.to);
+        assert!(freed.is_ok(), "the new block is this manager's, and not on its way: {freed:?}");
+        self.release(&moved.from);
         Ok(())
     }
 }

@@ -148,3 +148,27 @@ fn every_service_is_tried() {
     // The fence is the back end's (R17): the memory manager hands out places, it maps nothing.
     assert_eq!(Services::all() - tried, Services::WRITE_FENCE);
 }
+
+#[test]
+fn nothing_is_demoted_or_promoted_to_a_node_that_moves_nothing() {
+    for services in [Services::empty(), Services::MIGRATION] {
+        let mut mm = MemoryManager::new();
+        for (node, services) in [(0, Services::all()), (1, services)] {
+            let (node_type, class, guard) = (NodeType::Sysram, Class::Plain, Guard::Hard);
+            let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let lent = Metadata::from_heap(FRAMES).unwrap();
+            mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
+        }
+        for (down, distance) in [(true, 3 * DRAM), (false, DRAM / 2)] {
+            mm.registry_mut().set_abstract_distance(NodeId::ONE, distance);
+            let policy = Policy::bind(NodeId::ZERO.into());
+            let request = Request { policy, mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
+            let block = mm.alloc(&request, Order::ZERO).unwrap();
+            let isolated = mm.take(&block, Mover::Holder(&[])).unwrap();
+            let planned =
+                if down { mm.plan_demotion(isolated, &[]) } else { mm.plan_promotion(isolated, NodeId::ZERO) };
+            assert_eq!(planned.is_ok(), services == Services::MIGRATION, "{planned:?}");
+        }
+    }
+}
