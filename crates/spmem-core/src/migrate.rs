@@ -324,7 +324,10 @@ impl MemoryManager {
                 let policy = Policy::bind(NodeMask::of(node));
                 let request = Request { policy, domain, mobility: Mobility::Unmovable, ..Request::default() };
                 match self.alloc_under(&request, isolated.page.order, grants, Rights::DEMOTE_TO) {
-                    Ok(to) => return Ok(to),
+                    Ok(to) => match self.prepare_to_track(to) {
+                        Ok(to) => return Ok(to),
+                        Err(cause) => stay = Stay::NoRoom { cause },
+                    },
                     Err(cause) => stay = Stay::NoRoom { cause },
                 }
             }
@@ -337,6 +340,16 @@ impl MemoryManager {
                 Err(stay)
             }
         }
+    }
+
+    /// Makes what is kept of the block once it can move; without memory for that it is given back.
+    fn prepare_to_track(&mut self, to: Block) -> Result<Block, AllocError> {
+        let node = to.node;
+        let entry = self.registry.node_mut(node).expect("a node with frames in use stays (R1)");
+        let Err(cause) = entry.prepare(to.frame, Mobility::Movable) else { return Ok(to) };
+        let freed = self.free(to);
+        assert!(freed.is_ok(), "a block of this manager that nobody else has seen: {freed:?}");
+        Err(AllocError::Exhausted { node, cause })
     }
 
     /// R14: sysram and what a grant shown opens with DEMOTE_TO, as far as the block's own domain reaches.

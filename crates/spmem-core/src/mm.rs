@@ -21,7 +21,7 @@ use crate::watermark::Pressure;
 pub use self::many::Contiguous;
 
 /// Services for which it must be known which blocks can move.
-const MOVING: Services = Services::MIGRATION.union(Services::RECLAIM);
+pub(crate) const MOVING: Services = Services::MIGRATION.union(Services::RECLAIM);
 
 /// In [`Block::charged`]: no grant was charged. In [`Block::domain`]: no domain was.
 const UNCHARGED: u16 = u16::MAX;
@@ -169,7 +169,7 @@ pub struct NodeStats {
     pub ranges: usize,
     /// How short it is.
     pub pressure: Pressure,
-    /// Bytes of metadata.
+    /// Bytes of metadata: what was lent, and what is kept of the contents and of blocks that move.
     pub metadata: Bytes,
 }
 
@@ -281,6 +281,11 @@ impl MemoryManager {
         let registry = self.tag();
         let entry = self.registry.node_mut(node)?;
         let frame = entry.frames.alloc_highest(order).ok()?;
+        if entry.prepare(frame, Mobility::Movable).is_err() {
+            let freed = entry.frames.free_block(frame, order);
+            assert!(freed.is_ok(), "it has just been taken: {freed:?}");
+            return None;
+        }
         let is_zeroed = entry.contents.give_out(frame, order);
         Some(Block { frame, node, charged: UNCHARGED, domain: UNCHARGED, registry, order, is_zeroed })
     }
@@ -344,7 +349,7 @@ impl MemoryManager {
             free_blocks: frames.count_free_blocks(),
             ranges: frames.ranges().len(),
             pressure: node.watermarks.observe(frames.free()),
-            metadata: Bytes(frames.metadata_bytes() as u64),
+            metadata: Bytes((frames.metadata_bytes() + node.contents.bytes() + node.pages.bytes()) as u64),
         })
     }
 
@@ -363,7 +368,15 @@ impl MemoryManager {
         // Apart from those that cannot move: one of these keeps its neighbours from becoming a large block.
         let is_movable = pass.mobility == Mobility::Movable && entry.spec.services.intersects(MOVING);
         let taken = if is_movable { entry.frames.alloc_highest(order) } else { entry.frames.alloc(order) };
-        match taken {
+        let prepared = taken.and_then(|frame| match entry.prepare(frame, pass.mobility) {
+            Ok(()) => Ok(frame),
+            Err(cause) => {
+                let freed = entry.frames.free_block(frame, order);
+                assert!(freed.is_ok(), "it has just been taken: {freed:?}");
+                Err(cause)
+            }
+        });
+        match prepared {
             Ok(frame) => {
                 let is_zeroed = entry.contents.give_out(frame, order);
                 let domain = pass.domain().map_or(UNCHARGED, DomainId::get);
@@ -378,7 +391,7 @@ impl MemoryManager {
             }
             Err(cause) => {
                 // Enough frames, but none of that size together: more must be freed than the marks ask for.
-                if entry.frames.free() >= order.frames() {
+                if matches!(cause, FramesError::Exhausted { free, .. } if free >= order.frames()) {
                     entry.watermarks.boost(order.frames());
                 }
                 self.uncharge(charged, order.frames());

@@ -7,7 +7,8 @@
 //! *Generations* count from [`Pages::age`] to the next: a block is in the youngest when it was used since, and
 //! [`Pages::isolate`] takes from the oldest. Nobody looks at access bits here: use is told ([`Pages::on_used`]).
 //!
-//! Takes no lock: part of the registry. Hole: a block that is used is in the youngest generation, however often.
+//! Takes no lock: part of the registry. Holes: a block that is used is in the youngest generation, however often. The words
+//! come from the heap, four bytes a frame: with what is lent they are more than a thousandth of the memory.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -17,7 +18,9 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+use crate::frames::{FrameRange, FramesError};
 use crate::units::{DomainId, FrameNumber, Order};
+use crate::zero::zeros;
 
 /// Frames that a piece of the words is for: 1 GiB.
 const PIECE_FRAMES: usize = 1 << 18;
@@ -106,12 +109,40 @@ impl Pages {
     }
 
     fn set(&mut self, frame: FrameNumber, word: Word) {
+        let piece = self.pieces.get_mut(frame.0 as usize / PIECE_FRAMES).and_then(Option::as_deref_mut);
+        piece.expect("made before its first block is tracked")[frame.0 as usize % PIECE_FRAMES] = word.0;
+    }
+
+    /// Makes the words that a block needs to be tracked.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn prepare(&mut self, frame: FrameNumber) -> Result<(), FramesError> {
         let number = frame.0 as usize / PIECE_FRAMES;
-        if self.pieces.len() <= number {
+        if let Some(missing @ 1..) = (number + 1).checked_sub(self.pieces.len()) {
+            self.pieces.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
             self.pieces.resize_with(number + 1, || None);
         }
-        let piece = self.pieces[number].get_or_insert_with(|| alloc::vec![0; PIECE_FRAMES].into_boxed_slice());
-        piece[frame.0 as usize % PIECE_FRAMES] = word.0;
+        if self.pieces[number].is_none() {
+            self.pieces[number] = Some(zeros(PIECE_FRAMES)?);
+        }
+        Ok(())
+    }
+
+    /// A range is gone, and nothing in it is tracked any more: words for nothing are given back.
+    pub(crate) fn remove_range(&mut self, span: FrameRange) {
+        let first = span.first.0 as usize / PIECE_FRAMES;
+        let last = (span.first.0 as usize + span.count.0 as usize).div_ceil(PIECE_FRAMES);
+        for slot in self.pieces.iter_mut().take(last).skip(first) {
+            if slot.as_deref().is_some_and(|piece| piece.iter().all(|&word| word == 0)) {
+                *slot = None;
+            }
+        }
+    }
+
+    /// Bytes of words.
+    pub(crate) fn bytes(&self) -> usize {
+        self.pieces.iter().flatten().map(|piece| size_of_val(&**piece)).sum()
     }
 
     /// A block is given out: from now on it is tracked, in the youngest generation.
@@ -344,6 +375,7 @@ mod tests {
             for op in ops {
                 match op {
                     Op::Track(frame) if !known.contains_key(&frame) => {
+                        pages.prepare(FrameNumber(frame)).unwrap();
                         pages.track(FrameNumber(frame), Order::ZERO, Some(DomainId::ROOT));
                         let page = Known { is_pinned: false, is_isolated: false, generation: youngest };
                         known.insert(frame, page);
@@ -408,6 +440,7 @@ mod tests {
     fn a_look_is_bounded_whatever_there_is() {
         let mut pages = Pages::default();
         for frame in 0..1000 {
+            pages.prepare(FrameNumber(frame)).unwrap();
             pages.track(FrameNumber(frame), Order::ZERO, None);
         }
         assert!(pages.age());

@@ -15,13 +15,15 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::compact::Deferral;
 use crate::distance::{DistanceError, Distances};
 use crate::domain::Domains;
-use crate::frames::{FrameRange, Frames, FramesView, Metadata};
+use crate::frames::{FrameRange, Frames, FramesError, FramesView, Metadata};
 use crate::grant::{GrantId, Grants};
+use crate::mm::MOVING;
 use crate::node::{Guard, NodeError, NodeSpec, NodeType, Owner};
 use crate::nodemask::NodeMask;
 use crate::page::Pages;
 use crate::tier::Tiers;
 use crate::units::{DomainId, FrameCount, FrameNumber, NodeId, Time};
+use crate::wall::Mobility;
 use crate::watermark::Watermarks;
 use crate::zero::{Contents, Initial};
 
@@ -37,6 +39,19 @@ pub(crate) struct Node {
     /// For weighted interleave; 1 or more.
     pub(crate) weight: u8,
     serial: u64,
+}
+
+impl Node {
+    /// Makes what is kept of a block that is about to be given out.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn prepare(&mut self, frame: FrameNumber, mobility: Mobility) -> Result<(), FramesError> {
+        if mobility == Mobility::Movable && self.spec.services.intersects(MOVING) {
+            self.pages.prepare(frame)?;
+        }
+        self.contents.prepare(frame)
+    }
 }
 
 /// The register of nodes, of the domains that requests come from, and of the grants on nodes.
@@ -181,6 +196,7 @@ impl Registry {
         let node = self.owned(owner)?;
         let (range, lent) = node.frames.remove_range(first)?;
         node.contents.remove_range(range);
+        node.pages.remove_range(range);
         Ok((range, lent))
     }
 

@@ -12,7 +12,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use crate::frames::FrameRange;
+use crate::frames::{FrameRange, FramesError};
 use crate::units::{FrameNumber, Order};
 
 /// Frames that a piece of the bits is for: 1 GiB.
@@ -52,10 +52,38 @@ impl Contents {
         self.ranges.retain(|bits| bits.span != span);
     }
 
-    /// A block is given out: whether it is known to be zero. From now on it is not.
+    /// Makes the bits that a block needs to be given out.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn prepare(&mut self, first: FrameNumber) -> Result<(), FramesError> {
+        self.prepare_as(first, Initial::Zero)
+    }
+
+    fn prepare_as(&mut self, first: FrameNumber, making: Initial) -> Result<(), FramesError> {
+        let found = self.ranges.iter_mut().find(|bits| bits.span.contains(first));
+        let bits = found.expect("a block lies in a range of its node");
+        let piece = (first.0 - bits.span.first.0) as usize / PIECE_FRAMES;
+        if let Some(missing @ 1..) = (piece + 1).checked_sub(bits.changed.len()) {
+            bits.changed.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
+            bits.changed.resize_with(piece + 1, || None);
+        }
+        if bits.changed[piece].is_none() && bits.initial == making {
+            bits.changed[piece] = Some(zeros(PIECE_WORDS)?);
+        }
+        Ok(())
+    }
+
+    /// Bytes of bits.
+    pub(crate) fn bytes(&self) -> usize {
+        let pieces = self.ranges.iter().flat_map(|bits| bits.changed.iter().flatten());
+        pieces.map(|piece| size_of_val(&**piece)).sum()
+    }
+
+    /// A block is given out, prepared for before: whether it is known to be zero. From now on it is not.
     pub(crate) fn give_out(&mut self, first: FrameNumber, order: Order) -> bool {
         let mut is_zero = true;
-        self.for_each_word(first, order, Initial::Zero, |word, mask, initial| {
+        self.for_each_word(first, order, |word, mask, initial| {
             let changed = *word & mask;
             is_zero &= match initial {
                 Initial::Zero => changed == 0,
@@ -71,43 +99,44 @@ impl Contents {
 
     /// A block is all zero, and nobody writes it any more.
     pub(crate) fn note_zeroed(&mut self, first: FrameNumber, order: Order) {
-        self.for_each_word(first, order, Initial::Unknown, |word, mask, initial| match initial {
+        // Without memory for it that is forgotten: then it is zeroed once more.
+        let _ = self.prepare_as(first, Initial::Unknown);
+        self.for_each_word(first, order, |word, mask, initial| match initial {
             Initial::Zero => *word &= !mask,
             Initial::Unknown => *word |= mask,
         });
     }
 
-    /// Calls with each word that has bits of the block, the mask of these, and how the range began. A piece that is missing
-    /// is made only where the change is not to what it says: in ranges that began as `making`.
-    fn for_each_word(
-        &mut self,
-        first: FrameNumber,
-        order: Order,
-        making: Initial,
-        mut change: impl FnMut(&mut u64, u64, Initial),
-    ) {
+    /// Calls with each word that has bits of the block, the mask of these, and how the range began. Where there is no piece the
+    /// change is lost.
+    fn for_each_word(&mut self, first: FrameNumber, order: Order, mut change: impl FnMut(&mut u64, u64, Initial)) {
         let found = self.ranges.iter_mut().find(|bits| bits.span.contains(first));
         let bits = found.expect("a block lies in a range of its node");
         let start = (first.0 - bits.span.first.0) as usize;
         let frames = 1_usize << order.get();
         // A block is aligned to its size and no larger than a piece.
         let (piece, at) = (start / PIECE_FRAMES, start % PIECE_FRAMES);
-        if bits.changed.len() <= piece {
-            bits.changed.resize_with(piece + 1, || None);
-        }
         let mut untouched = 0;
-        let slot = &mut bits.changed[piece];
-        if slot.is_none() && bits.initial == making {
-            *slot = Some(alloc::vec![0; PIECE_WORDS].into_boxed_slice());
-        }
+        let mut slot = bits.changed.get_mut(piece).and_then(Option::as_deref_mut);
         for from in (at..at + frames).step_by(64) {
             let count = frames.min(64);
             let mask = (u64::MAX >> (64 - count)) << (from % 64);
-            let word = slot.as_mut().map_or(&mut untouched, |piece| &mut piece[from / 64]);
+            let word = slot.as_deref_mut().map_or(&mut untouched, |piece| &mut piece[from / 64]);
             change(word, mask, bits.initial);
             untouched = 0;
         }
     }
+}
+
+/// Zeros, if there is memory for them.
+///
+/// # Errors
+/// [`FramesError::NoMetadata`]
+pub(crate) fn zeros<T: Copy + Default>(len: usize) -> Result<Box<[T]>, FramesError> {
+    let mut zeros = Vec::new();
+    zeros.try_reserve_exact(len).map_err(|_| FramesError::NoMetadata)?;
+    zeros.resize(len, T::default());
+    Ok(zeros.into_boxed_slice())
 }
 
 #[cfg(test)]
@@ -133,6 +162,7 @@ mod tests {
                 let first = 1024 + (place >> order << order);
                 let (frames, order) = (first..first + (1 << order), Order::new(order).unwrap());
                 if gives_out {
+                    contents.prepare(FrameNumber(first)).unwrap();
                     let expected = frames.clone().all(|frame| zero.contains(&frame));
                     prop_assert_eq!(contents.give_out(FrameNumber(first), order), expected);
                     zero.retain(|frame| !frames.contains(frame));
@@ -148,6 +178,7 @@ mod tests {
     fn what_is_never_given_out_takes_no_memory() {
         let mut contents = Contents::default();
         contents.add_range(FrameRange { first: FrameNumber(0), count: FrameCount(1 << 30) }, Initial::Unknown);
+        contents.prepare(FrameNumber(1 << 29)).unwrap();
         assert!(!contents.give_out(FrameNumber(1 << 29), Order::MAX));
         assert!(contents.ranges[0].changed.iter().all(Option::is_none));
     }

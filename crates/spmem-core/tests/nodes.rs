@@ -10,7 +10,7 @@ use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Prope
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
-use spmem_core::wall::Request;
+use spmem_core::wall::{Mobility, Request};
 use spmem_core::zero::Initial;
 
 fn lent(frames: u64) -> Metadata {
@@ -266,4 +266,73 @@ fn a_block_is_told_from_those_of_every_later_manager() {
         let Err(FreeError::Foreign(block)) = later.free(block) else { panic!("it is another manager's") };
         first.free(block).unwrap();
     }
+}
+
+fn plain(mm: &mut MemoryManager, node: NodeId, frames: u64, services: Services) -> Owner {
+    let (node_type, class, guard) = (NodeType::Sysram, Class::Plain, Guard::Hard);
+    let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
+    let owner = mm.registry_mut().register(node, spec.clone()).unwrap();
+    mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lent(frames), Initial::Zero).unwrap();
+    owner
+}
+
+#[test]
+fn what_is_kept_of_a_nodes_blocks_is_reported_and_goes_with_its_ranges() {
+    let mut mm = MemoryManager::new();
+    let owner = plain(&mut mm, NodeId::ZERO, 1 << 18, Services::MIGRATION);
+    let spec = mm.registry().spec(NodeId::ZERO).unwrap().clone();
+    let before = mm.stats(NodeId::ZERO).unwrap().metadata;
+    let request = Request { mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
+    let block = mm.alloc(&request, Order::ZERO).unwrap();
+    let kept = mm.stats(NodeId::ZERO).unwrap().metadata;
+    assert!(kept.0 >= before.0 + (1 << 18) / 8 + (4 << 18), "a bit and a word a frame: {before} to {kept}");
+    mm.free(block).unwrap();
+    mm.registry_mut().remove_range(&owner, FrameNumber(0)).unwrap();
+    assert_eq!(mm.stats(NodeId::ZERO).unwrap().metadata.0, 0);
+    mm.registry_mut().add_range(&owner, &spec, FrameCount(1 << 18), lent(1 << 18), Initial::Zero).unwrap();
+    assert_eq!(mm.stats(NodeId::ZERO).unwrap().metadata, before);
+}
+
+#[test]
+fn a_node_that_is_registered_anew_has_neither_distance_nor_tier_of_its_predecessor() {
+    let mut mm = MemoryManager::new();
+    let owner = plain(&mut mm, NodeId::ONE, 64, Services::empty());
+    mm.registry_mut().set_distance(NodeId::ZERO, NodeId::ONE, 99).unwrap();
+    mm.registry_mut().set_distance(NodeId::ONE, NodeId::ZERO, 98).unwrap();
+    let tier = mm.registry().tiers().tier(NodeId::ONE);
+    mm.registry_mut().set_abstract_distance(NodeId::ONE, 1 << 20);
+    assert_ne!(mm.registry().tiers().tier(NodeId::ONE), tier);
+    mm.registry_mut().remove_range(&owner, FrameNumber(0)).unwrap();
+    mm.registry_mut().unregister(&owner).unwrap();
+    plain(&mut mm, NodeId::ONE, 64, Services::empty());
+    let distances = mm.registry().distances();
+    let found = (distances.get(NodeId::ZERO, NodeId::ONE), distances.get(NodeId::ONE, NodeId::ZERO));
+    assert_eq!(found, (20, 20));
+    assert_eq!(mm.registry().tiers().tier(NodeId::ONE), tier);
+}
+
+#[test]
+fn the_nearest_node_comes_first_home_before_local_also_for_a_pass_that_is_kept() {
+    let mut mm = MemoryManager::new();
+    let node = |number| NodeId::new(number).unwrap();
+    for number in 0..4 {
+        plain(&mut mm, node(number), 1, Services::empty());
+    }
+    let registry = mm.registry_mut();
+    for (to, distance) in [(0, 40), (1, 30), (3, 25)] {
+        registry.set_distance(node(2), node(to), distance).unwrap();
+    }
+    let local = Request { local: Some(node(2)), ..Request::of(DomainId::ROOT) };
+    let mut pass = mm.registry().admit(&local).unwrap();
+    let take = |mm: &mut MemoryManager, pass: &mut _| mm.alloc_with(pass, Order::ZERO).unwrap();
+    let first = [take(&mut mm, &mut pass), take(&mut mm, &mut pass)];
+    assert_eq!(first.each_ref().map(Block::node), [node(2), node(3)], "by distance, not by number");
+    mm.registry_mut().set_distance(node(2), node(0), 12).unwrap();
+    let rest = [take(&mut mm, &mut pass), take(&mut mm, &mut pass)];
+    assert_eq!(rest.each_ref().map(Block::node), [node(0), node(1)], "the pass has heard of the new distance");
+    first.into_iter().chain(rest).for_each(|block| mm.free(block).unwrap());
+    let present = *mm.registry().present();
+    let homed = Policy::bind(present).with_home(node(1), &present).unwrap();
+    let request = Request { policy: homed, local: Some(node(2)), ..Request::of(DomainId::ROOT) };
+    assert_eq!(mm.alloc(&request, Order::ZERO).unwrap().node(), node(1));
 }

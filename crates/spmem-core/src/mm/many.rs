@@ -92,6 +92,12 @@ impl MemoryManager {
                 return Err(AllocError::Exhausted { node, cause });
             }
         };
+        if let Err(cause) = run.blocks().try_for_each(|(first, _)| entry.prepare(first, Mobility::Unmovable)) {
+            let freed = entry.frames.free_contiguous(run);
+            assert!(freed.is_ok(), "it has just been taken: {freed:?}");
+            self.uncharge(charged, count);
+            return Err(AllocError::Exhausted { node, cause });
+        }
         let give_out = |is_zeroed, (frame, order)| is_zeroed & entry.contents.give_out(frame, order);
         let is_zeroed = run.blocks().fold(true, give_out);
         if let Some(domain) = pass.domain() {
@@ -153,7 +159,12 @@ impl MemoryManager {
             return self.uncharge(charged_now, all);
         }
         let entry = self.registry.node_mut(node).expect("it has just given a frame");
-        let taken = entry.frames.alloc_batch(frames);
+        let mut taken = entry.frames.alloc_batch(frames);
+        if frames[..taken].iter().any(|&frame| entry.prepare(frame, Mobility::Unmovable).is_err()) {
+            let freed = entry.frames.free_batch(&frames[..taken]);
+            assert!(freed.is_ok(), "they have just been taken: {freed:?}");
+            taken = 0;
+        }
         for &frame in &frames[..taken] {
             let is_zeroed = entry.contents.give_out(frame, Order::ZERO);
             into.push(Block { frame, node, charged, domain, registry, order: Order::ZERO, is_zeroed });
