@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
 use spmem_core::grant::{Charge, Grant, GrantError, Rights, Terms, Wider};
-use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::mm::{AllocError, Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order, Time};
@@ -352,5 +352,27 @@ fn released_records_are_used_again() {
         model.grant(&[0], all(1));
         model.release(0);
         model.grants.clear();
+    }
+}
+
+#[test]
+fn a_kept_pass_ends_with_its_grant_whether_that_expires_or_is_given_back() {
+    for is_released in [false, true] {
+        let mut mm = MemoryManager::new();
+        let (node_type, class, services) = (NodeType::Spm, Class::Plain, Services::empty());
+        let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
+        let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
+        let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(10));
+        let grant = mm.registry_mut().grant(&[&owner], terms).unwrap();
+        let mut pass = mm.registry().admit(&Request::on(DomainId::ROOT, NodeId::ONE, &[&grant])).unwrap();
+        assert_eq!(pass.allowed(mm.registry()), Ok(&NodeId::ONE.into()));
+        if is_released {
+            mm.registry_mut().release(grant).unwrap();
+        } else {
+            mm.registry_mut().advance(Time(10));
+        }
+        assert!(pass.allowed(mm.registry()).is_err());
+        assert!(matches!(mm.alloc_with(&mut pass, Order::ZERO), Err(AllocError::Refused(_))));
     }
 }
