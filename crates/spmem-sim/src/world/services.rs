@@ -239,6 +239,8 @@ impl World {
         let Some((old, _)) = self.unsettle(number) else { return Ok(()) };
         match self.mm.complete(planned, old) {
             Ok(new) => {
+                // A copy lies there now (R21).
+                self.model.set_written(node, first, frames, true);
                 self.settle(number, new, model::Block { domain, grant, node, first, frames, is_movable })?;
                 self.check_node(node)?;
                 self.check_node(from.0)
