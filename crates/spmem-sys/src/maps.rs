@@ -64,7 +64,8 @@ const _: () = assert!(size_of::<ProcmapQuery>() == 104);
 /// `_IOWR('f', 17, struct procmap_query)` (include/uapi/linux/fs.h).
 const PROCMAP_QUERY: u32 = 0xc068_6611;
 const COVERING_OR_NEXT: u64 = 0x10;
-const NAME_BYTES: usize = 32;
+/// More than any name that is no path: `[anon:...]` has up to 79 letters (ANON_VMA_NAME_MAX_LEN).
+const NAME_BYTES: usize = 96;
 const TEXT_BYTES: usize = 16 * 1024;
 
 /// An open maps file of one address space, its own text buffer included.
@@ -117,8 +118,8 @@ impl Maps {
         let mut query = new(&mut name);
         let mut result = self.ioctl(&mut query);
         if result == Err(Errno(libc::ENAMETOOLONG)) {
-            // A path, or `[anon:...]` of somebody else: no name that means anything here.
-            name[..7].copy_from_slice(b"[anon:?");
+            // A path, as no other name is so long. Should something else be there by now, it counts as what is not known.
+            name[0] = b'?';
             query = new(&mut []);
             result = self.ioctl(&mut query);
         }
