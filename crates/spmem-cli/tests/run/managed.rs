@@ -1,6 +1,6 @@
 //! Which processes come under management. Skipped where userfaultfd cannot be used.
 
-use crate::harness::{can_manage, finish, spm_run};
+use crate::harness::{can_manage, finish, spm_run, text};
 use crate::programs::{static_sleeper, static_waiter};
 
 /// Managed and unmanaged processes of `sh -c SCRIPT`; `None` and a remark where nothing can be managed.
@@ -61,4 +61,32 @@ fn a_child_under_another_user_is_managed() {
     }
     let Some(all) = counts("setpriv --reuid 65534 --clear-groups sh -c 'exit 0'; :") else { return };
     assert_eq!(all, (2, 0));
+}
+
+/// What three processes sort is more than node 1 holds: what does not fit stays in RAM, and nothing is lost (R18).
+#[test]
+fn processes_share_the_capacity_of_node_1_and_no_line_is_lost() {
+    if !can_manage() {
+        println!("skipped: userfaultfd cannot be used here");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (config, file) = (directory.path().join("spm.toml"), directory.path().join("report.json"));
+    std::fs::write(&config, "[[node]]\nid = 1\nkind = \"compressed\"\ncapacity = \"4M\"\n").unwrap();
+    let sort =
+        |from: u32| format!("(seq {from} {} | LC_ALL=C sort -rS 64M | cksum > sum{from}) &", from + 500_000);
+    let script = [1_000_000, 2_000_000, 3_000_000].map(sort).join(" ") + " wait; cat sum*";
+    let run = |mut command: std::process::Command| {
+        command.args(["sh", "-c", &script]).current_dir(directory.path());
+        text(&finish(command).stdout)
+    };
+    let bare = run(std::process::Command::new("env"));
+    let (config, file) = (config.to_str().unwrap(), file.to_str().unwrap());
+    let spm = spm_run(&["--sysram", "16M", "--json", file, "--config", config]);
+    assert_eq!(run(spm), bare);
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let used = report["nodes"][1]["used_bytes_peak"].as_u64().unwrap();
+    assert!(report["refused_pages"]["node_full"].as_u64().unwrap() > 0, "{report}");
+    // Each looks at what the others have stored a moment ago.
+    assert!(used <= 8 << 20, "{used} bytes");
 }
