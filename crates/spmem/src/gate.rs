@@ -47,24 +47,24 @@ impl GateKeeper {
         match self.coverage.look(gate, now) {
             Cover::Keep => {}
             Cover::All => {
-                self.register_all();
-                self.coverage.covered(now, process::now_ns());
+                let ranges = self.register_all();
+                self.coverage.covered(now, ranges);
             }
             Cover::Nothing => self.release(),
         }
     }
 
-    /// Registers all that can be.
-    fn register_all(&mut self) {
+    /// Registers all that can be; how many ranges there are.
+    fn register_all(&mut self) -> u64 {
         // Ranges that were unmapped may be other ranges now.
         let epoch = self.runtime.unmaps.load(Ordering::Relaxed);
         if epoch != self.epoch {
             self.ranges.clear();
             self.epoch = epoch;
         }
-        let mut at = 0;
+        let (mut at, mut ranges) = (0, 0);
         while let Ok(Some(vma)) = self.maps.at_or_above(at) {
-            at = vma.end;
+            (at, ranges) = (vma.end, ranges + 1);
             if vma.start >= ADDRESS_END {
                 break;
             }
@@ -73,7 +73,7 @@ impl GateKeeper {
             }
             // Under the lock our own mappings do not change; the range itself may, which the kernel then says.
             let mut space = self.runtime.space.lock();
-            let Some(space) = space.as_mut() else { return };
+            let Some(space) = space.as_mut() else { break };
             // Where pages are away the range is registered, or an unread change concerns it.
             if !space.is_settled() || space.table.has_away(vma.start, vma.end) {
                 continue;
@@ -85,6 +85,7 @@ impl GateKeeper {
                 self.ranges.insert(place, (vma.start, vma.end));
             }
         }
+        ranges
     }
 
     /// Lets go of every chunk none of whose pages is away.

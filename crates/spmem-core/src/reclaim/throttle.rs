@@ -24,8 +24,8 @@ const LEAVE_MIN: u64 = 2 * BATCH_PAGES;
 const LEAVE_SHARE: u64 = 64;
 /// How often new ranges are looked for while the gate is not open, ns, ...
 const COVER_NS: u64 = 4_000_000;
-/// ... but never so often that it takes more than one part in so many of the time: programs have thousands of ranges.
-const COVER_SHARE: u64 = 16;
+/// ... but never more often than this for each range that there is, ns: programs have thousands. A look takes about an eighth of it.
+const COVER_RANGE_NS: u64 = 8_000;
 /// How long the gate has to be open before ranges are let go, ns.
 const UNCOVER_NS: u64 = 1_000_000_000;
 
@@ -184,7 +184,7 @@ impl Coverage {
     /// let mut coverage = Coverage::default();
     /// assert_eq!(coverage.look(Gate::Open, 5), Cover::Keep);
     /// assert_eq!(coverage.look(Gate::Throttled, 10), Cover::All);
-    /// coverage.covered(10, 11);
+    /// coverage.covered(10, 40);
     /// assert_eq!(coverage.look(Gate::Throttled, 12), Cover::Keep, "nothing grows that fast");
     /// assert_eq!(coverage.look(Gate::Open, 20), Cover::Keep, "it may be needed again soon");
     /// assert_eq!(coverage.look(Gate::Open, 2_000_000_000), Cover::Nothing);
@@ -202,9 +202,10 @@ impl Coverage {
         if now_ns < self.due_ns { Cover::Keep } else { Cover::All }
     }
 
-    /// All that can grow was looked at, from `since_ns` to `now_ns`.
-    pub const fn covered(&mut self, since_ns: u64, now_ns: u64) {
-        let pause = now_ns.saturating_sub(since_ns).saturating_mul(COVER_SHARE);
+    /// All that can grow was looked at: so many ranges. Their number counts, not the time that it took, which is long for one
+    /// range too where the looking thread has to wait for a processor.
+    pub const fn covered(&mut self, now_ns: u64, ranges: u64) {
+        let pause = ranges.saturating_mul(COVER_RANGE_NS);
         self.due_ns = now_ns.saturating_add(if pause > COVER_NS { pause } else { COVER_NS });
     }
 }
@@ -259,17 +260,20 @@ mod tests {
     }
 
     #[test]
-    fn looking_for_new_ranges_takes_a_sixteenth_of_the_time_at_most() {
-        let (mut coverage, mut now, mut looking) = (Coverage::default(), 0, 0);
-        while now < 1_000_000_000 {
-            if coverage.look(Gate::Throttled, now) == Cover::All {
-                // As long as it takes with ten thousand ranges.
-                coverage.covered(now, now + 20_000_000);
-                (now, looking) = (now + 20_000_000, looking + 20_000_000);
-            }
-            now += 1_000_000;
-        }
-        assert!(looking > 0 && looking <= now / 16 + 20_000_000, "{looking} ns");
+    fn new_ranges_are_looked_for_less_often_the_more_there_are() {
+        let looks = |ranges| {
+            let mut coverage = Coverage::default();
+            let is_look = |&ms: &u64| {
+                let now = ms * 1_000_000;
+                let is_due = coverage.look(Gate::Throttled, now) == Cover::All;
+                if is_due {
+                    coverage.covered(now, ranges);
+                }
+                is_due
+            };
+            (0..1000).filter(is_look).count()
+        };
+        assert_eq!((looks(40), looks(500), looks(1000), looks(10_000)), (250, 250, 125, 13));
     }
 
     #[test]

@@ -321,7 +321,7 @@ impl Process {
             Cover::Keep => {}
             Cover::All => {
                 self.is_covered = true;
-                self.coverage.covered(now, now);
+                self.coverage.covered(now, 1);
             }
             Cover::Nothing => self.is_covered = false,
         }
