@@ -27,10 +27,9 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     let mut is_own_waiting = false;
     let mut deadline_ns = u64::MAX;
     let is_to_be_populated = loop {
-        // More than can be passed on, or a child that forks before it can serve itself. Or: of two children one was
-        // announced, and this need not be it. Or an event waits too long for a child that may never come.
-        if since.changes().len() > MAX_EVENTS
-            || since.has_children()
+        // More than can be passed on, or: of two children one was announced, and this need not be it. Or an event waits
+        // too long for a child that may never come.
+        if !can_be_handed_over(&since)
             || matches!(own_event, Some(Event::Fork { .. }))
             || process::now_ns() > deadline_ns
         {
@@ -64,7 +63,8 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                 Err(_) => {}
             }
         }
-        let is_handed_over = entries[2].is_ready() && hand_over(runtime, Some(&child), since.changes());
+        let may_take_over = entries[2].is_ready() && can_be_handed_over(&since);
+        let is_handed_over = may_take_over && hand_over(runtime, Some(&child), since.changes());
         if is_handed_over || ready == 0 && is_gone(&child) {
             stand_alone(runtime);
             break false;
@@ -79,6 +79,12 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     drop(child);
     runtime.entrust(None);
     own_event
+}
+
+/// Not one to which more has happened than can be passed on, or that has forked before it can serve itself: whom it has
+/// cloned would be forgotten, with its missing pages.
+fn can_be_handed_over(since: &Since) -> bool {
+    since.changes().len() <= MAX_EVENTS && !since.has_children()
 }
 
 fn is_of_holding(runtime: &Runtime, address: usize) -> bool {
@@ -108,4 +114,21 @@ fn serve_child(runtime: &Runtime, child: &Uffd, page: usize, origin: Option<usiz
 /// A process whose memory is gone answers `ESRCH` to everything.
 fn is_gone(child: &Uffd) -> bool {
     child.zero(0, PAGE).stopped == Some(Errno::ESRCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_handed_over_with_all_that_has_happened_to_it_or_not_at_all() {
+        let mut since = Since::default();
+        for page in 0..MAX_EVENTS {
+            assert!(can_be_handed_over(&since));
+            since.note(Event::Unmap { start: page * PAGE, end: (page + 1) * PAGE });
+        }
+        assert!(can_be_handed_over(&since), "as many as can be passed on");
+        since.note(Event::Unmap { start: 0, end: PAGE });
+        assert!(!can_be_handed_over(&since));
+    }
 }
