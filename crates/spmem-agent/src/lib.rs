@@ -41,6 +41,7 @@ static CONSTRUCTOR: extern "C" fn(c_int, *const *const c_char, *const *const c_c
 extern "C" fn construct(_argc: c_int, _argv: *const *const c_char, environment: *const *const c_char) {
     interpose::resolve();
     let Some(name) = variable(environment, c"SPMEM_SOCKET") else { return };
+    spmem_sys::clock::find();
     exclude_libraries();
     if RUNTIME.attach(name.to_bytes()).is_ok() {
         pin_link_maps();

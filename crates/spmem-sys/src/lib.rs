@@ -14,6 +14,7 @@
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
+//! | [`clock`] | none: the clock in the kernel's vdso(7) |
 //! | [`process`] | pids, /proc/PID/statm, clocks, signals masks |
 #![no_std]
 #![allow(unsafe_code, reason = "this is the crate where system calls are made")]
@@ -26,6 +27,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("spmem-sys speaks the x86-64 Linux ABI only");
 
+pub mod clock;
 pub mod fd;
 pub mod futex;
 pub mod mapping;

@@ -64,6 +64,8 @@ const _: () = assert!(size_of::<ProcmapQuery>() == 104);
 /// `_IOWR('f', 17, struct procmap_query)` (include/uapi/linux/fs.h).
 const PROCMAP_QUERY: u32 = 0xc068_6611;
 const COVERING_OR_NEXT: u64 = 0x10;
+/// Only ranges that may be read and written; others are passed over.
+const READABLE_AND_WRITABLE: u64 = 0x3;
 /// More than any name that is no path: `[anon:...]` has up to 79 letters (ANON_VMA_NAME_MAX_LEN).
 const NAME_BYTES: usize = 96;
 const TEXT_BYTES: usize = 16 * 1024;
@@ -93,7 +95,7 @@ impl Maps {
 
     fn from_file(file: Fd) -> Result<Self> {
         let mut maps = Self { file, has_query: true };
-        maps.has_query = !matches!(maps.query(0), Err(Errno(libc::ENOTTY)));
+        maps.has_query = !matches!(maps.query(0, 0), Err(Errno(libc::ENOTTY)));
         Ok(maps)
     }
 
@@ -102,14 +104,26 @@ impl Maps {
     /// # Errors
     /// As ioctl(2) or read(2).
     pub fn at_or_above(&self, address: usize) -> Result<Option<Vma>> {
-        if self.has_query { self.query(address) } else { self.search_text(address) }
+        if self.has_query { self.query(address, 0) } else { self.search_text(address, |_| true) }
     }
 
-    fn query(&self, address: usize) -> Result<Option<Vma>> {
+    /// As [`Maps::at_or_above`], of the ranges that may be read and written.
+    ///
+    /// # Errors
+    /// As ioctl(2) or read(2).
+    pub fn writable_at_or_above(&self, address: usize) -> Result<Option<Vma>> {
+        if self.has_query {
+            self.query(address, READABLE_AND_WRITABLE)
+        } else {
+            self.search_text(address, |vma| vma.is_readable && vma.is_writable)
+        }
+    }
+
+    fn query(&self, address: usize, rights: u64) -> Result<Option<Vma>> {
         let mut name = [0_u8; NAME_BYTES];
         let new = |name: &mut [u8]| ProcmapQuery {
             size: 104,
-            query_flags: COVERING_OR_NEXT,
+            query_flags: COVERING_OR_NEXT | rights,
             query_addr: address as u64,
             vma_name_size: name.len() as u32,
             vma_name_addr: if name.is_empty() { 0 } else { name.as_mut_ptr().expose_provenance() as u64 },
@@ -147,7 +161,7 @@ impl Maps {
         Ok(())
     }
 
-    fn search_text(&self, address: usize) -> Result<Option<Vma>> {
+    fn search_text(&self, address: usize, is_wanted: impl Fn(&Vma) -> bool) -> Result<Option<Vma>> {
         let mut buffer = [0_u8; TEXT_BYTES];
         let (mut filled, mut offset) = (0, 0_u64);
         loop {
@@ -160,7 +174,7 @@ impl Maps {
             let mut used = 0;
             while let Some(len) = buffer[used..filled].iter().position(|&b| b == b'\n') {
                 let vma = parse_line(&buffer[used..used + len]).ok_or(Errno::EINVAL)?;
-                if vma.end > address {
+                if vma.end > address && is_wanted(&vma) {
                     return Ok(Some(vma));
                 }
                 used += len + 1;
@@ -218,21 +232,26 @@ mod tests {
     #[test]
     fn both_ways_of_looking_agree_on_every_range() {
         let maps = Maps::open().expect("/proc");
-        let (mut address, mut seen) = (0, 0);
-        while let Some(vma) = maps.search_text(address).expect("read") {
-            if vma.start > 0x7fff_ffff_f000 {
-                break; // [vsyscall] is not in the query's list
+        for rights in [0, READABLE_AND_WRITABLE] {
+            let is_wanted = |vma: &Vma| rights == 0 || vma.is_readable && vma.is_writable;
+            let (mut address, mut seen) = (0, 0);
+            while let Some(vma) = maps.search_text(address, is_wanted).expect("read") {
+                if vma.start > 0x7fff_ffff_f000 {
+                    break; // [vsyscall] is not in the query's list
+                }
+                let queried =
+                    if maps.has_query { maps.query(address, rights).expect("query") } else { Some(vma) };
+                // Other tests of this process map and unmap meanwhile.
+                if maps.search_text(address, is_wanted).expect("read") != Some(vma) {
+                    continue;
+                }
+                assert_eq!(queried, Some(vma));
+                assert!(is_wanted(&vma));
+                address = vma.end;
+                seen += 1;
             }
-            let queried = if maps.has_query { maps.query(address).expect("query") } else { Some(vma) };
-            // Other tests of this process map and unmap meanwhile.
-            if maps.search_text(address).expect("read") != Some(vma) {
-                continue;
-            }
-            assert_eq!(queried, Some(vma));
-            address = vma.end;
-            seen += 1;
+            assert!(seen > 5);
         }
-        assert!(seen > 5);
     }
 
     #[test]

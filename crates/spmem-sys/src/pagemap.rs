@@ -72,17 +72,26 @@ impl Pagemap {
         Self(Fd::from_raw(raw))
     }
 
-    /// Writes the runs of present anonymous pages in a range to `runs`; how many there are.
+    /// Writes the runs of present anonymous pages in a range to `runs`, until it is full or has `max_pages` pages. How
+    /// many runs there are, and the address up to which it looked. The kernel goes on through one long run until it
+    /// ends: who wants few pages should say so.
     ///
     /// # Errors
     /// As ioctl(2).
-    pub fn scan(&self, start: usize, end: usize, runs: &mut [Run; RUNS]) -> Result<usize> {
+    pub fn scan(
+        &self,
+        start: usize,
+        end: usize,
+        max_pages: usize,
+        runs: &mut [Run; RUNS],
+    ) -> Result<(usize, usize)> {
         let mut args = ScanArgs {
             size: 96,
             start: start as u64,
             end: end as u64,
             vec: runs.as_mut_ptr().expose_provenance() as u64,
             vec_len: RUNS as u64,
+            max_pages: max_pages as u64,
             category_inverted: IS_ZERO | IS_FILE,
             category_mask: IS_PRESENT | IS_ZERO | IS_FILE,
             return_mask: IS_HUGE,
@@ -90,7 +99,7 @@ impl Pagemap {
         };
         // SAFETY: the kernel writes at most `vec_len` runs and the args.
         let count = unsafe { syscall!(Sysno::ioctl, self.0.raw(), PAGEMAP_SCAN, core::ptr::from_mut(&mut args)) }?;
-        Ok(count)
+        Ok((count, (args.walk_end as usize).clamp(start, end)))
     }
 
     /// Whether there is a page at `address`: present, being migrated, or in swap space.
@@ -119,6 +128,7 @@ impl Pagemap {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
     use super::*;
     use crate::mapping::Mapping;
 
@@ -131,10 +141,36 @@ mod tests {
         mapping.bytes_mut(9 * PAGE, 1).fill(1);
         let _ = core::hint::black_box(mapping.bytes(12 * PAGE, 1)[0]);
         let start = mapping.start();
-        let count = pagemap.scan(start, start + 16 * PAGE, &mut runs).expect("PAGEMAP_SCAN");
+        let end = start + 16 * PAGE;
+        let (count, looked) = pagemap.scan(start, end, usize::MAX, &mut runs).expect("PAGEMAP_SCAN");
         let found: [_; 2] = [0, 1].map(|i: usize| (runs[i].start as usize - start, runs[i].end as usize - start));
-        assert_eq!((count, found), (2, [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]));
+        assert_eq!((count, found, looked), (2, [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)], end));
         assert_eq!(pagemap.is_exclusive(start + 2 * PAGE), Ok(true));
         assert_eq!(pagemap.is_there(start), Ok(false));
+    }
+
+    #[test]
+    fn scans_that_stop_at_a_number_of_pages_find_each_page_once() {
+        let pagemap = Pagemap::open().expect("pagemap");
+        let len = 2048;
+        let mut mapping = Mapping::new(len * PAGE, c"spmem test").expect("mmap");
+        let is_written = |page: usize| page < 700 || page.is_multiple_of(3);
+        for page in (0..len).filter(|&page| is_written(page)) {
+            mapping.bytes_mut(page * PAGE, 1).fill(1);
+        }
+        let (start, end) = (mapping.start(), mapping.start() + len * PAGE);
+        for max_pages in [1, 7, 64, 1000] {
+            let (mut at, mut runs, mut found) = (start, [Run::default(); RUNS], std::vec![0; len]);
+            while at < end {
+                let (count, looked) = pagemap.scan(at, end, max_pages, &mut runs).expect("PAGEMAP_SCAN");
+                let pages = runs[..count].iter().flat_map(|run| (run.start as usize..run.end as usize).step_by(PAGE));
+                let pages: std::vec::Vec<_> = pages.map(|page| (page - start) / PAGE).collect();
+                assert!(pages.len() <= max_pages && looked > at, "{max_pages}: {at:#x} to {looked:#x}");
+                assert!(pages.iter().all(|&page| (at..looked).contains(&(start + page * PAGE))));
+                pages.into_iter().for_each(|page| found[page] += 1);
+                at = looked;
+            }
+            assert!((0..len).all(|page| found[page] == usize::from(is_written(page))), "{max_pages}");
+        }
     }
 }

@@ -20,9 +20,12 @@ pub fn tid() -> u32 {
 
 /// CLOCK_MONOTONIC, ns.
 pub fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the kernel writes one timespec.
-    let _ = unsafe { syscall!(Sysno::clock_gettime, libc::CLOCK_MONOTONIC, core::ptr::from_mut(&mut time)) };
+    let time = crate::clock::monotonic().unwrap_or_else(|| {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel writes one timespec.
+        let _ = unsafe { syscall!(Sysno::clock_gettime, libc::CLOCK_MONOTONIC, core::ptr::from_mut(&mut time)) };
+        time
+    });
     time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
 }
 

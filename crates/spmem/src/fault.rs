@@ -410,13 +410,13 @@ fn cover(space: &mut Space<Cram>, pagemap: &Pagemap, start: usize, end: usize) {
     let mut runs = [Run::default(); RUNS];
     let mut at = start;
     while at < end {
-        let Ok(count) = pagemap.scan(at, end, &mut runs) else { process::abort() };
+        let Ok((count, looked)) = pagemap.scan(at, end, usize::MAX, &mut runs) else { process::abort() };
         for run in &runs[..count] {
             (run.start as usize / CHUNK * CHUNK..run.end as usize).step_by(CHUNK).for_each(|chunk| {
                 space.table.find_or_add(chunk);
             });
         }
-        at = if count == RUNS { runs[count - 1].end as usize } else { end };
+        at = looked;
     }
 }
 

@@ -10,8 +10,10 @@
 use core::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use spmem_sys::thread::{Affinity, last_cpu};
 
-/// Every so many faults one is looked at.
+/// Every so many faults one is looked at, ...
 const EVERY: u32 = 32;
+/// ... and so many once the thread is bound: a look opens a file, and faults rarely move.
+const EVERY_BOUND: u32 = 256;
 /// Looks in a row that have to agree.
 const AGREED: u32 = 4;
 
@@ -34,7 +36,8 @@ impl Follower {
     /// Thread `tid` faults.
     pub(crate) fn note(&mut self, tid: u32) {
         self.faults += 1;
-        if self.faults < EVERY || self.all.count() < 2 {
+        let every = if self.bound.is_some() { EVERY_BOUND } else { EVERY };
+        if self.faults < every || self.all.count() < 2 {
             return;
         }
         self.faults = 0;

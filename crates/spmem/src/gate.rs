@@ -63,7 +63,7 @@ impl GateKeeper {
             self.epoch = epoch;
         }
         let (mut at, mut ranges) = (0, 0);
-        while let Ok(Some(vma)) = self.maps.at_or_above(at) {
+        while let Ok(Some(vma)) = self.maps.writable_at_or_above(at) {
             (at, ranges) = (vma.end, ranges + 1);
             if vma.start >= ADDRESS_END {
                 break;

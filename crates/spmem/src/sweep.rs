@@ -20,6 +20,8 @@ use spmem_sys::{Errno, PAGE, Result, process};
 
 /// Pages moved under one hold of the lock: a fault may have to wait for it.
 const HOLD_PAGES: usize = 4;
+/// Pages looked up at a time: somewhat more than a batch moves, as some of them stay.
+const LOOK_PAGES: usize = 64;
 
 /// The clock hand.
 pub(crate) struct Sweeper {
@@ -75,9 +77,14 @@ impl Sweeper {
     pub(crate) fn run(&mut self, wanted: usize) -> usize {
         let (mut moved, mut wraps) = (0, 0);
         let mut runs = [Run::default(); RUNS];
+        let mut last: Option<Vma> = None;
         while moved < wanted && wraps < 2 {
-            let Ok(vma) = self.maps.at_or_above(self.hand) else { break };
-            let Some(vma) = vma.filter(|vma| vma.start < ADDRESS_END) else {
+            last = last.filter(|vma| (vma.start..vma.end).contains(&self.hand));
+            if last.is_none() {
+                let Ok(next) = self.maps.writable_at_or_above(self.hand) else { break };
+                last = next.filter(|vma| vma.start < ADDRESS_END);
+            }
+            let Some(vma) = last else {
                 self.hand = 0;
                 self.retry.begin_round(process::now_ns());
                 wraps += 1;
@@ -95,11 +102,11 @@ impl Sweeper {
             }
             let fence = excluded.map_or(vma.end, |(from, _)| from);
             let end = vma.end.min(fence);
-            let Ok(count) = self.pagemap.scan(start, end, &mut runs) else {
+            let Ok((count, looked)) = self.pagemap.scan(start, end, LOOK_PAGES, &mut runs) else {
                 self.hand = end;
                 continue;
             };
-            let mut stop = end;
+            let mut stop = looked;
             for run in &runs[..count] {
                 let (ended, at) = self.run_over(run, &vma, wanted, &mut moved);
                 match ended {
@@ -121,9 +128,6 @@ impl Sweeper {
                     stop = at;
                     break;
                 }
-            }
-            if count == RUNS && stop == end {
-                stop = runs[count - 1].end as usize;
             }
             self.hand = stop;
             self.look_at_busy(&mut moved);

@@ -24,6 +24,7 @@ impl Encoder {
     /// # Errors
     /// No memory, no descriptor or no thread.
     pub fn start(memory: OwnedFd, seed: u64) -> anyhow::Result<Self> {
+        spmem_sys::clock::find();
         let exchange = Arc::new(Shared::create("spmem-exchange")?);
         let is_over = Arc::new(AtomicBool::new(false));
         let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
