@@ -17,8 +17,9 @@
 //! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and a quarter a frame, 0.03 % of the memory.
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
-//! Hole: a frame that two threads free in the same instant through caches is found out only when the second of them
-//! reaches its zone.
+//! Holes: a frame that two threads free in the same instant through caches is found out only when the second of them
+//! reaches its zone. An allocation looks at each range that is full before the one it comes from (about a ns). A contiguous
+//! range lies in one range that was added, even where two of them touch.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -56,8 +57,6 @@ pub use self::view::FramesView;
 
 const _: () = assert!(usize::BITS >= 64);
 
-/// Ranges a node may have.
-pub const MAX_RANGES: usize = 256;
 /// Frames a node may have, holes between its ranges included: 16 TiB.
 pub const MAX_FRAMES: u64 = 1 << 32;
 /// The longest contiguous range: 1 GiB.
@@ -173,11 +172,11 @@ impl Frames {
     /// [`Metadata::size`] says.
     pub fn add_range(&mut self, count: FrameCount, lent: Metadata) -> Result<FrameRange, FramesError> {
         let (at, first) = self.find_gap(count);
-        let too_many = FramesError::TooMany { ranges: self.ranges.len(), frames: first };
+        let too_many = FramesError::TooMany { count, frames: first };
         if count.0 == 0 {
             return Err(FramesError::EmptyRange);
         }
-        if self.ranges.len() >= MAX_RANGES || first > MAX_FRAMES || count.0 > MAX_FRAMES - first {
+        if first > MAX_FRAMES || count.0 > MAX_FRAMES - first {
             return Err(too_many);
         }
         let Ok(first) = u32::try_from(first) else { return Err(too_many) };

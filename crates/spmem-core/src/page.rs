@@ -1,18 +1,20 @@
 //! Pages: what is known of the blocks of a node that can move, and which of them are cold (struct page and the multi-generational
 //! LRU are the models: include/linux/mm_types.h, mm/vmscan.c).
 //!
-//! A word for the first frame of each block whose holder moves it when asked to: whose it is, whether it may move now, when
-//! it was last known to be used. Words are made for a GiB at a time when its first block is tracked; nodes without a
-//! service that needs them have none (R3).
+//! A record for the first frame of each block whose holder moves it when asked to: whose it is, whether it may move now, when
+//! it was last known to be used. Twenty bits a frame: four of state and generation, which is all that a search for cold
+//! blocks reads, and sixteen of owner; the order of a block lies with the owner of its second frame. They are made for 4 MiB
+//! at a time when the first block there is tracked; nodes without a service that needs them have none (R3). With what is lent
+//! ([`crate::frames`]) and the zero state that is less than a thousandth of the memory.
 //! *Generations* count from [`Pages::age`] to the next: a block is in the youngest when it was used since, and
 //! [`Pages::isolate`] takes from the oldest. Nobody looks at access bits here: use is told ([`Pages::on_used`]).
 //!
-//! Takes no lock: part of the registry. Holes: a block that is used is in the youngest generation, however often. The words
-//! come from the heap, four bytes a frame: with what is lent they are more than a thousandth of the memory.
+//! Takes no lock: part of the registry. Holes: a block that is used is in the youngest generation, however often. One that
+//! stays isolated while five generations begin may come back younger than it was.
 
 #![allow(
     clippy::cast_possible_truncation,
-    reason = "a node has at most 2^32 frames, so pieces number few; ages are below 8"
+    reason = "a node has at most 2^32 frames, so pieces number few; orders and ages are small"
 )]
 
 use alloc::boxed::Box;
@@ -22,50 +24,107 @@ use crate::frames::{FrameRange, FramesError};
 use crate::units::{DomainId, FrameNumber, Order};
 use crate::zero::zeros;
 
-/// Frames that a piece of the words is for: 1 GiB.
-const PIECE_FRAMES: usize = 1 << 18;
+/// Frames that a piece of the records is for: 4 MiB, the largest block.
+const PIECE_FRAMES: usize = 1 << 10;
+/// Pieces of a table: 1 GiB.
+const TABLE_PIECES: usize = 1 << 8;
 /// Generations that are told apart at a time (`MAX_NR_GENS`).
 pub const GENERATIONS: u8 = 4;
-/// Generation numbers go round; more than can live at a time.
-const NUMBERS: u8 = 8;
+/// Generation numbers go round; one more than can live at a time.
+const NUMBERS: u8 = GENERATIONS + 1;
 
-/// A word. 0: no block begins here, or none that is tracked.
+/// Whether a block may be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Free,
+    Pinned,
+    Isolated,
+}
+
+const HOLDS: u8 = 3;
+
+/// Four bits: generation and hold of a block.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Word(u32);
+struct State(u8);
 
-const TRACKED: u32 = 1 << 31;
-const PINNED: u32 = 1 << 29;
-const ISOLATED: u32 = 1 << 28;
-const HAS_DOMAIN: u32 = 1 << 27;
-const GENERATION_SHIFT: u32 = 24;
-const ORDER_SHIFT: u32 = 20;
-const DOMAIN_MASK: u32 = (1 << 14) - 1;
+impl State {
+    /// No block begins here, or none that is tracked.
+    const NONE: Self = Self(0);
 
-impl Word {
-    const fn has(self, flag: u32) -> bool {
-        self.0 & flag != 0
-    }
-
-    const fn with(self, flag: u32, is_on: bool) -> Self {
-        Self(if is_on { self.0 | flag } else { self.0 & !flag })
+    const fn new(generation: u8, hold: Hold) -> Self {
+        Self(1 + generation * HOLDS + hold as u8)
     }
 
     const fn generation(self) -> u8 {
-        (self.0 >> GENERATION_SHIFT & 7) as u8
+        (self.0 - 1) / HOLDS
     }
 
-    const fn with_generation(self, generation: u8) -> Self {
-        Self(self.0 & !(7 << GENERATION_SHIFT) | (generation as u32) << GENERATION_SHIFT)
+    const fn hold(self) -> Hold {
+        match (self.0 - 1) % HOLDS {
+            0 => Hold::Free,
+            1 => Hold::Pinned,
+            _ => Hold::Isolated,
+        }
+    }
+}
+
+const _: () = assert!(State::new(NUMBERS - 1, Hold::Isolated).0 < 16);
+
+/// Of the owner of a block: its order is not 0, and lies with the owner of its second frame.
+const HAS_ORDER: u16 = 1 << 15;
+
+/// The records of 4 MiB: an owner a frame, then four states to a word.
+#[derive(Debug)]
+struct Piece(Box<[u16]>);
+
+impl Piece {
+    fn new() -> Result<Self, FramesError> {
+        zeros(PIECE_FRAMES + PIECE_FRAMES / 4).map(Self)
     }
 
-    fn order(self) -> Order {
-        Order::new((self.0 >> ORDER_SHIFT & 15) as u8).expect("an order was put in")
+    fn state(&self, at: usize) -> State {
+        State((self.0[PIECE_FRAMES + at / 4] >> (at % 4 * 4) & 15) as u8)
     }
 
-    fn domain(self) -> Option<DomainId> {
-        let number = (self.0 & DOMAIN_MASK) as u16;
-        if self.has(HAS_DOMAIN) { DomainId::new(number).ok() } else { None }
+    fn set_state(&mut self, at: usize, state: State) {
+        let (word, shift) = (&mut self.0[PIECE_FRAMES + at / 4], at % 4 * 4);
+        *word = *word & !(15 << shift) | u16::from(state.0) << shift;
     }
+
+    fn is_empty(&self) -> bool {
+        self.0[PIECE_FRAMES..].iter().all(|&states| states == 0)
+    }
+
+    fn set_owner(&mut self, at: usize, order: Order, domain: Option<DomainId>) {
+        let is_large = order != Order::ZERO;
+        self.0[at] = domain.map_or(0, |domain| domain.get() + 1) | if is_large { HAS_ORDER } else { 0 };
+        if is_large {
+            self.0[at + 1] = u16::from(order.get());
+        }
+    }
+
+    fn owner(&self, at: usize) -> (Order, Option<DomainId>) {
+        let word = self.0[at];
+        let order = if word & HAS_ORDER == 0 { 0 } else { self.0[at + 1] as u8 };
+        let domain = (word & !HAS_ORDER).checked_sub(1);
+        (
+            Order::new(order).expect("an order was put in"),
+            domain.map(|domain| DomainId::new(domain).expect("a domain was put in")),
+        )
+    }
+
+    /// The first block of a generation that is not isolated, from `from` on, before `to`.
+    fn position(&self, generation: u8, from: usize, to: usize) -> Option<usize> {
+        let wanted = [State::new(generation, Hold::Free), State::new(generation, Hold::Pinned)];
+        (from..to).find(|&at| wanted.contains(&self.state(at)))
+    }
+}
+
+type Table = Box<[Option<Piece>]>;
+
+fn place(frame: usize) -> (usize, usize, usize) {
+    let piece = frame / PIECE_FRAMES;
+    (piece / TABLE_PIECES, piece % TABLE_PIECES, frame % PIECE_FRAMES)
 }
 
 /// A block that can move.
@@ -88,7 +147,7 @@ pub struct Page {
 /// What is known of the blocks of a node.
 #[derive(Debug, Default)]
 pub struct Pages {
-    pieces: Vec<Option<Box<[u32]>>>,
+    tables: Vec<Option<Table>>,
     /// Numbers of the oldest and the youngest generation.
     oldest: u8,
     youngest: u8,
@@ -98,89 +157,114 @@ pub struct Pages {
     hand: u32,
     /// Behind the highest block that ever was: the hand turns back there.
     end: usize,
-    /// Words that were looked at, ever.
+    /// Records that were looked at, ever.
     looked_at: u64,
 }
 
 impl Pages {
-    fn word(&self, frame: FrameNumber) -> Word {
-        let piece = self.pieces.get(frame.0 as usize / PIECE_FRAMES).and_then(Option::as_deref);
-        Word(piece.map_or(0, |piece| piece[frame.0 as usize % PIECE_FRAMES]))
+    fn piece(&self, frame: FrameNumber) -> Option<(&Piece, usize)> {
+        let (table, piece, at) = place(frame.0 as usize);
+        Some((self.tables.get(table)?.as_ref()?[piece].as_ref()?, at))
     }
 
-    fn set(&mut self, frame: FrameNumber, word: Word) {
-        let piece = self.pieces.get_mut(frame.0 as usize / PIECE_FRAMES).and_then(Option::as_deref_mut);
-        piece.expect("made before its first block is tracked")[frame.0 as usize % PIECE_FRAMES] = word.0;
+    fn state(&self, frame: FrameNumber) -> State {
+        self.piece(frame).map_or(State::NONE, |(piece, at)| piece.state(at))
     }
 
-    /// Makes the words that a block needs to be tracked.
+    fn piece_mut(&mut self, frame: FrameNumber) -> (&mut Piece, usize) {
+        let (table, piece, at) = place(frame.0 as usize);
+        let table = self.tables.get_mut(table).and_then(Option::as_mut);
+        let piece = table.and_then(|table| table[piece].as_mut());
+        (piece.expect("made before its first block is tracked"), at)
+    }
+
+    fn set(&mut self, frame: FrameNumber, state: State) {
+        let (piece, at) = self.piece_mut(frame);
+        piece.set_state(at, state);
+    }
+
+    /// Makes the records that a block needs to be tracked.
     ///
     /// # Errors
     /// [`FramesError::NoMetadata`]
     pub(crate) fn prepare(&mut self, frame: FrameNumber) -> Result<(), FramesError> {
-        let number = frame.0 as usize / PIECE_FRAMES;
-        if let Some(missing @ 1..) = (number + 1).checked_sub(self.pieces.len()) {
-            self.pieces.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
-            self.pieces.resize_with(number + 1, || None);
+        let (number, piece, _) = place(frame.0 as usize);
+        if let Some(missing @ 1..) = (number + 1).checked_sub(self.tables.len()) {
+            self.tables.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
+            self.tables.resize_with(number + 1, || None);
         }
-        if self.pieces[number].is_none() {
-            self.pieces[number] = Some(zeros(PIECE_FRAMES)?);
+        if self.tables[number].is_none() {
+            let mut table = Vec::new();
+            table.try_reserve_exact(TABLE_PIECES).map_err(|_| FramesError::NoMetadata)?;
+            table.resize_with(TABLE_PIECES, || None);
+            self.tables[number] = Some(table.into_boxed_slice());
+        }
+        let slot = self.tables[number].as_mut().map(|table| &mut table[piece]);
+        if let Some(slot @ None) = slot {
+            *slot = Some(Piece::new()?);
         }
         Ok(())
     }
 
-    /// A range is gone, and nothing in it is tracked any more: words for nothing are given back.
+    /// A range is gone, and nothing in it is tracked any more: records of nothing are given back.
     pub(crate) fn remove_range(&mut self, span: FrameRange) {
-        let first = span.first.0 as usize / PIECE_FRAMES;
-        let last = (span.first.0 as usize + span.count.0 as usize).div_ceil(PIECE_FRAMES);
-        for slot in self.pieces.iter_mut().take(last).skip(first) {
-            if slot.as_deref().is_some_and(|piece| piece.iter().all(|&word| word == 0)) {
+        let (first, count) = (span.first.0 as usize, span.count.0 as usize);
+        for frame in (first..first + count).step_by(PIECE_FRAMES) {
+            let (number, piece, _) = place(frame);
+            let Some(slot) = self.tables.get_mut(number) else { return };
+            let Some(table) = slot else { continue };
+            if table[piece].as_ref().is_some_and(Piece::is_empty) {
+                table[piece] = None;
+            }
+            if table.iter().all(Option::is_none) {
                 *slot = None;
             }
         }
     }
 
-    /// Bytes of words.
+    /// Bytes of records, tables included.
     pub(crate) fn bytes(&self) -> usize {
-        self.pieces.iter().flatten().map(|piece| size_of_val(&**piece)).sum()
+        let tables = self.tables.iter().flatten();
+        let pieces = tables.clone().flat_map(|table| table.iter().flatten());
+        tables.map(|table| size_of_val(&**table)).sum::<usize>()
+            + pieces.map(|piece| size_of_val(&*piece.0)).sum::<usize>()
     }
 
     /// A block is given out: from now on it is tracked, in the youngest generation.
     pub(crate) fn track(&mut self, frame: FrameNumber, order: Order, domain: Option<DomainId>) {
-        let domain_bits = domain.map_or(0, |domain| HAS_DOMAIN | u32::from(domain.get()));
-        let bits = TRACKED | u32::from(order.get()) << ORDER_SHIFT | domain_bits;
-        let word = Word(bits).with_generation(self.youngest);
         self.counts[usize::from(self.youngest)] += 1;
         self.end = self.end.max(frame.0 as usize + 1);
-        self.set(frame, word);
+        let state = State::new(self.youngest, Hold::Free);
+        let (piece, at) = self.piece_mut(frame);
+        piece.set_owner(at, order, domain);
+        piece.set_state(at, state);
     }
 
     /// A block is given back.
     pub(crate) fn untrack(&mut self, frame: FrameNumber) {
-        let word = self.word(frame);
-        if word.has(TRACKED) {
-            if !word.has(ISOLATED) {
-                self.counts[usize::from(word.generation())] -= 1;
+        let state = self.state(frame);
+        if state != State::NONE {
+            if state.hold() != Hold::Isolated {
+                self.counts[usize::from(state.generation())] -= 1;
             }
-            self.set(frame, Word(0));
+            self.set(frame, State::NONE);
         }
     }
 
     /// What is known of the block that begins at a frame.
     pub fn get(&self, frame: FrameNumber) -> Option<Page> {
-        let word = self.word(frame);
-        word.has(TRACKED).then(|| self.page(frame, word))
+        let (piece, at) = self.piece(frame)?;
+        self.page(piece, at, frame)
     }
 
-    fn page(&self, frame: FrameNumber, word: Word) -> Page {
-        Page {
-            frame,
-            order: word.order(),
-            domain: word.domain(),
-            is_pinned: word.has(PINNED),
-            is_isolated: word.has(ISOLATED),
-            age: self.age_of(word.generation()),
+    fn page(&self, piece: &Piece, at: usize, frame: FrameNumber) -> Option<Page> {
+        let state = piece.state(at);
+        if state == State::NONE {
+            return None;
         }
+        let (order, domain) = piece.owner(at);
+        let (is_pinned, is_isolated) = (state.hold() == Hold::Pinned, state.hold() == Hold::Isolated);
+        Some(Page { frame, order, domain, is_pinned, is_isolated, age: self.age_of(state.generation()) })
     }
 
     const fn age_of(&self, generation: u8) -> u8 {
@@ -189,22 +273,23 @@ impl Pages {
 
     /// The block was used: it is young again. Nothing happens to one that is not tracked.
     pub(crate) fn on_used(&mut self, frame: FrameNumber) {
-        let word = self.word(frame);
-        if word.has(TRACKED) && word.generation() != self.youngest {
-            if !word.has(ISOLATED) {
-                self.counts[usize::from(word.generation())] -= 1;
+        let state = self.state(frame);
+        if state != State::NONE && state.generation() != self.youngest {
+            if state.hold() != Hold::Isolated {
+                self.counts[usize::from(state.generation())] -= 1;
                 self.counts[usize::from(self.youngest)] += 1;
             }
-            self.set(frame, word.with_generation(self.youngest));
+            self.set(frame, State::new(self.youngest, state.hold()));
         }
     }
 
     /// Sets whether the block must not move; whether that could be: not while it is on its way.
     pub(crate) fn set_pinned(&mut self, frame: FrameNumber, is_pinned: bool) -> bool {
-        let word = self.word(frame);
-        let may = word.has(TRACKED) && !word.has(ISOLATED);
+        let state = self.state(frame);
+        let may = state != State::NONE && state.hold() != Hold::Isolated;
         if may {
-            self.set(frame, word.with(PINNED, is_pinned));
+            let hold = if is_pinned { Hold::Pinned } else { Hold::Free };
+            self.set(frame, State::new(state.generation(), hold));
         }
         may
     }
@@ -235,14 +320,14 @@ impl Pages {
         self.retire();
         while found.len() < wanted && left > 0 && self.oldest != self.youngest {
             let Some(frame) = self.next_of(self.oldest, &mut left) else { break };
-            let word = self.word(frame);
+            let state = self.state(frame);
             self.counts[usize::from(self.oldest)] -= 1;
-            if !word.has(PINNED) {
-                self.set(frame, word.with(ISOLATED, true));
-                found.push(self.page(frame, word));
-            } else {
+            if state.hold() == Hold::Pinned {
                 self.counts[usize::from(self.youngest)] += 1;
-                self.set(frame, word.with_generation(self.youngest));
+                self.set(frame, State::new(self.youngest, Hold::Pinned));
+            } else {
+                found.extend(self.get(frame));
+                self.set(frame, State::new(state.generation(), Hold::Isolated));
             }
             self.retire();
         }
@@ -253,26 +338,24 @@ impl Pages {
     fn next_of(&mut self, generation: u8, left: &mut usize) -> Option<FrameNumber> {
         let end = self.end;
         while *left > 0 && end > 0 {
-            let at = self.hand as usize % end;
-            let (number, from) = (at / PIECE_FRAMES, at % PIECE_FRAMES);
-            let Some(piece) = self.pieces[number].as_deref() else {
-                // A GiB without a block takes one look.
-                self.hand = ((number + 1) * PIECE_FRAMES % end) as u32;
+            let first = self.hand as usize % end;
+            let (number, piece, from) = place(first);
+            let table = self.tables[number].as_ref();
+            let Some(piece) = table.and_then(|table| table[piece].as_ref()) else {
+                // 4 MiB without a block take one look, and so does a GiB.
+                let passed = if table.is_some() { PIECE_FRAMES } else { PIECE_FRAMES * TABLE_PIECES };
+                self.hand = ((first / passed + 1) * passed % end) as u32;
                 *left -= 1;
                 continue;
             };
-            let run = (PIECE_FRAMES - from).min(end - at).min(*left);
-            let is_it = |&bits: &u32| {
-                let word = Word(bits);
-                word.has(TRACKED) && !word.has(ISOLATED) && word.generation() == generation
-            };
-            let at = piece[from..from + run].iter().position(is_it);
-            let passed = at.map_or(run, |at| at + 1);
+            let run = (PIECE_FRAMES - from).min(end - first).min(*left);
+            let at = piece.position(generation, from, from + run);
+            let passed = at.map_or(run, |at| at - from + 1);
             *left -= passed;
             self.looked_at += passed as u64;
-            self.hand = ((number * PIECE_FRAMES + from + passed) % end) as u32;
+            self.hand = ((first + passed) % end) as u32;
             if at.is_some() {
-                return Some(FrameNumber((number * PIECE_FRAMES + from + passed - 1) as u32));
+                return Some(FrameNumber((first + passed - 1) as u32));
             }
         }
         None
@@ -280,35 +363,36 @@ impl Pages {
 
     /// Isolates one block, of any age, if it can move; whether it did.
     pub(crate) fn isolate_one(&mut self, frame: FrameNumber) -> bool {
-        let word = self.word(frame);
-        let may = word.has(TRACKED) && !word.has(PINNED) && !word.has(ISOLATED);
+        let state = self.state(frame);
+        let may = state != State::NONE && state.hold() == Hold::Free;
         if may {
-            self.counts[usize::from(word.generation())] -= 1;
-            self.set(frame, word.with(ISOLATED, true));
+            self.counts[usize::from(state.generation())] -= 1;
+            self.set(frame, State::new(state.generation(), Hold::Isolated));
         }
         may
     }
 
     /// An isolated block stays after all, with the age it had, or as young when that is forgotten.
     pub(crate) fn put_back(&mut self, frame: FrameNumber) {
-        let word = self.word(frame);
-        if word.has(TRACKED) && word.has(ISOLATED) {
+        let state = self.state(frame);
+        if state != State::NONE && state.hold() == Hold::Isolated {
             // Its generation may have gone meanwhile; then it is as old as any.
-            let is_known = self.age_of(word.generation()) <= self.age_of(self.oldest);
-            let generation = if is_known { word.generation() } else { self.oldest };
+            let is_known = self.age_of(state.generation()) <= self.age_of(self.oldest);
+            let generation = if is_known { state.generation() } else { self.oldest };
             self.counts[usize::from(generation)] += 1;
-            self.set(frame, word.with(ISOLATED, false).with_generation(generation));
+            self.set(frame, State::new(generation, Hold::Free));
         }
     }
 
     /// The blocks that are tracked, lowest first. O(frames).
     pub fn iter(&self) -> impl Iterator<Item = Page> + '_ {
-        let words = self.pieces.iter().zip(0_usize..).flat_map(|(piece, number)| {
-            let words = piece.as_deref().unwrap_or_default();
-            words.iter().zip(number * PIECE_FRAMES..).map(|(&bits, at)| (Word(bits), at))
-        });
-        let tracked = words.filter(|(word, _)| word.has(TRACKED));
-        tracked.map(|(word, at)| self.page(FrameNumber(at as u32), word))
+        let tables =
+            self.tables.iter().zip(0_usize..).filter_map(|(table, number)| Some((table.as_ref()?, number)));
+        let pieces = tables.flat_map(|(table, number)| table.iter().zip(number * TABLE_PIECES..));
+        let pieces = pieces.filter_map(|(piece, number)| Some((piece.as_ref()?, number * PIECE_FRAMES)));
+        pieces.flat_map(move |(piece, first)| {
+            (0..PIECE_FRAMES).filter_map(move |at| self.page(piece, at, FrameNumber((first + at) as u32)))
+        })
     }
 
     /// Blocks by age, youngest first, isolated ones not counted.
@@ -323,128 +407,4 @@ impl Pages {
 }
 
 #[cfg(test)]
-mod tests {
-    use alloc::collections::BTreeMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[derive(Clone, Debug)]
-    enum Op {
-        Track(u32),
-        Untrack(u32),
-        Use(u32),
-        Pin(u32, bool),
-        Age,
-        Isolate(usize, usize),
-        PutBack(u32),
-    }
-
-    fn op() -> impl Strategy<Value = Op> {
-        let frame = || prop_oneof![0u32..40, Just(PIECE_FRAMES as u32 - 3)];
-        prop_oneof![
-            4 => frame().prop_map(Op::Track),
-            2 => frame().prop_map(Op::Untrack),
-            4 => frame().prop_map(Op::Use),
-            1 => (frame(), any::<bool>()).prop_map(|(f, p)| Op::Pin(f, p)),
-            3 => Just(Op::Age),
-            3 => (1usize..8, prop_oneof![1usize..60, Just(PIECE_FRAMES)]).prop_map(|(w, l)| Op::Isolate(w, l)),
-            2 => frame().prop_map(Op::PutBack),
-        ]
-    }
-
-    #[derive(Clone, Debug)]
-    struct Known {
-        is_pinned: bool,
-        is_isolated: bool,
-        /// Number of the generation, never going round.
-        generation: u64,
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(100))]
-
-        #[test]
-        fn the_oldest_that_can_move_are_taken_and_counts_are_what_they_count(
-            ops in prop::collection::vec(op(), 0..200),
-        ) {
-            let mut pages = Pages::default();
-            let mut known: BTreeMap<u32, Known> = BTreeMap::new();
-            let mut youngest = 0_u64;
-            for op in ops {
-                match op {
-                    Op::Track(frame) if !known.contains_key(&frame) => {
-                        pages.prepare(FrameNumber(frame)).unwrap();
-                        pages.track(FrameNumber(frame), Order::ZERO, Some(DomainId::ROOT));
-                        let page = Known { is_pinned: false, is_isolated: false, generation: youngest };
-                        known.insert(frame, page);
-                    }
-                    Op::Track(_) => {}
-                    Op::Untrack(frame) => {
-                        pages.untrack(FrameNumber(frame));
-                        known.remove(&frame);
-                    }
-                    Op::Use(frame) => {
-                        pages.on_used(FrameNumber(frame));
-                        known.entry(frame).and_modify(|page| page.generation = youngest);
-                    }
-                    Op::Pin(frame, is_pinned) => {
-                        let may = pages.set_pinned(FrameNumber(frame), is_pinned);
-                        let page = known.get_mut(&frame).filter(|page| !page.is_isolated);
-                        prop_assert_eq!(may, page.is_some());
-                        page.into_iter().for_each(|page| page.is_pinned = is_pinned);
-                    }
-                    Op::Age => youngest += u64::from(pages.age()),
-                    Op::Isolate(wanted, limit) => {
-                        let taken = pages.isolate(wanted, limit);
-                        prop_assert!(taken.len() <= wanted);
-                        let oldest = known.values().filter(|p| !p.is_isolated).map(|p| p.generation).min();
-                        for page in &taken {
-                            let page = known.get_mut(&page.frame.0).unwrap();
-                            prop_assert!(!page.is_pinned && !page.is_isolated, "R15");
-                            prop_assert!(page.generation < youngest && Some(page.generation) >= oldest);
-                            page.is_isolated = true;
-                        }
-                        // Those met that cannot move are young now.
-                        for (&frame, page) in &mut known {
-                            let now = pages.get(FrameNumber(frame)).unwrap();
-                            if page.is_pinned && now.age == 0 {
-                                page.generation = youngest;
-                            }
-                        }
-                    }
-                    Op::PutBack(frame) => {
-                        pages.put_back(FrameNumber(frame));
-                        known.entry(frame).and_modify(|page| page.is_isolated = false);
-                    }
-                }
-                let mut counts = [0; GENERATIONS as usize];
-                for (&frame, page) in &mut known {
-                    let found = pages.get(FrameNumber(frame)).unwrap();
-                    prop_assert_eq!(found.is_isolated, page.is_isolated);
-                    if !page.is_isolated {
-                        // A block that was isolated for long is as old as the oldest.
-                        page.generation = youngest - u64::from(found.age).min(youngest - page.generation);
-                        prop_assert_eq!(u64::from(found.age), youngest - page.generation);
-                        counts[usize::from(found.age)] += 1;
-                    }
-                }
-                prop_assert_eq!(pages.count_by_age(), counts);
-            }
-            prop_assert_eq!(pages.iter().count(), known.len());
-        }
-    }
-
-    #[test]
-    fn a_look_is_bounded_whatever_there_is() {
-        let mut pages = Pages::default();
-        for frame in 0..1000 {
-            pages.prepare(FrameNumber(frame)).unwrap();
-            pages.track(FrameNumber(frame), Order::ZERO, None);
-        }
-        assert!(pages.age());
-        assert_eq!(pages.isolate(1000, 10).len(), 10);
-        assert_eq!(pages.looked_at(), 10);
-    }
-}
+mod tests;

@@ -16,7 +16,7 @@ mod progress;
 mod retry;
 mod throttle;
 
-pub use self::floor::{FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
+pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
 pub use self::progress::Progress;
 pub use self::retry::Retry;
 pub use self::throttle::{Admission, CROWDED_NS, Cover, Coverage, Look, PATIENCE_NS, Throttle, Turnstile};

@@ -40,16 +40,24 @@ struct Bits {
 /// What the frames of a node hold.
 #[derive(Debug, Default)]
 pub(crate) struct Contents {
+    /// Lowest first.
     ranges: Vec<Bits>,
 }
 
 impl Contents {
     pub(crate) fn add_range(&mut self, span: FrameRange, initial: Initial) {
-        self.ranges.push(Bits { span, initial, changed: Vec::new() });
+        let at = self.ranges.partition_point(|bits| bits.span.first < span.first);
+        self.ranges.insert(at, Bits { span, initial, changed: Vec::new() });
     }
 
     pub(crate) fn remove_range(&mut self, span: FrameRange) {
         self.ranges.retain(|bits| bits.span != span);
+    }
+
+    fn bits_of(&mut self, frame: FrameNumber) -> &mut Bits {
+        let behind = self.ranges.partition_point(|bits| bits.span.first <= frame);
+        let found = behind.checked_sub(1).map(|at| &mut self.ranges[at]);
+        found.filter(|bits| bits.span.contains(frame)).expect("a block lies in a range of its node")
     }
 
     /// Makes the bits that a block needs to be given out.
@@ -61,8 +69,7 @@ impl Contents {
     }
 
     fn prepare_as(&mut self, first: FrameNumber, making: Initial) -> Result<(), FramesError> {
-        let found = self.ranges.iter_mut().find(|bits| bits.span.contains(first));
-        let bits = found.expect("a block lies in a range of its node");
+        let bits = self.bits_of(first);
         let piece = (first.0 - bits.span.first.0) as usize / PIECE_FRAMES;
         if let Some(missing @ 1..) = (piece + 1).checked_sub(bits.changed.len()) {
             bits.changed.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
@@ -110,8 +117,7 @@ impl Contents {
     /// Calls with each word that has bits of the block, the mask of these, and how the range began. Where there is no piece the
     /// change is lost.
     fn for_each_word(&mut self, first: FrameNumber, order: Order, mut change: impl FnMut(&mut u64, u64, Initial)) {
-        let found = self.ranges.iter_mut().find(|bits| bits.span.contains(first));
-        let bits = found.expect("a block lies in a range of its node");
+        let bits = self.bits_of(first);
         let start = (first.0 - bits.span.first.0) as usize;
         let frames = 1_usize << order.get();
         // A block is aligned to its size and no larger than a piece.

@@ -445,11 +445,25 @@ fn limits_are_refused_and_change_nothing() {
     assert!(matches!(frames.add_range(FrameCount((1 << 32) + 1), lent(1)), Err(FramesError::TooMany { .. })));
     assert_eq!(frames.capacity(), FrameCount(0));
     assert!(matches!(frames.alloc(Order::ZERO), Err(FramesError::Exhausted { largest: None, .. })));
-    for _ in 0..256 {
-        frames.add_range(FrameCount(1), lent(1)).unwrap();
+}
+
+#[test]
+fn thousands_of_ranges_come_and_go_and_every_frame_of_them_is_given_out_once() {
+    let mut frames = Frames::new();
+    let firsts: Vec<_> = (0..3000).map(|_| frames.add_range(FrameCount(3), lent(3)).unwrap().first).collect();
+    let given: BTreeSet<_> = (0..9000).map(|_| frames.alloc(Order::ZERO).unwrap()).collect();
+    assert_eq!(given.len(), 9000);
+    assert!(frames.alloc(Order::ZERO).is_err());
+    given.iter().for_each(|&frame| frames.free_block(frame, Order::ZERO).unwrap());
+    for &first in firsts.iter().step_by(2) {
+        frames.remove_range(first).unwrap();
     }
-    assert!(matches!(frames.add_range(FrameCount(1), lent(1)), Err(FramesError::TooMany { ranges: 256, .. })));
-    assert_eq!(frames.capacity(), FrameCount(256));
+    assert_eq!(frames.capacity(), FrameCount(4500));
+    for _ in 0..1500 {
+        let again = frames.add_range(FrameCount(3), lent(3)).unwrap().first;
+        assert!(firsts.contains(&again), "gaps are used again");
+    }
+    assert_eq!(frames.free(), FrameCount(9000));
 }
 
 #[test]

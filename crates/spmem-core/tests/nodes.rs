@@ -283,10 +283,11 @@ fn what_is_kept_of_a_nodes_blocks_is_reported_and_goes_with_its_ranges() {
     let spec = mm.registry().spec(NodeId::ZERO).unwrap().clone();
     let before = mm.stats(NodeId::ZERO).unwrap().metadata;
     let request = Request { mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
-    let block = mm.alloc(&request, Order::ZERO).unwrap();
+    let blocks: Vec<_> = (0..1 << 8).map(|_| mm.alloc(&request, Order::MAX).unwrap()).collect();
     let kept = mm.stats(NodeId::ZERO).unwrap().metadata;
-    assert!(kept.0 >= before.0 + (1 << 18) / 8 + (4 << 18), "a bit and a word a frame: {before} to {kept}");
-    mm.free(block).unwrap();
+    assert!(kept.0 >= before.0 + (1 << 18) / 8 + (5 << 17), "twenty-one bits a frame: {before} to {kept}");
+    assert!(kept.0 * 1000 < 1 << 30, "{kept} for a GiB that is all in use");
+    blocks.into_iter().for_each(|block| mm.free(block).unwrap());
     mm.registry_mut().remove_range(&owner, FrameNumber(0)).unwrap();
     assert_eq!(mm.stats(NodeId::ZERO).unwrap().metadata.0, 0);
     mm.registry_mut().add_range(&owner, &spec, FrameCount(1 << 18), lent(1 << 18), Initial::Zero).unwrap();

@@ -46,9 +46,9 @@ fn look_up() -> Option<usize> {
     let object = unsafe { core::slice::from_raw_parts(base, len) };
     let object = ElfBytes::<NativeEndian>::minimal_parse(object).ok()?;
     let (symbols, names) = object.dynamic_symbol_table().ok()??;
-    let symbol = symbols.iter().find(|symbol| {
-        names.get(symbol.st_name as usize).is_ok_and(|name| name == "__vdso_clock_gettime")
-    })?;
+    let symbol = symbols
+        .iter()
+        .find(|symbol| names.get(symbol.st_name as usize).is_ok_and(|name| name == "__vdso_clock_gettime"))?;
     (symbol.st_value != 0).then_some(start + symbol.st_value as usize)
 }
 

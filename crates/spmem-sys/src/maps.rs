@@ -239,8 +239,7 @@ mod tests {
                 if vma.start > 0x7fff_ffff_f000 {
                     break; // [vsyscall] is not in the query's list
                 }
-                let queried =
-                    if maps.has_query { maps.query(address, rights).expect("query") } else { Some(vma) };
+                let queried = if maps.has_query { maps.query(address, rights).expect("query") } else { Some(vma) };
                 // Other tests of this process map and unmap meanwhile.
                 if maps.search_text(address, is_wanted).expect("read") != Some(vma) {
                     continue;

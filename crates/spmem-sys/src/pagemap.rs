@@ -163,7 +163,8 @@ mod tests {
             let (mut at, mut runs, mut found) = (start, [Run::default(); RUNS], std::vec![0; len]);
             while at < end {
                 let (count, looked) = pagemap.scan(at, end, max_pages, &mut runs).expect("PAGEMAP_SCAN");
-                let pages = runs[..count].iter().flat_map(|run| (run.start as usize..run.end as usize).step_by(PAGE));
+                let pages =
+                    runs[..count].iter().flat_map(|run| (run.start as usize..run.end as usize).step_by(PAGE));
                 let pages: std::vec::Vec<_> = pages.map(|page| (page - start) / PAGE).collect();
                 assert!(pages.len() <= max_pages && looked > at, "{max_pages}: {at:#x} to {looked:#x}");
                 assert!(pages.iter().all(|&page| (at..looked).contains(&(start + page * PAGE))));

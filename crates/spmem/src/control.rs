@@ -181,6 +181,11 @@ impl Control {
         self.live_indices().map(|index| &self.slots[index])
     }
 
+    /// How many processes are managed now.
+    pub fn count_processes(&self) -> u32 {
+        u32::try_from(self.live_slots().count()).unwrap_or(u32::MAX)
+    }
+
     fn live_indices(&self) -> impl Iterator<Item = usize> {
         let ever = self.slots_ever.load(Relaxed).min(SLOTS as u64) as usize;
         (0..ever).filter(|&index| self.slots[index].pid.load(Relaxed) != 0)
@@ -223,7 +228,8 @@ impl Control {
         let limit = self.limit_bytes.load(Relaxed);
         let overrun = used.saturating_sub(limit);
         if self.overrun_peak_bytes.fetch_max(overrun, Relaxed) < overrun {
-            let floor = Floor::default().update(Bytes(limit), Bytes(0), Bytes(0)).bytes().0;
+            let count = self.count_processes();
+            let floor = Floor::default().update(Bytes(limit), Bytes(0), Bytes(0), count).bytes().0;
             let floors = self.live_slots().map(|slot| slot.used_bytes.load(Relaxed).min(floor)).sum();
             self.floor_bytes_at_overrun.store(floors, Relaxed);
         }

@@ -303,8 +303,9 @@ impl Gauge {
         let is_alone = stored == slot.store_used_bytes.load(Relaxed);
         runtime.is_node_full.store(!is_alone && stored >= shared.store_capacity_bytes.load(Relaxed), Relaxed);
         let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
-        let FrameCount(floor) =
-            self.floor.update(Bytes(limit), Bytes(fixed), Bytes(slot.store_used_bytes.load(Relaxed)));
+        let own_stored = Bytes(slot.store_used_bytes.load(Relaxed));
+        let processes = shared.count_processes();
+        let FrameCount(floor) = self.floor.update(Bytes(limit), Bytes(fixed), own_stored, processes);
         (self.floor_pages, self.resident_pages, self.refused_pages) = (floor, resident, refused);
         let movable = Movable::above(FrameCount(floor), resident, holding, refused);
         let facts = Facts {
@@ -315,7 +316,7 @@ impl Gauge {
             holding_pages: movable.holding_pages,
             since_last_ns: now - self.last_ns,
             growth: Bytes(tree_used.saturating_sub(self.last_used)),
-            processes: u32::try_from(runtime.shared().live_slots().count()).unwrap_or(u32::MAX),
+            processes,
             processors: self.processors,
         };
         self.last_ns = now;

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use super::{MAX_CONTIGUOUS, MAX_FRAMES, MAX_RANGES};
+use super::{MAX_CONTIGUOUS, MAX_FRAMES};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 /// Why frames were not given, taken back, added or removed. Nothing has changed.
@@ -76,10 +76,10 @@ pub enum FramesError {
     },
     /// A range must have at least one frame.
     EmptyRange,
-    /// The node would have more than [`MAX_RANGES`] ranges or [`MAX_FRAMES`] frames.
+    /// The node would have more than [`MAX_FRAMES`] frames.
     TooMany {
-        /// Ranges the node has.
-        ranges: usize,
+        /// Frames of the range.
+        count: FrameCount,
         /// Frames the node has, holes included.
         frames: u64,
     },
@@ -125,9 +125,9 @@ impl fmt::Display for FramesError {
                 "{used} frames of the range at frame {first} are in use, frame {lowest} is the lowest; free or move them first"
             ),
             Self::EmptyRange => f.write_str("a range must have at least one frame"),
-            Self::TooMany { ranges, frames } => write!(
+            Self::TooMany { count, frames } => write!(
                 f,
-                "the node has {ranges} ranges and {frames} frames; at most {MAX_RANGES} and {MAX_FRAMES} fit"
+                "{count} more frames do not fit: the node has {frames}, holes included, and can have {MAX_FRAMES}"
             ),
             Self::NoMetadata => f.write_str("no memory for the metadata of the range"),
             Self::Contiguous { count } => {

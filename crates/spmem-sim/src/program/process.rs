@@ -283,7 +283,7 @@ impl Process {
         report: &mut Report,
         mm: &mut MemoryManager,
     ) -> Result<u64, Violation> {
-        let FrameCount(floor) = self.floor.update(around.limit, around.fixed, Bytes(self.stored));
+        let FrameCount(floor) = self.floor.update(around.limit, around.fixed, Bytes(self.stored), around.count);
         self.floor_pages = floor;
         let movable = Movable::above(FrameCount(floor), self.resident, self.held, self.refused);
         self.keeps_copies = keeps_copies(around.limit, around.used, Bytes(self.kept));
