@@ -9,6 +9,8 @@
 //! | [`PerCpu`] | everybody, order 0 through a slot a processor | one locked instruction |
 //! | [`Frames`] | everybody, all orders | one lock of a 1 GiB zone; batches share it |
 //!
+//! Both caches pass requests for larger blocks on to a zone that nobody else works on.
+//!
 //! Caches are filled a row (64 neighbours) at a time from the lowest place that has any, and give back what they
 //! cannot hold: so what they hold keeps few huge frames in pieces.
 //!
@@ -30,6 +32,7 @@ mod batch;
 mod cache;
 mod contiguous;
 mod error;
+mod percpu;
 mod placed;
 mod poison;
 mod range;
@@ -48,8 +51,9 @@ use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::units::{FrameCount, FrameNumber, Order};
 
-pub use self::cache::{Cache, PerCpu};
+pub use self::cache::Cache;
 pub use self::error::FramesError;
+pub use self::percpu::PerCpu;
 pub use self::poison::{Hurt, Poisoned};
 pub use self::range::Metadata;
 pub use self::uses::InUse;

@@ -89,6 +89,7 @@ fn live(node: &Node, owner: u32, steps: usize, largest: u32) {
         let order = Order::new(random.below(most) as u8).unwrap();
         let since = node.time.load(SeqCst);
         let taken = match random.below(8) {
+            0 if random.below(2) == 0 => cache.alloc_block(frames, order).map(|first| Held::Block(first, order)),
             0 => frames.alloc(order).map(|first| Held::Block(first, order)),
             1 | 2 => caches.alloc(frames, random.below(3) as usize, order).map(|first| Held::Block(first, order)),
             3 => cache.alloc(frames).map(Held::Cached),
@@ -365,4 +366,36 @@ impl Random {
         self.0 ^= self.0 << 17;
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32 % bound
     }
+}
+
+#[test]
+fn blocks_from_a_zone_of_ones_own_have_one_owner_and_none_is_missed() {
+    let mut frames = Frames::new();
+    for count in [(1 << 18) + 1024, 1 << 18] {
+        frames.add_range(FrameCount(count), Metadata::from_heap(FrameCount(count)).unwrap()).unwrap();
+    }
+    let (caches, huge) = (PerCpu::new(2).unwrap(), Order::new(9).unwrap());
+    let owners: Vec<AtomicU32> = (0..3 << 9).map(|_| AtomicU32::new(0)).collect();
+    let owner_of = |first: FrameNumber| &owners[first.0 as usize >> 9];
+    let live = |owner: u32| {
+        let mut cache = Cache::new();
+        for round in 0..20_000 {
+            let first = match round % 2 {
+                0 => caches.alloc(&frames, owner as usize, huge),
+                _ => cache.alloc_block(&frames, huge),
+            };
+            let first = first.expect("nearly all is free");
+            assert_eq!(owner_of(first).swap(owner, Relaxed), 0);
+            assert_eq!(owner_of(first).swap(0, Relaxed), owner);
+            frames.free_block(first, huge).unwrap();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| live(1));
+        scope.spawn(|| live(2));
+    });
+    // Wherever the hints point now, every block is found.
+    let all: Vec<_> = std::iter::from_fn(|| caches.alloc(&frames, 1, huge).ok()).collect();
+    assert_eq!(all.len(), (1 << 10) + 2);
+    all.iter().for_each(|&first| assert_eq!(owner_of(first).swap(1, Relaxed), 0));
 }

@@ -1,24 +1,42 @@
 //! The clock without a system call: the function that the kernel maps into every process for it (vdso(7)).
 //!
-//! It reads memory that the kernel keeps up to date and needs no thread-local storage, unlike libc's way to it.
+//! It reads memory that the kernel keeps up to date, and the processor's counter, and needs no thread-local storage,
+//! unlike libc's way to it. A thread that was forbidden to read the counter must [`allow`] it first.
 
 use core::mem::transmute;
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use elf::{ElfBytes, endian::NativeEndian, file::Elf64_Ehdr};
+use syscalls::{Sysno, syscall};
 
 type ClockGettime = unsafe extern "C" fn(libc::clockid_t, *mut libc::timespec) -> libc::c_int;
 
 /// Address of the function; 0 before [`find`], or where there is none.
 static FUNCTION: AtomicUsize = AtomicUsize::new(0);
 
-/// Looks the function up, so that [`crate::process::now_ns`] uses it from now on. Asks libc where the kernel's object
+/// Looks the function up, so that [`now_ns`] uses it from now on. Asks libc where the kernel's object
 /// is: to be called by a thread of libc's. Once is enough, also for children by fork(2).
 pub fn find() {
     FUNCTION.store(look_up().unwrap_or(0), Relaxed);
 }
 
-/// CLOCK_MONOTONIC, if the function is known and answers.
-pub(crate) fn monotonic() -> Option<libc::timespec> {
+/// Lets the calling thread read the processor's counter, whatever the thread that made it may do (PR_SET_TSC in prctl(2)).
+pub fn allow() {
+    // SAFETY: takes no pointer; refused where there is no such thing.
+    let _ = unsafe { syscall!(Sysno::prctl, libc::PR_SET_TSC, libc::PR_TSC_ENABLE) };
+}
+
+/// CLOCK_MONOTONIC, ns; by a system call where the function is not known.
+pub fn now_ns() -> u64 {
+    monotonic().map_or_else(crate::process::now_ns, |time| ns(&time))
+}
+
+/// Nanoseconds.
+pub(crate) const fn ns(time: &libc::timespec) -> u64 {
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+}
+
+/// If the function is known and answers.
+fn monotonic() -> Option<libc::timespec> {
     let function = FUNCTION.load(Relaxed);
     if function == 0 {
         return None;
@@ -55,18 +73,25 @@ fn look_up() -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::now_ns;
+    use crate::process;
 
     #[test]
     fn the_clock_of_the_kernels_object_is_the_system_calls() {
-        FUNCTION.store(0, Relaxed);
-        let before = now_ns();
         find();
         assert_ne!(FUNCTION.load(Relaxed), 0, "no __vdso_clock_gettime");
-        let between = now_ns();
-        assert!(monotonic().is_some());
-        FUNCTION.store(0, Relaxed);
-        let after = now_ns();
+        let before = process::now_ns();
+        let between = monotonic().map(|time| ns(&time)).expect("it answers");
+        let after = process::now_ns();
         assert!(before <= between && between <= after, "{before} {between} {after}");
+    }
+
+    #[test]
+    fn a_thread_that_must_not_read_the_counter_can_once_it_is_allowed_to() {
+        find();
+        // SAFETY: takes no pointer. Of this thread only.
+        unsafe { syscall!(Sysno::prctl, libc::PR_SET_TSC, libc::PR_TSC_SIGSEGV) }.expect("prctl");
+        let before = process::now_ns();
+        allow();
+        assert!(before <= now_ns());
     }
 }

@@ -18,15 +18,13 @@ pub fn tid() -> u32 {
     u32::try_from(tid).unwrap_or(0)
 }
 
-/// CLOCK_MONOTONIC, ns.
+/// CLOCK_MONOTONIC, ns, by a system call: for threads of the program, which may have forbidden themselves to read the
+/// processor's counter (PR_SET_TSC in prctl(2)). Others use [`crate::clock::now_ns`].
 pub fn now_ns() -> u64 {
-    let time = crate::clock::monotonic().unwrap_or_else(|| {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the kernel writes one timespec.
-        let _ = unsafe { syscall!(Sysno::clock_gettime, libc::CLOCK_MONOTONIC, core::ptr::from_mut(&mut time)) };
-        time
-    });
-    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec.
+    let _ = unsafe { syscall!(Sysno::clock_gettime, libc::CLOCK_MONOTONIC, core::ptr::from_mut(&mut time)) };
+    crate::clock::ns(&time)
 }
 
 /// nanosleep(2) for `ns`; may return early.

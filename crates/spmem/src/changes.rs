@@ -25,7 +25,7 @@ use spmem_sys::fd::{Poll, poll};
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::thread::Urgent;
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{PAGE, Result, process};
+use spmem_sys::{PAGE, Result, clock, process};
 
 /// Changes that can be put off: as many as a thread makes that goes from one to the next, until [`is_quiet_soon`].
 const MAX_CHANGES: usize = 1 << 13;
@@ -276,13 +276,13 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
 /// between; it is seen by looking closely where the thread runs on another processor, and by looking at any time where
 /// it runs on this one.
 pub(crate) fn is_quiet_soon(uffd: &Uffd) -> bool {
-    let begin_ns = process::now_ns();
+    let begin_ns = clock::now_ns();
     let mut urgent = None;
     loop {
         if !uffd.is_changing() {
             return true;
         }
-        let now_ns = process::now_ns();
+        let now_ns = clock::now_ns();
         // What waits to be read does not end by itself.
         let is_unread = poll(&mut [Poll::readable(uffd.raw())], 0) != Ok(0);
         if is_unread || now_ns - begin_ns > LOOK_NS {

@@ -15,7 +15,7 @@ use spmem_node::compressed::{Codec, Label, Verified};
 use spmem_node::{Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::Event;
-use spmem_sys::{PAGE, process};
+use spmem_sys::{PAGE, clock, process};
 
 /// Pages of a lane.
 pub const LANE_PAGES: usize = 16;
@@ -126,16 +126,16 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
         if is_over.load(Relaxed) {
             return;
         }
-        let since = process::now_ns();
+        let since = clock::now_ns();
         let is_posted = || lane.state.load(Relaxed) == POSTED;
-        while spin_ns > 0 && !is_posted() && process::now_ns() - since < spin_ns {
+        while spin_ns > 0 && !is_posted() && clock::now_ns() - since < spin_ns {
             // Whoever else has work for this processor goes first.
             process::give_way();
         }
         if !is_posted() {
             exchange.posted.wait(ticket, Some(IDLE_NS));
             // Spinning pays only where work keeps coming.
-            let waited = process::now_ns() - since;
+            let waited = clock::now_ns() - since;
             spin_ns = if waited < 4 * SPIN_NS { SPIN_NS } else { 0 };
         }
     }
@@ -232,13 +232,13 @@ impl Client {
     pub(crate) fn wait(&self) -> bool {
         let Some(oldest) = self.oldest() else { return false };
         let lane = &self.exchange.lanes[oldest];
-        let since = process::now_ns();
+        let since = clock::now_ns();
         loop {
             let ticket = lane.done.ticket();
             if self.is_done() {
                 return true;
             }
-            if process::now_ns() - since > PATIENCE_NS {
+            if clock::now_ns() - since > PATIENCE_NS {
                 return false;
             }
             lane.done.wait(ticket, Some(PATIENCE_NS / 4));

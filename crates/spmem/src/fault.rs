@@ -28,7 +28,7 @@ use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{Errno, PAGE, process, thread};
+use spmem_sys::{Errno, PAGE, clock, process, thread};
 
 /// How often waiting faults are looked at, ns.
 const RETRY_NS: u64 = 50_000;
@@ -71,6 +71,7 @@ pub(crate) struct Server {
 
 /// Entry of the handler thread.
 pub(crate) extern "C" fn handler(argument: usize) -> ! {
+    clock::allow();
     thread::set_name(c"spm-fault");
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
@@ -127,7 +128,7 @@ impl Server {
                     match event {
                         Event::Fault { address, is_write, tid } => {
                             self.follower.note(tid);
-                            let now = process::now_ns();
+                            let now = clock::now_ns();
                             let fault = Waiting { address, is_write, since_ns: now };
                             if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
                                 // One a thread: more threads than this all wait for memory.
@@ -153,7 +154,7 @@ impl Server {
                 let mut kept = 0;
                 for index in 0..count {
                     let fault = waiting[index];
-                    if !is_settled || !self.try_serve(space, uffd, fault, process::now_ns()) {
+                    if !is_settled || !self.try_serve(space, uffd, fault, clock::now_ns()) {
                         waiting[kept] = fault;
                         kept += 1;
                     }
@@ -200,7 +201,7 @@ impl Server {
         if served == Served::Yes {
             let shared = runtime.shared();
             runtime.record(happening, page, self.brought as u64 | if fault.is_write { IS_WRITE } else { 0 });
-            shared.faults.record(process::now_ns().saturating_sub(fault.since_ns));
+            shared.faults.record(clock::now_ns().saturating_sub(fault.since_ns));
             if waited > 0 {
                 shared.counters.throttled_ns.fetch_add(waited, Relaxed);
             }

@@ -32,7 +32,7 @@ use spmem_sys::process::DescriptorLimit;
 use spmem_sys::socket::{Listener, MAX_NAME, Socket};
 use spmem_sys::thread::{self, Table};
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{Errno, PAGE, Result, futex, process};
+use spmem_sys::{Errno, PAGE, Result, clock, futex, process};
 
 const NONE: u32 = 0;
 const ANNOUNCED: u32 = 1;
@@ -348,6 +348,7 @@ extern "C" fn adopt(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
     // A copy of the forking thread's table: nothing in it is ours.
     let _ = close_all_but(&[]);
+    clock::allow();
     thread::set_name(c"spm-monitor");
     thread::leave_directory();
     match take_over(runtime) {

@@ -15,7 +15,7 @@ use spmem_sys::fd::Fd;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
-use spmem_sys::{Errno, PAGE, Result, process};
+use spmem_sys::{Errno, PAGE, Result, clock};
 
 /// Registers and releases ranges.
 pub(crate) struct GateKeeper {
@@ -43,7 +43,7 @@ impl GateKeeper {
 
     /// Does what the plan says of growth.
     pub(crate) fn keep(&mut self, gate: Gate) {
-        let now = process::now_ns();
+        let now = clock::now_ns();
         match self.coverage.look(gate, now) {
             Cover::Keep => {}
             Cover::All => {

@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use spmem_sys::fd::{Poll, poll};
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{Errno, PAGE, process};
+use spmem_sys::{Errno, PAGE, clock, process};
 
 use crate::fault::{Served, Server};
 use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
@@ -31,7 +31,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         // too long for a child that may never come.
         if !can_be_handed_over(&since)
             || matches!(own_event, Some(Event::Fork { .. }))
-            || process::now_ns() > deadline_ns
+            || clock::now_ns() > deadline_ns
         {
             break true;
         }
@@ -49,7 +49,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                 other => {
                     own_event = other.and_then(Result::ok);
                     is_own_waiting = true;
-                    deadline_ns = process::now_ns() + EVENT_PATIENCE_NS;
+                    deadline_ns = clock::now_ns() + EVENT_PATIENCE_NS;
                 }
             }
         }

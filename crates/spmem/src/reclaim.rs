@@ -19,13 +19,14 @@ use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
 use spmem_sys::fd::close_all_but;
 use spmem_sys::process::{DescriptorLimit, MemoryUse};
-use spmem_sys::{PAGE, Result, process, thread};
+use spmem_sys::{PAGE, Result, clock, process, thread};
 
 /// How often shared memory is counted exactly, ns: it walks all page tables.
 const PROPORTIONAL_NS: u64 = 50_000_000;
 /// Entry of the first agent thread.
 pub(crate) extern "C" fn monitor(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
+    clock::allow();
     thread::set_name(c"spm-monitor");
     thread::leave_directory();
     let mut keep = [runtime.device.load(Relaxed), runtime.socket.load(Relaxed), spmem_sys::fd::proc()];
@@ -38,6 +39,7 @@ pub(crate) extern "C" fn monitor(argument: usize) -> ! {
 /// Entry of the first agent thread of a forked child none of whose pages are away.
 pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
+    clock::allow();
     thread::set_name(c"spm-monitor");
     thread::leave_directory();
     let _ = close_all_but(&[]);
@@ -51,6 +53,7 @@ pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
 /// Entry of a helper.
 pub(crate) extern "C" fn helper(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
+    clock::allow();
     thread::set_name(c"spm-reclaim");
     let number = runtime.reclaimers.fetch_add(1, Relaxed) as usize;
     let mut demoter = Demoter::new(runtime, number);
@@ -108,7 +111,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         tools: None,
         shadow: Shadow::new(),
         progress: Progress::default(),
-        throttle: Throttle::new(process::now_ns()),
+        throttle: Throttle::new(clock::now_ns()),
         is_unfit: false,
     };
     loop {
@@ -219,7 +222,7 @@ impl Monitor {
         let runtime = self.runtime;
         let Some(limit) = facts.limit else { return };
         let admission = self.throttle.look(&Look {
-            now_ns: process::now_ns(),
+            now_ns: clock::now_ns(),
             limit,
             tree_used: facts.tree_used,
             gate: plan.gate,
@@ -266,13 +269,13 @@ impl Gauge {
             resident_pages: 0,
             refused_pages: 0,
             processors: u32::try_from(process::cpu_count()).unwrap_or(u32::MAX),
-            last_ns: process::now_ns(),
+            last_ns: clock::now_ns(),
             last_used: 0,
         })
     }
 
     fn measure(&mut self, limit: u64) -> Facts {
-        let now = process::now_ns();
+        let now = clock::now_ns();
         let runtime = self.runtime;
         let exchange = runtime.exchange().map_or(0, |exchange| size_of_val(exchange) as u64);
         let used = self.read_used(now) + exchange;

@@ -16,7 +16,7 @@ use spmem_sys::mapping::populate_write;
 use spmem_sys::maps::{Maps, Name, Vma};
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::{Progress, Uffd};
-use spmem_sys::{Errno, PAGE, Result, process};
+use spmem_sys::{Errno, PAGE, Result, clock, process};
 
 /// Pages moved under one hold of the lock: a fault may have to wait for it.
 const HOLD_PAGES: usize = 4;
@@ -86,7 +86,7 @@ impl Sweeper {
             }
             let Some(vma) = last else {
                 self.hand = 0;
-                self.retry.begin_round(process::now_ns());
+                self.retry.begin_round(clock::now_ns());
                 wraps += 1;
                 continue;
             };
@@ -259,7 +259,7 @@ impl Sweeper {
             }
         }
         if let Some(chunk) = space.table.find_mut(start) {
-            chunk.left_ns = process::now_ns();
+            chunk.left_ns = clock::now_ns();
         }
         (End::Done, moved)
     }

@@ -3,13 +3,11 @@
 //! A cache holds a part of one row, taken from the lowest place, and what was freed last, used first. Its fields are
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
-use alloc::vec::Vec;
-
 use super::poison::HAS_POISON;
 use super::states::check;
 use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
 use super::{Frames, FramesError, Place};
-use crate::sync::Ordering::{Acquire, Relaxed, Release};
+use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
@@ -18,6 +16,8 @@ const HELD: usize = 256;
 /// How many of them, the oldest, are given back when it is full.
 const GIVEN_BACK: usize = HELD / 2;
 
+/// How many larger blocks are taken from a zone of its own: as many huge pages as a zone has.
+const AWAY_BLOCKS: u32 = (ZONE_FRAMES >> 9) as u32;
 /// How many rows a cache takes from a zone of its own because another one fills itself from the lowest: as many as a zone has.
 const AWAY: u32 = (ZONE_FRAMES / ROW_FRAMES) as u32;
 
@@ -57,6 +57,9 @@ pub struct Cache {
     away_at: AtomicU32,
     /// ... so many more times, before it goes back to the lowest place.
     away_for: AtomicU32,
+    /// As these two, for larger blocks; hints, which a slot's users change without its lock.
+    blocks_at: AtomicU32,
+    blocks_for: AtomicU32,
 }
 
 /// Of [`Cache::name`].
@@ -83,6 +86,8 @@ impl Cache {
             is_guest: AtomicBool::new(false),
             away_at: AtomicU32::new(0),
             away_for: AtomicU32::new(0),
+            blocks_at: AtomicU32::new(0),
+            blocks_for: AtomicU32::new(0),
         }
     }
 
@@ -92,6 +97,32 @@ impl Cache {
     /// [`FramesError::Exhausted`]; [`FramesError::OtherCache`].
     pub fn alloc(&mut self, frames: &Frames) -> Result<FrameNumber, FramesError> {
         self.alloc_alone(frames)
+    }
+
+    /// Takes a block of any order from the node, not from what it holds: as [`Frames::alloc`], but from a zone where others do
+    /// not do the same.
+    ///
+    /// # Errors
+    /// As [`Frames::alloc`].
+    pub fn alloc_block(&mut self, frames: &Frames, order: Order) -> Result<FrameNumber, FramesError> {
+        self.alloc_block_shared(frames, order)
+    }
+
+    /// A block from a zone that nobody else works on. Whoever found the lowest one busy stays in another for a while: in
+    /// turns on one zone, two would wait for its cache lines most of the time.
+    pub(super) fn alloc_block_shared(&self, frames: &Frames, order: Order) -> Result<FrameNumber, FramesError> {
+        let left = self.blocks_for.load(Relaxed);
+        let away = if left > 0 { frames.find(FrameNumber(self.blocks_at.load(Relaxed))).ok() } else { None };
+        let taken = away.and_then(|away| frames.take_block_from(away, order));
+        let taken = taken.or_else(|| frames.take_block_from(Place::LOWEST, order));
+        let Some((frame, found)) = taken else { return frames.alloc(order) };
+        if found.was_busy {
+            self.blocks_at.store(found.zone.0, Relaxed);
+            self.blocks_for.store(AWAY_BLOCKS, Relaxed);
+        } else if left > 0 {
+            self.blocks_for.store(left - 1, Relaxed);
+        }
+        Ok(frame)
     }
 
     /// Gives a frame back.
@@ -122,7 +153,7 @@ impl Cache {
     }
 
     /// Whether it may hold frames of the node; and if so, whether some of these may be poisoned.
-    fn is_of(&self, frames: &Frames) -> Result<Poison, FramesError> {
+    pub(super) fn is_of(&self, frames: &Frames) -> Result<Poison, FramesError> {
         // Relaxed: what was poisoned before this operation began is known to who began it.
         if self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
             Ok(Poison::None)
@@ -146,7 +177,7 @@ impl Cache {
     }
 
     /// By whoever has it for himself, as all that follows.
-    fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
+    pub(super) fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
         let poison = self.is_of(frames)?;
         loop {
             let frame = self.pop(frames)?;
@@ -203,7 +234,7 @@ impl Cache {
         Ok((row.first, row.bits))
     }
 
-    fn free_alone(&self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
+    pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
         let poison = self.is_of(frames)?;
         frames.take_in(frame)?;
         if poison == Poison::Some && frames.retire_cached(frame) {
@@ -219,7 +250,7 @@ impl Cache {
         Ok(())
     }
 
-    fn drain_alone(&self, frames: &Frames) {
+    pub(super) fn drain_alone(&self, frames: &Frames) {
         if self.is_empty() {
             return;
         }
@@ -267,147 +298,29 @@ struct Row {
 
 /// Whether a node has poisoned frames, so that a cache must look at the marks of those that pass through it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Poison {
+pub(super) enum Poison {
     None,
     Some,
 }
 
-/// A cache for everybody who is on one processor, on cache lines of its own.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Slot {
-    is_taken: AtomicBool,
-    cache: Cache,
-}
-
-impl Slot {
-    /// Does `work` with the cache, unless somebody else is at it.
-    fn try_with<T>(&self, work: impl FnOnce(&Cache) -> T) -> Option<T> {
-        // Acquire pairs with the Release below: what the one before wrote is seen.
-        if self.is_taken.compare_exchange(false, true, Acquire, Relaxed).is_err() {
-            return None;
-        }
-        let result = work(&self.cache);
-        self.is_taken.store(false, Release);
-        Some(result)
-    }
-
-    fn with<T>(&self, relax: fn(), mut work: impl FnMut(&Cache) -> T) -> T {
-        loop {
-            if let Some(result) = self.try_with(&mut work) {
-                return result;
-            }
-            // Only looked at until it seems free, so that its holder keeps the cache line.
-            while self.is_taken.load(Relaxed) {
-                relax();
-            }
-        }
-    }
-}
-
-/// Caches in front of one node, one a processor. The processor is a hint: a wrong one costs time only.
-///
-/// ```
-/// use spmem_core::frames::{Frames, Metadata, PerCpu};
-/// use spmem_core::units::{FrameCount, Order};
-/// let mut frames = Frames::new();
-/// frames.add_range(FrameCount(1024), Metadata::from_heap(FrameCount(1024)).unwrap()).unwrap();
-/// let caches = PerCpu::new(2).unwrap();
-/// let frame = caches.alloc(&frames, 0, Order::ZERO).unwrap();
-/// caches.free_block(&frames, 1, frame, Order::ZERO).unwrap();
-/// assert!(caches.alloc(&frames, 0, Order::MAX).is_ok()); // what is cached does not stand in the way
-/// ```
-#[derive(Debug)]
-pub struct PerCpu {
-    slots: Vec<Slot>,
-}
-
-impl PerCpu {
-    /// Empty caches for so many processors, at least one.
-    ///
-    /// # Errors
-    /// [`FramesError::NoMetadata`].
-    pub fn new(processors: usize) -> Result<Self, FramesError> {
-        let mut slots = Vec::new();
-        slots.try_reserve_exact(processors.max(1)).map_err(|_| FramesError::NoMetadata)?;
-        slots.resize_with(processors.max(1), Slot::default);
-        Ok(Self { slots })
-    }
-
-    /// Takes a block: a single frame from the processor's cache, others from the node. Before it fails, everything that
-    /// is cached is given back and the node is asked again.
-    ///
-    /// # Errors
-    /// As [`Frames::alloc`]; [`FramesError::OtherCache`].
-    pub fn alloc(&self, frames: &Frames, processor: usize, order: Order) -> Result<FrameNumber, FramesError> {
-        let cached = if order == Order::ZERO {
-            self.slots[processor % self.slots.len()].try_with(|cache| cache.alloc_alone(frames))
-        } else {
-            None
-        };
-        match cached.unwrap_or_else(|| frames.alloc(order)) {
-            Err(FramesError::Exhausted { .. }) => {
-                let is_mixed = self.drain_own(frames);
-                frames.alloc(order).map_err(|cause| if is_mixed { FramesError::OtherCache } else { cause })
-            }
-            result => result,
-        }
-    }
-
-    /// Gives a block back, a single frame to the processor's cache.
-    ///
-    /// # Errors
-    /// As [`Frames::free_block`]; [`FramesError::OtherCache`].
-    pub fn free_block(
-        &self,
-        frames: &Frames,
-        processor: usize,
-        frame: FrameNumber,
-        order: Order,
-    ) -> Result<(), FramesError> {
-        let cached = if order == Order::ZERO {
-            self.slots[processor % self.slots.len()].try_with(|cache| cache.free_alone(frames, frame))
-        } else {
-            None
-        };
-        cached.unwrap_or_else(|| frames.free_block(frame, order))
-    }
-
-    /// Gives everything that is cached back.
-    ///
-    /// # Panics
-    /// As [`Cache::drain`].
-    pub fn drain(&self, frames: &Frames) {
-        for slot in &self.slots {
-            slot.with(frames.relax, |cache| cache.drain_alone(frames));
-        }
-    }
-
-    /// Gives back what is cached of the node; whether something is of another one.
-    fn drain_own(&self, frames: &Frames) -> bool {
-        let drain = |cache: &Cache| {
-            let is_other = cache.is_of(frames).is_err();
-            if !is_other {
-                cache.drain_alone(frames);
-            }
-            is_other
-        };
-        self.slots.iter().fold(false, |is_mixed, slot| slot.with(frames.relax, drain) | is_mixed)
-    }
-
-    /// Frames that are cached, a moment ago.
-    pub fn len(&self) -> FrameCount {
-        FrameCount(self.slots.iter().map(|slot| slot.cache.len().0).sum())
-    }
-
-    /// Whether nothing was cached a moment ago.
-    pub fn is_empty(&self) -> bool {
-        self.len() == FrameCount(0)
-    }
+/// Where a block was found.
+struct Origin {
+    /// The first frame of its zone.
+    zone: FrameNumber,
+    /// Whether a zone before it was passed over because somebody else worked on it.
+    was_busy: bool,
 }
 
 /// What caches ask of a node.
 impl Frames {
+    /// A block, of the lowest place that has one in the zone of `from` or behind it.
+    fn take_block_from(&self, from: Place, order: Order) -> Option<(FrameNumber, Origin)> {
+        let found = self.search(order, from, |zone| zone.take(order.index()))?;
+        found.range.states().set(found.first, Some(order));
+        let zone = found.range.number(found.first / ZONE_FRAMES * ZONE_FRAMES);
+        Some((found.range.number(found.first), Origin { zone, was_busy: found.was_busy }))
+    }
+
     /// A row's free frames for the cache `name`, the lowest there are in the zone of `from` or behind it. They count as used,
     /// given to nobody.
     fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {

@@ -88,7 +88,7 @@ impl Side for Owner {
     }
 
     fn alloc(&self, cache: &mut Cache, k: u8) -> Option<usize> {
-        let frame = if k == 0 { cache.alloc(&self.0) } else { self.0.alloc(order(k)) };
+        let frame = if k == 0 { cache.alloc(&self.0) } else { cache.alloc_block(&self.0, order(k)) };
         frame.ok().map(|frame| frame.0 as usize)
     }
 
