@@ -20,7 +20,7 @@
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
 //! Holes: a frame that two threads free in the same instant through caches is found out only when the second of them
-//! reaches its zone. An allocation looks at each range that is full before the one it comes from (about a ns). A contiguous
+//! reaches its zone. An allocation looks at each full range before the one it comes from. A contiguous
 //! range lies in one range that was added, even where two of them touch.
 
 #![allow(
@@ -121,6 +121,17 @@ struct Found<'a> {
     first: usize,
     /// Whether a zone before it was passed over because somebody else worked on it.
     was_busy: bool,
+}
+
+impl Found<'_> {
+    fn number(&self) -> FrameNumber {
+        self.range.number(self.first)
+    }
+
+    /// The first frame of its zone.
+    fn zone(&self) -> FrameNumber {
+        self.range.number(self.first / ZONE_FRAMES * ZONE_FRAMES)
+    }
 }
 
 /// The frames of one node.
@@ -247,10 +258,15 @@ impl Frames {
     /// # Errors
     /// [`FramesError::Exhausted`]; never while a block of that order stays free.
     pub fn alloc(&self, order: Order) -> Result<FrameNumber, FramesError> {
-        let taken = self.search(order, Place::LOWEST, |zone| zone.take(order.index()));
-        let Some(Found { range, first, .. }) = taken else { return Err(self.exhausted(order)) };
-        range.states().set(first, Some(order));
-        Ok(range.number(first))
+        let found = self.take_block_from(Place::LOWEST, order);
+        found.map(|found| found.number()).ok_or_else(|| self.exhausted(order))
+    }
+
+    /// A block, of the lowest place that has one in the zone of `from` or behind it.
+    fn take_block_from(&self, from: Place, order: Order) -> Option<Found<'_>> {
+        let found = self.search(order, from, |zone| zone.take(order.index()))?;
+        found.range.states().set(found.first, Some(order));
+        Some(found)
     }
 
     /// Gives a block back and merges it with its free buddies.

@@ -24,6 +24,11 @@ pub const CASES: &[Case] = &[
         "a child forked after unshare(2) of network and mounts keeps its pages",
         namespaces,
     ),
+    Case::new(
+        "fork-without-counter",
+        "children of a thread that may not read the processor's counter (PR_SET_TSC) keep their pages",
+        without_counter,
+    ),
     Case::new("fork-works", "a child works for long on data of its own, cold and hot", works),
 ];
 
@@ -48,6 +53,37 @@ fn both(ctx: &Ctx) -> Outcome {
         area.check_all(&format!("parent, round {round}"))?;
         process::succeed("child that writes", child)?;
         area.check_all("parent, after the child")?;
+    }
+    Ok(())
+}
+
+/// The children's agent threads come from a thread that gets SIGSEGV when it reads the counter. Neither side looks at a
+/// clock meanwhile.
+fn without_counter(ctx: &Ctx) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    let mut rng = ctx.rng(0);
+    for round in ctx.rounds(2) {
+        ballast.sweep()?;
+        let permit = |mode: libc::c_int| {
+            // SAFETY: no memory is involved.
+            sys::ok("prctl(PR_SET_TSC)", unsafe { libc::prctl(libc::PR_SET_TSC, mode) }.into())
+        };
+        permit(libc::PR_TSC_SIGSEGV)?;
+        let child = process::fork(|| {
+            area.writer = 1;
+            ballast.set_writer(1);
+            area.check_all("child, at once")?;
+            area.scribble(&mut rng, 2);
+            ballast.sweep()?;
+            area.check_all("child, after it wrote and all left again")
+        })?;
+        area.scribble(&mut rng, 2);
+        ballast.sweep()?;
+        area.check_all("parent, while the child lives")?;
+        process::succeed("child without the counter", child)?;
+        permit(libc::PR_TSC_ENABLE)?;
+        area.check_all(&format!("parent, round {round}"))?;
     }
     Ok(())
 }

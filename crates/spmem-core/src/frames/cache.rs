@@ -113,16 +113,16 @@ impl Cache {
     pub(super) fn alloc_block_shared(&self, frames: &Frames, order: Order) -> Result<FrameNumber, FramesError> {
         let left = self.blocks_for.load(Relaxed);
         let away = if left > 0 { frames.find(FrameNumber(self.blocks_at.load(Relaxed))).ok() } else { None };
-        let taken = away.and_then(|away| frames.take_block_from(away, order));
-        let taken = taken.or_else(|| frames.take_block_from(Place::LOWEST, order));
-        let Some((frame, found)) = taken else { return frames.alloc(order) };
+        let found = away.and_then(|away| frames.take_block_from(away, order));
+        let found = found.or_else(|| frames.take_block_from(Place::LOWEST, order));
+        let found = found.ok_or_else(|| frames.exhausted(order))?;
         if found.was_busy {
-            self.blocks_at.store(found.zone.0, Relaxed);
+            self.blocks_at.store(found.zone().0, Relaxed);
             self.blocks_for.store(AWAY_BLOCKS, Relaxed);
         } else if left > 0 {
             self.blocks_for.store(left - 1, Relaxed);
         }
-        Ok(frame)
+        Ok(found.number())
     }
 
     /// Gives a frame back.
@@ -303,24 +303,8 @@ pub(super) enum Poison {
     Some,
 }
 
-/// Where a block was found.
-struct Origin {
-    /// The first frame of its zone.
-    zone: FrameNumber,
-    /// Whether a zone before it was passed over because somebody else worked on it.
-    was_busy: bool,
-}
-
 /// What caches ask of a node.
 impl Frames {
-    /// A block, of the lowest place that has one in the zone of `from` or behind it.
-    fn take_block_from(&self, from: Place, order: Order) -> Option<(FrameNumber, Origin)> {
-        let found = self.search(order, from, |zone| zone.take(order.index()))?;
-        found.range.states().set(found.first, Some(order));
-        let zone = found.range.number(found.first / ZONE_FRAMES * ZONE_FRAMES);
-        Some((found.range.number(found.first), Origin { zone, was_busy: found.was_busy }))
-    }
-
     /// A row's free frames for the cache `name`, the lowest there are in the zone of `from` or behind it. They count as used,
     /// given to nobody.
     fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
@@ -330,8 +314,7 @@ impl Frames {
             (bits, filler) = (taken, zone.replace_filler(name));
             Some(first)
         })?;
-        let zone = found.range.number(found.first / ZONE_FRAMES * ZONE_FRAMES);
-        let first = found.range.number(found.first);
+        let (first, zone) = (found.number(), found.zone());
         Some(Row { first, bits, zone, is_others: filler != name && filler != 0, was_busy: found.was_busy })
     }
 
