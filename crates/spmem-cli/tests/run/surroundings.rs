@@ -122,3 +122,21 @@ fn a_session_leader_runs_as_any_other() {
     command.process_group(0);
     assert_eq!(finish(command).status.code(), Some(5));
 }
+
+/// A pid namespace whose processes belong to a session outside: it has the number 0 there. `spm` is its first process
+/// (as in a container that runs nothing else) or another.
+#[test]
+fn a_session_outside_the_pid_namespace_is_no_obstacle() {
+    let spm = spm_sh("exit 5");
+    for first_process in [&[][..], &["sh", "-c", "\"$@\"; exit $?", "sh"]] {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--mount-proc"]).args(first_process);
+        command.arg(spm.get_program()).args(spm.get_args());
+        let output = finish(command);
+        if text(&output.stderr).contains("unshare: ") {
+            eprintln!("SKIPPED: {}", text(&output.stderr).trim());
+            return;
+        }
+        assert_eq!(output.status.code(), Some(5), "{}", text(&output.stderr));
+    }
+}
