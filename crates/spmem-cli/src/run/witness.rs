@@ -105,8 +105,8 @@ impl Judge {
     /// A judge for the process `command`; without a witness every signal of a process is taken as sent to `spm` alone.
     pub fn new(command: u32, witness: Option<u32>) -> Self {
         // Not by `rustix`, which takes 0 for impossible: the session of a process whose leader is outside its pid namespace.
-        // SAFETY: plain system calls.
-        let is_session_leader = unsafe { libc::getsid(0) == libc::getpid() };
+        // SAFETY: a plain system call.
+        let is_session_leader = unsafe { libc::getsid(0) }.cast_unsigned() == std::process::id();
         Self { command, witness, is_session_leader, undecided: Vec::new(), seen_by_group: Vec::new() }
     }
 
