@@ -47,10 +47,8 @@ pub struct Space<B> {
 impl<B: Backend> Space<B> {
     /// Nothing has left yet.
     pub fn new(holding: Holding, store: B) -> Self {
-        let mut table = Table::new();
-        table.refill_spares();
         Self {
-            table,
+            table: Table::new(),
             holding,
             store,
             mode: Mode::Normal,
@@ -69,15 +67,16 @@ impl<B: Backend> Space<B> {
     pub fn quieten(&mut self) -> bool {
         if self.is_settled() {
             self.changes.quieten();
+            self.table.quieten();
             self.mode = Mode::Quiet;
         }
         self.is_settled()
     }
 
-    /// Bytes of the tables.
+    /// Bytes of the tables. The lists of a quiet time are address space, until one is.
     pub fn metadata_bytes(&self) -> u64 {
-        let lists = (self.orphans.capacity() * 8) as u64 + self.changes.metadata_bytes();
-        self.table.metadata_bytes() + self.holding.metadata_bytes() + lists
+        let lists = (self.orphans.len() + self.promoted.len()) * size_of::<usize>();
+        self.table.metadata_bytes() + self.holding.metadata_bytes() + self.changes.metadata_bytes() + lists as u64
     }
 
     /// Gives up a copy on node 1.
@@ -182,6 +181,7 @@ impl<B: Backend> Space<B> {
     pub fn end_quiet(&mut self) {
         self.mode = Mode::Normal;
         self.changes.end_quiet();
+        self.table.end_quiet();
         while let Some(page) = self.promoted.pop() {
             self.note_returned(page);
         }
@@ -207,7 +207,6 @@ impl<B: Backend> Space<B> {
         core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
         core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
         self.table.leak_spares();
-        self.table.refill_spares();
         self.holding.settle();
     }
 

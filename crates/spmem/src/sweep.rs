@@ -294,7 +294,6 @@ impl Sweeper {
             return Err(Errno::EAGAIN);
         }
         space.table.find_or_add(start).set_registered(from, to, true);
-        space.table.refill_spares();
         Ok(())
     }
 

@@ -21,10 +21,13 @@ use spmem_sys::PAGE;
 pub const CHUNK_PAGES: usize = 512;
 /// Bytes in a chunk: the unit of registration, and of a transparent huge page.
 pub const CHUNK: usize = CHUNK_PAGES * PAGE;
-const LEAF: usize = 1 << 13;
-const TOP: usize = 1 << 13;
+/// Chunks of a leaf, leaves of a branch and branches of a table. A program's memory lies in a few places far apart: small
+/// steps, as in the processor's own page tables, keep what each of them takes small.
+const LEAF: usize = 1 << 8;
+const BRANCH: usize = 1 << 9;
+const TOP: usize = 1 << 9;
 /// Where addresses of programs end.
-pub(crate) const ADDRESS_END: usize = TOP * LEAF * CHUNK;
+pub(crate) const ADDRESS_END: usize = TOP * BRANCH * LEAF * CHUNK;
 const PAYLOAD: u64 = (1 << 48) - 1;
 const KIND_SHIFT: u32 = 48;
 const AWAY: u64 = 1 << 50;
@@ -193,16 +196,27 @@ fn page_index(address: usize) -> usize {
     address / PAGE % CHUNK_PAGES
 }
 
-/// All chunks, found by address in two steps.
+/// Numbers + 1 of chunks; 0: there is none.
+type Leaf = [u32; LEAF];
+type Branch = [Option<Box<Leaf>>; BRANCH];
+
+/// All chunks, found by address in three steps.
 pub struct Table {
-    top: Vec<Option<Box<[u32; LEAF]>>>,
-    /// Number + 1 is what the leaves hold.
+    top: Vec<Option<Box<Branch>>>,
     chunks: Vec<Box<Chunk>>,
-    spare: Vec<Box<Chunk>>,
+    spare: Spare,
 }
 
-/// Spare chunks kept so that an event never has to allocate.
-pub const SPARES: usize = 64;
+/// What is added to a table without allocating.
+#[derive(Default)]
+struct Spare {
+    chunks: Vec<Box<Chunk>>,
+    leaves: Vec<Box<Leaf>>,
+    branches: Vec<Box<Branch>>,
+}
+
+/// Chunks, leaves and branches that can be added in a quiet time without allocating.
+const QUIET_SPARES: [usize; 3] = [64, 8, 2];
 
 impl Default for Table {
     fn default() -> Self {
@@ -213,13 +227,17 @@ impl Default for Table {
 impl Table {
     /// A table without chunks.
     pub fn new() -> Self {
-        Self { top: Vec::new(), chunks: Vec::new(), spare: Vec::new() }
+        Self { top: Vec::new(), chunks: Vec::new(), spare: Spare::default() }
     }
 
     /// Bytes this table takes.
     pub fn metadata_bytes(&self) -> u64 {
-        let leaves = self.top.iter().flatten().count() * LEAF * 4;
-        ((self.chunks.len() + self.spare.len()) * size_of::<Chunk>() + leaves) as u64
+        let branches = self.top.iter().flatten();
+        let leaves = branches.clone().map(|branch| branch.iter().flatten().count()).sum::<usize>();
+        let leaves = (leaves + self.spare.leaves.len()) * size_of::<Leaf>();
+        let branches = (branches.count() + self.spare.branches.len()) * size_of::<Branch>();
+        let chunks = (self.chunks.len() + self.spare.chunks.len()) * size_of::<Chunk>();
+        (chunks + leaves + branches + size_of_val(&self.top[..])) as u64
     }
 
     /// Pages that are in their place because they could not leave. O(chunks).
@@ -234,12 +252,12 @@ impl Table {
 
     /// The chunk of `address`, if it exists.
     pub fn find(&self, address: usize) -> Option<&Chunk> {
-        self.number(address).map(|number| &*self.chunks[number])
+        self.number(address).and_then(|number| self.chunks.get(number)).map(|chunk| &**chunk)
     }
 
     /// The chunk of `address`, if it exists, to change.
     pub fn find_mut(&mut self, address: usize) -> Option<&mut Chunk> {
-        self.number(address).map(|number| &mut *self.chunks[number])
+        self.number(address).and_then(|number| self.chunks.get_mut(number)).map(|chunk| &mut **chunk)
     }
 
     /// The chunk of `address`; made when it does not exist.
@@ -282,8 +300,13 @@ impl Table {
         core::iter::from_fn(move || {
             while chunk < end {
                 let here = chunk;
-                if self.leaf(here).is_none() {
-                    chunk = (here / (CHUNK * LEAF) + 1) * (CHUNK * LEAF);
+                let step = match self.branch(here) {
+                    None => CHUNK * LEAF * BRANCH,
+                    Some(branch) if leaf_of(branch, here).is_none() => CHUNK * LEAF,
+                    Some(_) => CHUNK,
+                };
+                if step > CHUNK {
+                    chunk = (here / step + 1) * step;
                     continue;
                 }
                 chunk += CHUNK;
@@ -309,12 +332,20 @@ impl Table {
         self.chunks_in(start, end).next()
     }
 
-    /// Makes sure that [`SPARES`] chunks can be added without allocating (leaves excepted).
-    pub fn refill_spares(&mut self) {
-        self.chunks.reserve(SPARES);
-        while self.spare.len() < SPARES {
-            self.spare.push(Box::new(Chunk::new(0)));
-        }
+    /// Makes sure that nothing is allocated in a quiet time, within the limits of [`QUIET_SPARES`].
+    pub fn quieten(&mut self) {
+        let [chunks, leaves, branches] = QUIET_SPARES;
+        self.chunks.reserve(chunks);
+        self.make_top();
+        let Spare { chunks: spare_chunks, leaves: spare_leaves, branches: spare_branches } = &mut self.spare;
+        spare_chunks.resize_with(chunks, || Box::new(Chunk::new(0)));
+        spare_leaves.resize_with(leaves, || Box::new([0; LEAF]));
+        spare_branches.resize_with(branches, || Box::new([const { None }; BRANCH]));
+    }
+
+    /// That is over.
+    pub fn end_quiet(&mut self) {
+        self.spare = Spare::default();
     }
 
     /// Counts anew: after a fork, counts and entries may be of different times.
@@ -331,28 +362,39 @@ impl Table {
         core::mem::forget(core::mem::take(&mut self.spare));
     }
 
-    fn leaf(&self, address: usize) -> Option<&[u32; LEAF]> {
-        self.top.get(address / (CHUNK * LEAF))?.as_deref()
+    fn branch(&self, address: usize) -> Option<&Branch> {
+        self.top.get(address / (CHUNK * LEAF * BRANCH))?.as_deref()
     }
 
     fn number(&self, address: usize) -> Option<usize> {
-        let number = self.leaf(address)?[address / CHUNK % LEAF];
+        let number = leaf_of(self.branch(address)?, address)?[address / CHUNK % LEAF];
         number.checked_sub(1).map(|number| number as usize)
     }
 
-    fn add(&mut self, address: usize) -> usize {
-        let top = address / (CHUNK * LEAF);
-        assert!(top < TOP, "a user address has 47 bits");
-        if self.top.len() <= top {
+    fn make_top(&mut self) {
+        if self.top.is_empty() {
             self.top.resize_with(TOP, || None);
         }
-        let mut chunk = self.spare.pop().unwrap_or_else(|| Box::new(Chunk::new(0)));
+    }
+
+    fn add(&mut self, address: usize) -> usize {
+        assert!(address < ADDRESS_END, "a user address has 47 bits");
+        self.make_top();
+        let mut chunk = self.spare.chunks.pop().unwrap_or_else(|| Box::new(Chunk::new(0)));
         chunk.start = address / CHUNK * CHUNK;
+        let branch = self.top[address / (CHUNK * LEAF * BRANCH)].get_or_insert_with(|| {
+            self.spare.branches.pop().unwrap_or_else(|| Box::new([const { None }; BRANCH]))
+        });
+        let leaf = branch[address / (CHUNK * LEAF) % BRANCH]
+            .get_or_insert_with(|| self.spare.leaves.pop().unwrap_or_else(|| Box::new([0; LEAF])));
         self.chunks.push(chunk);
-        let leaf = self.top[top].get_or_insert_with(|| Box::new([0; LEAF]));
         leaf[address / CHUNK % LEAF] = u32::try_from(self.chunks.len()).expect("2^32 chunks are 8 PiB");
         self.chunks.len() - 1
     }
+}
+
+fn leaf_of(branch: &Branch, address: usize) -> Option<&Leaf> {
+    branch[address / (CHUNK * LEAF) % BRANCH].as_deref()
 }
 
 const _: () = assert!(size_of::<Chunk>() <= 9 * CHUNK_PAGES, "at most 9 bytes a page");
@@ -389,6 +431,26 @@ mod tests {
         assert_eq!(table.chunks_in(5 * CHUNK + 9, 5 * CHUNK + 9).next(), None, "an empty range has no chunk");
         assert!(table.get(starts[2] + 1).is_away() && table.get(starts[2] + PAGE).is_empty());
         assert_eq!(table.find(starts[3]).map(|chunk| chunk.away), Some(1));
+    }
+
+    #[test]
+    fn a_quiet_time_adds_what_was_laid_by_and_gives_the_rest_back() {
+        let mut table = Table::new();
+        table.quieten();
+        let (capacity, before) = (table.chunks.capacity(), table.metadata_bytes());
+        for number in 0..QUIET_SPARES[0] {
+            // Eight chunks in each of eight leaves, of two branches.
+            let leaf = (number / 8 % 4 + number / 32 * BRANCH) * CHUNK * LEAF;
+            table.find_or_add(leaf + number % 8 * CHUNK);
+        }
+        assert_eq!((table.chunks.capacity(), table.metadata_bytes()), (capacity, before));
+        let left = (table.spare.chunks.len(), table.spare.leaves.len(), table.spare.branches.len());
+        assert_eq!(left, (0, 0, 0), "nothing but the spares was used");
+        table.end_quiet();
+        table.quieten();
+        table.end_quiet();
+        assert_eq!(table.metadata_bytes(), before, "spares are given back");
+        assert_eq!(table.chunks_in(0, ADDRESS_END).count(), QUIET_SPARES[0]);
     }
 
     #[test]
