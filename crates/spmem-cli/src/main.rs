@@ -16,6 +16,8 @@ mod run;
 mod size;
 mod tour;
 
+use std::io::ErrorKind;
+
 use clap::Parser;
 
 use arguments::{Action, Arguments};
@@ -38,10 +40,17 @@ fn dispatch() -> i32 {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            // A reader that went away is no reason to say more.
-            let _ = error.print();
             let is_run = std::env::args_os().nth(1).is_some_and(|word| word == "run");
-            return if error.use_stderr() && is_run { run::FAILURE } else { error.exit_code() };
+            let failure = if is_run { run::FAILURE } else { 1 };
+            return match error.print() {
+                // A reader that went away is no reason to say more.
+                Err(unwritten) if !error.use_stderr() && unwritten.kind() != ErrorKind::BrokenPipe => {
+                    remark(format_args!("stdout does not take the answer: {unwritten}"));
+                    failure
+                }
+                _ if error.use_stderr() && is_run => failure,
+                _ => error.exit_code(),
+            };
         }
     };
     let (result, failure) = match arguments.action {
