@@ -211,6 +211,7 @@ pub struct Table {
 #[derive(Default)]
 struct Spare {
     chunks: Vec<Box<Chunk>>,
+    #[allow(clippy::vec_box, reason = "boxes are what goes into the table: boxing there would allocate")]
     leaves: Vec<Box<Leaf>>,
     branches: Vec<Box<Branch>>,
 }
