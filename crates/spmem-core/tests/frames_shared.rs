@@ -145,11 +145,12 @@ fn release(node: &Node, owner: u32, held: Held, cache: &mut Cache, random: &mut 
     match held {
         Held::Block(first, order) => {
             node.give_up(first, order.frames().0, owner);
-            if random.below(2) == 0 {
-                frames.free_block(first, order).unwrap();
-            } else {
-                caches.free_block(frames, random.below(3) as usize, first, order).unwrap();
+            match random.below(4) {
+                0 | 1 => caches.free_block(frames, random.below(3) as usize, first, order),
+                2 => cache.free_block(frames, first, order),
+                _ => frames.free_block(first, order),
             }
+            .unwrap();
         }
         Held::Cached(first) => {
             node.give_up(first, 1, owner);
@@ -285,6 +286,58 @@ fn what_a_cache_holds_of_a_range_is_listed_apart_from_blocks() {
     cache.free(&node.frames, frame).unwrap();
     cache.drain(&node.frames);
     assert!(node.frames.remove_range(range.first).is_ok());
+}
+
+#[test]
+fn a_cache_keeps_two_huge_frames_and_gives_them_back_before_it_fails() {
+    let (node, other) = (Node::new(4 << 9), Node::new(1 << 9));
+    let mut cache = Cache::new();
+    let alloc = |cache: &mut Cache, order| cache.alloc_block(&node.frames, order);
+    let held: Vec<FrameNumber> = (0..4).map(|_| alloc(&mut cache, Order::HUGE).unwrap()).collect();
+    for (number, &frame) in held.iter().enumerate() {
+        cache.free_block(&node.frames, frame, Order::HUGE).unwrap();
+        let again = cache.free_block(&node.frames, frame, Order::HUGE);
+        assert_eq!(again, Err(FramesError::NotAllocated { frame }));
+        let wrong = cache.free_block(&node.frames, frame, Order::ZERO);
+        assert!(wrong.is_err(), "{number}");
+        // The third sends the first two back.
+        assert_eq!(cache.len().0 >> 9, [1, 2, 1, 2][number]);
+        assert_eq!(node.frames.free().0 >> 9, [0, 0, 2, 2][number]);
+    }
+    // One of another node goes there, whatever is held here.
+    let foreign = other.frames.alloc(Order::HUGE).unwrap();
+    cache.free_block(&other.frames, foreign, Order::HUGE).unwrap();
+    assert_eq!((other.frames.free(), cache.len()), (FrameCount(1 << 9), FrameCount(2 << 9)));
+    assert_eq!(alloc(&mut cache, Order::HUGE), Ok(held[3]), "what was freed last comes first");
+    // Of the 1024 frames of the block the cache holds the upper half, and the rest is free.
+    cache.free_block(&node.frames, held[3], Order::HUGE).unwrap();
+    let largest = Order::new(10).unwrap();
+    assert_eq!(node.frames.alloc(largest), Ok(held[0]));
+    assert_eq!(alloc(&mut cache, largest), Ok(held[2]), "what is held is given back first");
+    node.frames.free_block(held[2], largest).unwrap();
+    // So it is for single frames.
+    let huge = [alloc(&mut cache, Order::HUGE).unwrap(), alloc(&mut cache, Order::HUGE).unwrap()];
+    huge.iter().for_each(|&frame| cache.free_block(&node.frames, frame, Order::HUGE).unwrap());
+    assert_eq!(node.frames.free(), FrameCount(0));
+    let all = std::iter::from_fn(|| cache.alloc(&node.frames).ok()).count();
+    assert_eq!(all, 1 << 10);
+}
+
+#[test]
+fn of_a_huge_frame_poisoned_in_a_cache_the_rest_is_used() {
+    let node = Node::new(2 << 9);
+    let mut cache = Cache::new();
+    let huge = cache.alloc_block(&node.frames, Order::HUGE).unwrap();
+    cache.free_block(&node.frames, huge, Order::HUGE).unwrap();
+    assert_eq!(node.poison(FrameNumber(huge.0 + 7)), Hurt::Cached);
+    let next = cache.alloc_block(&node.frames, Order::HUGE).unwrap();
+    assert_ne!(next, huge);
+    assert_eq!((node.frames.poisoned(), node.frames.free()), (FrameCount(1), FrameCount(511)));
+    // With an owner who frees it.
+    assert_eq!(node.poison(next), Hurt::Holder { first: next, order: Order::HUGE });
+    cache.free_block(&node.frames, next, Order::HUGE).unwrap();
+    assert!(cache.is_empty());
+    assert_eq!((node.frames.poisoned(), node.frames.free()), (FrameCount(2), FrameCount(1022)));
 }
 
 /// The last block of a node goes back and forth between threads: whoever sees it free gets it.

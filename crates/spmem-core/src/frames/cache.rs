@@ -1,6 +1,7 @@
-//! Caches in front of the zones, for single frames.
+//! Caches in front of the zones, for single frames and a few huge ones.
 //!
-//! A cache holds a part of one row, taken from the lowest place, and what was freed last, used first. Its fields are
+//! A cache holds a part of one row, taken from the lowest place, and what was freed last, used first; huge frames as Linux's
+//! per-CPU lists do (mm/page_alloc.c, `pcp_allowed_order`), but two at most. Its fields are
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
 use super::poison::HAS_POISON;
@@ -15,6 +16,9 @@ use crate::units::{FrameCount, FrameNumber, Order};
 const HELD: usize = 256;
 /// How many of them, the oldest, are given back when it is full.
 const GIVEN_BACK: usize = HELD / 2;
+
+/// Freed huge frames held, at most.
+const HUGE_HELD: usize = 2;
 
 /// How many larger blocks are taken from a zone of its own: as many huge pages as a zone has.
 const AWAY_BLOCKS: u32 = (ZONE_FRAMES >> 9) as u32;
@@ -47,6 +51,9 @@ pub struct Cache {
     oldest: AtomicU32,
     len: AtomicU32,
     held: [AtomicU32; HELD],
+    /// The huge frames that were freed last, and how many they are.
+    huge: [AtomicU32; HUGE_HELD],
+    huge_len: AtomicU32,
     /// Tells it from every other, 0 until it is filled.
     name: AtomicU32,
     /// The first frame of the zone that it was filled from.
@@ -81,6 +88,8 @@ impl Cache {
             oldest: AtomicU32::new(0),
             len: AtomicU32::new(0),
             held: [const { AtomicU32::new(0) }; HELD],
+            huge: [const { AtomicU32::new(0) }; HUGE_HELD],
+            huge_len: AtomicU32::new(0),
             name: AtomicU32::new(0),
             filled_at: AtomicU32::new(u32::MAX),
             is_guest: AtomicBool::new(false),
@@ -99,13 +108,20 @@ impl Cache {
         self.alloc_alone(frames)
     }
 
-    /// Takes a block of any order from the node, not from what it holds: as [`Frames::alloc`], but from a zone where others do
-    /// not do the same.
+    /// Takes a block of any order: a huge frame that it holds, else as [`Frames::alloc`], but from a zone where others do not
+    /// do the same.
     ///
     /// # Errors
     /// As [`Frames::alloc`].
     pub fn alloc_block(&mut self, frames: &Frames, order: Order) -> Result<FrameNumber, FramesError> {
-        self.alloc_block_shared(frames, order)
+        let held = if order == Order::HUGE { self.alloc_huge_alone(frames) } else { None };
+        if let Some(frame) = held {
+            return Ok(frame);
+        }
+        match self.alloc_block_shared(frames, order) {
+            Err(FramesError::Exhausted { .. }) if self.give_back_huge(frames) => frames.alloc(order),
+            result => result,
+        }
     }
 
     /// A block from a zone that nobody else works on. Whoever found the lowest one busy stays in another for a while: in
@@ -133,6 +149,15 @@ impl Cache {
         self.free_alone(frames, frame)
     }
 
+    /// Gives a block of any order back; it may keep a huge frame.
+    ///
+    /// # Errors
+    /// As [`Frames::free_block`]; nothing has changed then.
+    pub fn free_block(&mut self, frames: &Frames, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
+        let kept = if order == Order::HUGE { self.free_huge_alone(frames, frame) } else { None };
+        kept.unwrap_or_else(|| frames.free_block(frame, order))
+    }
+
     /// Gives everything it holds back to the node it came from.
     ///
     /// # Panics
@@ -143,8 +168,8 @@ impl Cache {
 
     /// Frames it holds.
     pub fn len(&self) -> FrameCount {
-        let held = u64::from(self.len.load(Relaxed));
-        FrameCount(held + u64::from(self.row_bits.load(Relaxed).count_ones()))
+        let huge = u64::from(self.huge_len.load(Relaxed)) << Order::HUGE.get();
+        FrameCount(huge + u64::from(self.len.load(Relaxed)) + u64::from(self.row_bits.load(Relaxed).count_ones()))
     }
 
     /// Whether it holds none.
@@ -182,7 +207,7 @@ impl Cache {
         loop {
             let frame = self.pop(frames)?;
             if poison == Poison::None || !frames.retire_cached(frame) {
-                frames.give_out(frame);
+                frames.give_out(frame, Order::ZERO);
                 return Ok(frame);
             }
         }
@@ -196,7 +221,11 @@ impl Cache {
         }
         let mut bits = self.row_bits.load(Relaxed);
         if bits == 0 {
-            let (first, taken) = self.fill(frames)?;
+            let filled = match self.fill(frames) {
+                Err(FramesError::Exhausted { .. }) if self.give_back_huge(frames) => self.fill(frames),
+                result => result,
+            };
+            let (first, taken) = filled?;
             self.row_first.store(first.0, Relaxed);
             bits = taken;
         }
@@ -236,7 +265,7 @@ impl Cache {
 
     pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
         let poison = self.is_of(frames)?;
-        frames.take_in(frame)?;
+        frames.take_in(frame, Order::ZERO)?;
         if poison == Poison::Some && frames.retire_cached(frame) {
             return Ok(());
         }
@@ -250,11 +279,55 @@ impl Cache {
         Ok(())
     }
 
+    /// A huge frame that it holds.
+    pub(super) fn alloc_huge_alone(&self, frames: &Frames) -> Option<FrameNumber> {
+        let len = self.huge_len.load(Relaxed);
+        // One that was poisoned meanwhile goes through its zone, which takes the bad frames out.
+        if len == 0 || self.is_of(frames).ok()? == Poison::Some {
+            self.give_back_huge(frames);
+            return None;
+        }
+        self.huge_len.store(len - 1, Relaxed);
+        let frame = FrameNumber(self.huge[len as usize - 1].load(Relaxed));
+        frames.give_out(frame, Order::HUGE);
+        Some(frame)
+    }
+
+    /// Keeps a huge frame; `None`: it is one for the node to take.
+    pub(super) fn free_huge_alone(&self, frames: &Frames, frame: FrameNumber) -> Option<Result<(), FramesError>> {
+        if self.is_of(frames).ok()? == Poison::Some {
+            return None;
+        }
+        if let Err(cause) = frames.take_in(frame, Order::HUGE) {
+            return Some(Err(cause));
+        }
+        let mut len = self.huge_len.load(Relaxed) as usize;
+        if len == HUGE_HELD {
+            self.give_back_huge(frames);
+            len = 0;
+        }
+        self.huge[len].store(frame.0, Relaxed);
+        self.huge_len.store(len as u32 + 1, Relaxed);
+        Some(Ok(()))
+    }
+
+    /// Gives the huge frames back that it holds of the node; whether there were any.
+    fn give_back_huge(&self, frames: &Frames) -> bool {
+        let len = self.huge_len.load(Relaxed) as usize;
+        if len == 0 || self.is_of(frames).is_err() {
+            return false;
+        }
+        self.huge_len.store(0, Relaxed);
+        self.huge[..len].iter().for_each(|huge| frames.put_huge(FrameNumber(huge.load(Relaxed))));
+        true
+    }
+
     pub(super) fn drain_alone(&self, frames: &Frames) {
         if self.is_empty() {
             return;
         }
         assert!(self.is_of(frames).is_ok(), "a cache is drained into the node it was filled from");
+        self.give_back_huge(frames);
         self.give_back(frames, self.len.load(Relaxed) as usize);
         let (first, bits) = (self.row_first.load(Relaxed), self.row_bits.swap(0, Relaxed));
         let mut rest = [FrameNumber(0); 64];
@@ -318,17 +391,27 @@ impl Frames {
         Some(Row { first, bits, zone, is_others: filler != name && filler != 0, was_busy: found.was_busy })
     }
 
-    /// A cached frame gets an owner.
-    fn give_out(&self, frame: FrameNumber) {
+    /// A cached block gets an owner.
+    fn give_out(&self, frame: FrameNumber, order: Order) {
         let place = self.find(frame).expect("a cached frame is the node's");
-        self.ranges[place.range].states().set(place.offset, Some(Order::ZERO));
+        self.ranges[place.range].states().set(place.offset, Some(order));
     }
 
-    /// A frame that is in use becomes a cached one.
-    fn take_in(&self, frame: FrameNumber) -> Result<(), FramesError> {
+    /// A cached huge frame becomes free.
+    fn put_huge(&self, frame: FrameNumber) {
+        let place = self.find(frame).expect("a cached frame is the node's");
+        let range = &self.ranges[place.range];
+        let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
+        assert!(zone.is_used(place.in_zone()), "a huge frame was freed twice at once");
+        self.put(range, place.zone(), &zone, place.in_zone(), Order::HUGE.index());
+        self.settle(range, place.zone(), &zone);
+    }
+
+    /// A block that is in use becomes a cached one.
+    fn take_in(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
         let place = self.find(frame)?;
         let range = &self.ranges[place.range];
-        check(range, place.offset, frame, Order::ZERO)?;
+        check(range, place.offset, frame, order)?;
         range.states().set(place.offset, None);
         Ok(())
     }

@@ -70,7 +70,7 @@ impl PerCpu {
         Ok(Self { slots })
     }
 
-    /// Takes a block: a single frame from the processor's cache, others from a zone that nobody else works on. Before it fails, everything that
+    /// Takes a block: a single or a huge frame from the processor's cache, others from a zone that nobody else works on. Before it fails, everything that
     /// is cached is given back and the node is asked again.
     ///
     /// # Errors
@@ -80,7 +80,9 @@ impl PerCpu {
         let taken = if order == Order::ZERO {
             slot.try_with(|cache| cache.alloc_alone(frames)).unwrap_or_else(|| frames.alloc(order))
         } else {
-            slot.cache.alloc_block_shared(frames, order)
+            let is_huge = order == Order::HUGE;
+            let held = if is_huge { slot.try_with(|cache| cache.alloc_huge_alone(frames)) } else { None };
+            held.flatten().map_or_else(|| slot.cache.alloc_block_shared(frames, order), Ok)
         };
         match taken {
             Err(FramesError::Exhausted { .. }) => {
@@ -91,7 +93,7 @@ impl PerCpu {
         }
     }
 
-    /// Gives a block back, a single frame to the processor's cache.
+    /// Gives a block back, a single or a huge frame to the processor's cache.
     ///
     /// # Errors
     /// As [`Frames::free_block`]; [`FramesError::OtherCache`].
@@ -102,10 +104,11 @@ impl PerCpu {
         frame: FrameNumber,
         order: Order,
     ) -> Result<(), FramesError> {
-        let cached = if order == Order::ZERO {
-            self.slots[processor % self.slots.len()].try_with(|cache| cache.free_alone(frames, frame))
-        } else {
-            None
+        let slot = &self.slots[processor % self.slots.len()];
+        let cached = match order {
+            Order::ZERO => slot.try_with(|cache| cache.free_alone(frames, frame)),
+            Order::HUGE => slot.try_with(|cache| cache.free_huge_alone(frames, frame)).flatten(),
+            _ => None,
         };
         cached.unwrap_or_else(|| frames.free_block(frame, order))
     }

@@ -24,7 +24,7 @@ const BARS: [(&str, f64); 8] = [
     ("pair of order 0, owner-cached", 10.0),
     ("pair of order 0, per processor", 32.0),
     ("pair of order 0, zones", 80.0),
-    ("pair of order 9", 55.0),
+    ("pair of order 9, owner-cached", 55.0),
     ("batch, a frame taken and given", 2.0),
     ("free in random order, owner-cached", 15.0),
     ("two threads, of one", 1.0),
@@ -281,7 +281,7 @@ impl Measure<'_> {
             &own.bulk_free,
             &own.random_free,
             &cpu.pair,
-            &zones.huge_pair,
+            &own.huge_pair,
             &zones.batch,
         ];
         let slower = contended.map(|of| median(&of[1]) / median(&of[0]));
@@ -289,7 +289,7 @@ impl Measure<'_> {
             median(&own.pair[0]),
             median(&cpu.pair[0]),
             median(&zones.pair[0]),
-            median(&zones.huge_pair[0]),
+            median(&own.huge_pair[0]),
             median(&zones.batch[0]),
             median(&own.random_free[0]),
             slower.into_iter().fold(0.0, f64::max),

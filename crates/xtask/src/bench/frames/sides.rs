@@ -77,7 +77,7 @@ fn number(frame: usize) -> FrameNumber {
     FrameNumber(u32::try_from(frame).expect("frames are few"))
 }
 
-/// A cache for each thread; larger blocks from the zones.
+/// A cache for each thread.
 struct Owner(Frames);
 
 impl Side for Owner {
@@ -94,7 +94,7 @@ impl Side for Owner {
 
     fn free(&self, cache: &mut Cache, frame: usize, k: u8) {
         let frame = number(frame);
-        let freed = if k == 0 { cache.free(&self.0, frame) } else { self.0.free_block(frame, order(k)) };
+        let freed = if k == 0 { cache.free(&self.0, frame) } else { cache.free_block(&self.0, frame, order(k)) };
         freed.expect("allocated");
     }
 
