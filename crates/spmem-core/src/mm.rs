@@ -110,7 +110,7 @@ pub struct NodeStats {
 /// #     guard: Guard::Hard, owner: "cram".into() };
 /// let mut mm = MemoryManager::new();
 /// let registry = mm.registry_mut();
-/// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap();
+/// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap().owner;
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
 /// registry.add_range(&owner, &spec, FrameCount(1024), lent, Initial::Zero).unwrap();
 /// let grant = registry.grant(&[&owner], Terms::new(Rights::ALLOC, Bytes(8192))).unwrap();
@@ -437,7 +437,7 @@ mod tests {
         let mut mm = MemoryManager::new();
         let (node_type, class, guard) = (NodeType::Spm, Class::Plain, Guard::Hard);
         let spec = NodeSpec { node_type, class, services: Services::empty(), guard, owner: "test".into() };
-        let owner = mm.registry.register(NodeId::ONE, spec.clone()).unwrap();
+        let owner = mm.registry.register(NodeId::ONE, spec.clone()).unwrap().owner;
         let lent = Metadata::from_heap(FrameCount(64)).unwrap();
         mm.registry.add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero).unwrap();
         let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(9));

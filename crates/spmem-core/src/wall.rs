@@ -129,7 +129,7 @@ impl Pass {
     /// registry.register(NodeId::ZERO, spec()).unwrap();
     /// let mut pass = registry.admit(&Request::of(DomainId::ROOT)).unwrap();
     /// assert_eq!(pass.allowed(&registry), Ok(&NodeId::ZERO.into()));
-    /// let owner = registry.register(NodeId::ONE, spec()).unwrap();
+    /// let owner = registry.register(NodeId::ONE, spec()).unwrap().owner;
     /// assert_eq!(pass.allowed(&registry), Ok(&[NodeId::ZERO, NodeId::ONE].into_iter().collect()));
     /// ```
     #[inline]
@@ -331,7 +331,7 @@ impl Registry {
     /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "doc".into() };
     /// let mut registry = Registry::new();
-    /// let owner = registry.register(NodeId::ONE, spec).unwrap();
+    /// let owner = registry.register(NodeId::ONE, spec).unwrap().owner;
     /// let grant = registry.grant(&[&owner], Terms::new(Rights::MAP_READ, Bytes::mib(1))).unwrap();
     /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ, &[&grant]).is_ok());
     /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ | Rights::MAP_WRITE, &[&grant]).is_err());

@@ -58,7 +58,7 @@ impl Machine {
                 guard: Guard::Hard,
                 owner: "test".into(),
             };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
             owners.push(owner);
@@ -381,7 +381,7 @@ fn the_domain_that_exceeds_its_share_by_most_must_give_and_only_on_a_node_that_a
     let share = |domain| FrameCount(if domain == DomainId::ROOT { 0 } else { 10 });
     assert_eq!(machine.mm.choose_victim(id(0), share), None, "R3: no OOM_ELIGIBLE, no victim");
     let spec = NodeSpec { services: Services::OOM_ELIGIBLE, ..machine.mm.registry().spec(id(0)).unwrap().clone() };
-    let owner = machine.mm.registry_mut().register(id(6), spec.clone()).unwrap();
+    let owner = machine.mm.registry_mut().register(id(6), spec.clone()).unwrap().owner;
     let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
     machine.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
     let mine = machine.alloc(machine.inner, 6, 5).unwrap();

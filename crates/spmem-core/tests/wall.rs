@@ -147,7 +147,7 @@ impl World {
                 guard: if self.easy.contains(&node) { Guard::Easy } else { Guard::Hard },
                 owner: "test".into(),
             };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             if frames > 0 {
                 mm.registry_mut()
                     .add_range(&owner, &spec, FrameCount(frames), lent(frames), Initial::Zero)

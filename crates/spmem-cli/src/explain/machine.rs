@@ -70,7 +70,8 @@ impl Machine {
     }
 
     fn register(&mut self, id: NodeId, spec: NodeSpec) -> anyhow::Result<()> {
-        let owner = self.registry.register(id, spec)?;
+        // Nothing is in use on a machine that is only described, so nothing lies outside.
+        let owner = self.registry.register(id, spec)?.owner;
         self.owners.insert(id, owner);
         Ok(())
     }
