@@ -353,25 +353,23 @@ impl MemoryManager {
         }
     }
 
-    /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
-    /// that has ended is none. On a hard one nothing is had without, whatever a pass says (R12).
+    /// Charges the first grant that opens the node and has quota left. An easy node that strict bind names needs none (R9): who
+    /// shows one that has ended, or whose quota is used up, is no worse off than who shows none. Otherwise nothing is had
+    /// without, whatever a pass says (R12).
     fn charge_for(&mut self, pass: &Pass, bytes: Bytes, node: NodeId) -> Result<u16, AllocError> {
-        let is_easy = self.registry.easy().contains(node);
-        let mut refused = if is_easy { None } else { Some(GrantError::Revoked) };
+        let mut refused = GrantError::Revoked;
         for &grant in pass.grants() {
             match self.charge_one(grant, bytes, node, pass.right) {
                 Ok(Some(slot)) => return Ok(slot),
                 Ok(None) => {}
-                Err(GrantError::Revoked | GrantError::Expired { .. }) if is_easy => {}
                 // A quota that is too small says more than a grant that has ended.
-                Err(_) if matches!(refused, Some(GrantError::OverQuota { .. })) => {}
-                Err(cause) => refused = Some(cause),
+                Err(_) if matches!(refused, GrantError::OverQuota { .. }) => {}
+                Err(cause) => refused = cause,
             }
         }
-        match refused {
-            Some(cause) => Err(AllocError::Grant { node, cause }),
-            None => Ok(UNCHARGED),
-        }
+        let needs_none =
+            pass.right == Rights::ALLOC && pass.policy().opens_easy() && self.registry.easy().contains(node);
+        if needs_none { Ok(UNCHARGED) } else { Err(AllocError::Grant { node, cause: refused }) }
     }
 
     fn charge_one(

@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
-use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::grant::{Grant, GrantError, Rights, Terms};
+use spmem_core::migrate::{Mover, Stay};
 use spmem_core::mm::{AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
+use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
 use spmem_core::wall::{MAX_SHOWN, Mobility, Reason, Request, Reserve};
 use spmem_core::watermark::Watermarks;
@@ -367,6 +369,67 @@ fn a_pass_ends_with_what_opened_it() {
     assert!(matches!(mm.alloc_with(&mut pass, Order::ZERO), Err(AllocError::Refused(_))), "R12");
     mm.free(block).unwrap();
     assert!(mm.registry().held(grants[0].id()).is_empty());
+}
+
+#[test]
+fn a_grant_whose_quota_is_used_up_does_not_close_an_easy_node_to_strict_bind() {
+    let one_page = Terms::new(Rights::ALLOC, Bytes(4096));
+    for (mode, is_open) in [(Mode::Bind, true), (Mode::PreferredMany, false), (Mode::Interleave, false)] {
+        let world = World {
+            hard: Set::new(),
+            easy: Set::from([1]),
+            sysram: Set::new(),
+            mode,
+            grants: vec![],
+            ..two_nodes()
+        };
+        let (mut mm, owners, _) = world.build(64);
+        let grant = mm.registry_mut().grant(&[&owners[0]], one_page).unwrap();
+        let shown = [&grant];
+        let request = world.request(&shown);
+        let charged = mm.alloc(&request, Order::ZERO).unwrap();
+        assert_eq!(mm.registry().grant_info(&grant).unwrap().used, Bytes(4096), "it pays while it can");
+        let second = mm.alloc(&request, Order::ZERO);
+        assert_eq!(mm.registry().grant_info(&grant).unwrap().used, Bytes(4096), "R12");
+        assert_eq!(second.is_ok(), is_open, "R9: {mode}");
+        if let Err(error) = &second {
+            let cause = GrantError::OverQuota { wanted: Bytes(4096), left: Bytes(0) };
+            assert_eq!(*error, AllocError::Grant { node: id(1), cause }, "{mode}");
+        }
+        second.into_iter().chain([charged]).for_each(|block| mm.free(block).unwrap());
+        assert_eq!(
+            mm.registry().grant_info(&grant).unwrap().used,
+            Bytes(0),
+            "who was not charged regains nothing"
+        );
+    }
+}
+
+#[test]
+fn a_demotion_to_an_easy_node_needs_quota_all_the_same() {
+    let mut mm = MemoryManager::new();
+    let services = Services::all();
+    let mut owners = Vec::new();
+    for (node, node_type) in [(0, NodeType::Sysram), (1, NodeType::Spm)] {
+        let (class, guard) = (Class::Plain, Guard::Easy);
+        let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
+        let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
+        mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + u64::from(node)));
+        owners.push(owner);
+    }
+    let terms = Terms::new(Rights::DEMOTE_TO, Bytes(4096));
+    let grant = mm.registry_mut().grant(&[&owners[1]], terms).unwrap();
+    let request = Request { mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
+    let mut demote = || {
+        let block = mm.alloc(&request, Order::ZERO).unwrap();
+        let isolated = mm.take(&block, Mover::Holder(&[])).unwrap();
+        let moved = mm.plan_demotion(isolated, &[&grant]);
+        moved.map(|moved| mm.complete(moved, block).unwrap().node())
+    };
+    assert_eq!(demote(), Ok(id(1)));
+    let cause = GrantError::OverQuota { wanted: Bytes(4096), left: Bytes(0) };
+    assert_eq!(demote(), Err(Stay::NoRoom { cause: AllocError::Grant { node: id(1), cause } }), "R14");
 }
 
 #[test]
