@@ -154,8 +154,9 @@ impl MemoryManager {
 
     /// Allocates a block on one of the nodes that a pass allows, charging the domain, and the grant that opened an SPM node.
     ///
-    /// Nodes are tried as the policy says, then what it falls back to, nearest first. Nothing outside the allowed set is ever
-    /// tried (R6, R10).
+    /// Nodes are tried as the policy says, then what it falls back to, nearest first. Where nodes are taken in turn, a full one
+    /// is stood in for by the allowed node that is nearest to it, whether the policy names that or falls back to it, as
+    /// Linux goes on in the zonelist of the node whose turn it is. Nothing outside the allowed set is ever tried (R6, R10).
     ///
     /// # Errors
     /// [`AllocError`], of the node tried last; nothing has changed then.
@@ -181,10 +182,21 @@ impl MemoryManager {
             None
         };
         let mut last = None;
-        for &node in turn.iter().chain(&pass.chosen).chain(&pass.fallback) {
-            match alloc_on(self, pass, node) {
-                Ok(given) => return Ok(given),
-                Err(error) => last = Some(error),
+        if let Some(turn) = turn {
+            let mut at = Some(turn);
+            while let Some(node) = at {
+                match alloc_on(self, pass, node) {
+                    Ok(given) => return Ok(given),
+                    Err(error) => last = Some(error),
+                }
+                at = self.registry.distances().next_in_zonelist(turn, pass.mask(), node);
+            }
+        } else {
+            for &node in pass.chosen.iter().chain(&pass.fallback) {
+                match alloc_on(self, pass, node) {
+                    Ok(given) => return Ok(given),
+                    Err(error) => last = Some(error),
+                }
             }
         }
         Err(last.expect("an allowed set is not empty"))

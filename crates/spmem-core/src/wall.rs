@@ -207,8 +207,12 @@ impl Pass {
         }
         let from =
             self.policy.home().or(self.local).or(chosen.first()).or(fallback.first()).unwrap_or(NodeId::ZERO);
-        self.chosen = registry.distances().order(from, &chosen);
-        self.fallback = registry.distances().order(self.chosen.first().copied().unwrap_or(from), &fallback);
+        self.chosen = registry.distances().zonelist(from, &chosen);
+        // Preferred means the zonelist of its node; preferred-many that of where the task runs, once its own nodes are full
+        // (`policy_nodemask` and `alloc_pages_preferred_many` in mm/mempolicy.c).
+        let is_one = self.policy.mode() == Mode::Preferred;
+        let from = self.chosen.first().copied().filter(|_| is_one).unwrap_or(from);
+        self.fallback = registry.distances().zonelist(from, &fallback);
         self.bound = Some(bound);
         self.allowed = allowed;
         Ok(())

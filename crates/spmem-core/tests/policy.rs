@@ -121,7 +121,8 @@ fn document() -> String {
          (and so with the service USER_NUMA), node 6 is absent.\n\n\
          ## set_mempolicy(2) and mbind(2)\n\n\
          The nodes that the policy then chooses from; with MPOL_F_STATIC_NODES the same. All but bind go on to the domain's\n\
-         default when these are full.\n\n",
+         default when these are full: preferred to what is nearest to its node, preferred-many to what is nearest to its home or\n\
+         the local node. Both interleaving modes go on to what is nearest to the node whose turn it is, named or not.\n\n",
     );
     head(&mut text, "nodes named", &NAMING.map(Mode::name));
     for named in named_sets() {
