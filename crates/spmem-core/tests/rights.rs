@@ -117,7 +117,7 @@ fn the_services_of_a_node_move_its_blocks_without_a_right() {
     let mut machine = Machine::new();
     let alloc = machine.grant(Rights::ALLOC);
     let _block = machine.alloc(1, &[&alloc]);
-    assert_eq!(machine.mm.take_cold(id(1), 1).len(), 1);
+    assert_eq!(machine.mm.take_cold(id(1), 1).unwrap().len(), 1);
 }
 
 #[test]

@@ -154,7 +154,7 @@ impl Model {
     fn take_cold(&mut self, node: u16, wanted: usize) {
         let looked_at = |machine: &Machine| machine.mm.registry().pages(id(node)).unwrap().looked_at();
         let before = looked_at(&self.machine);
-        let taken = self.machine.mm.take_cold(id(node), wanted);
+        let taken = self.machine.mm.take_cold(id(node), wanted).unwrap();
         assert!(taken.len() <= wanted);
         if node >= 4 {
             assert!(
@@ -334,14 +334,14 @@ fn reclaim_begins_below_low_and_aims_at_high_and_only_where_it_is_offered() {
 fn cold_blocks_of_a_full_node_go_down_a_tier_and_the_used_ones_stay() {
     let mut machine = Machine::new();
     let mut held: Vec<Block> = std::iter::from_fn(|| machine.alloc(DomainId::ROOT, 0, 0)).collect();
-    assert!(machine.mm.take_cold(id(0), 0).is_empty());
+    assert!(machine.mm.take_cold(id(0), 0).unwrap().is_empty());
     // The second generation begins with the first look; what is used then is young.
-    let first = machine.mm.take_cold(id(0), 1);
+    let first = machine.mm.take_cold(id(0), 1).unwrap();
     first.into_iter().for_each(|isolated| machine.mm.put_back(isolated));
     let hot: BTreeSet<_> = held[..20].iter().map(Block::first_frame).collect();
     held[..20].iter().for_each(|block| machine.mm.note_used(block));
     let mut moved = 0;
-    for isolated in machine.mm.take_cold(id(0), 44) {
+    for isolated in machine.mm.take_cold(id(0), 44).unwrap() {
         assert!(!hot.contains(&isolated.page().frame), "a used block is not cold");
         let planned = machine.mm.plan_demotion(isolated, &[&machine.demote]).unwrap();
         assert_eq!(planned.to().node(), id(2), "the next tier, not the one below it");
