@@ -165,6 +165,13 @@ impl Pass {
         self.bound.as_ref().map_or(NodeMask::EMPTY, Bound::nodes)
     }
 
+    /// The nodes in the order in which they are tried: those that the policy chooses from, then those that it falls back to;
+    /// `None` where they are taken in turn. As of when that was last worked out.
+    pub fn order(&self) -> Option<impl Iterator<Item = NodeId> + '_> {
+        let is_in_turn = self.policy.mode().is_interleaved() && !self.chosen.is_empty();
+        (!is_in_turn).then(|| self.chosen.iter().chain(&self.fallback).copied())
+    }
+
     /// The grants shown.
     pub(crate) fn grants(&self) -> &[GrantId] {
         &self.grants
