@@ -1,4 +1,6 @@
 //! Many frames at a time: in one piece, or one by one in a batch. Through the wall and charged as a block is.
+//!
+//! An interface for components that place much at once; a run needs neither, its store takes a block at a time.
 
 use alloc::vec::Vec;
 use core::num::NonZeroU32;
