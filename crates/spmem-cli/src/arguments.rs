@@ -98,6 +98,14 @@ pub struct ExplainArguments {
     /// weighted-interleave, local or default, with =static or =relative behind [default: bind where nodes are named]
     #[arg(long, value_name = "MODE[=FLAG]")]
     pub policy: Option<PolicyName>,
+    /// The home node of the policy, bind or preferred-many, as set_mempolicy_home_node(2) sets it: what is nearest to it
+    /// comes first
+    #[arg(long, value_name = "NODE")]
+    pub home: Option<u16>,
+    /// The node of the processor that the request runs on, as numactl --cpunodebind chooses it: what is nearest to it comes
+    /// first, unless a home node is given
+    #[arg(long, value_name = "NODE")]
+    pub local: Option<u16>,
     /// A grant that is shown, by name, or NODES:RIGHT,RIGHT for one that the nodes' owner might give; may be repeated
     #[arg(long, value_name = "GRANT")]
     pub grant: Vec<String>,
@@ -154,6 +162,7 @@ Exit status: 0 when at least one node is allowed, 1 when none is, 2 for a wrong 
 Examples:
   spm explain --nodes 0-1 --policy interleave
   spm explain --nodes 1 --grant cram
+  spm explain --machine host.toml --nodes 0,2 --policy preferred-many --home 2 --local 0
   spm explain --machine host.toml --domain /batch/job --nodes 3 --grant 3:alloc";
 
 fn explain_long_help() -> String {

@@ -68,9 +68,12 @@ fn following_the_advice_changes_the_answer() {
 fn a_mode_that_needs_nodes_is_refused_without_them_as_linux_does() {
     for mode in ["bind", "interleave", "preferred-many", "weighted-interleave"] {
         let output = explain(&["--policy", mode]);
-        assert_eq!(output.status.code(), Some(2), "{mode}");
-        let reason = String::from_utf8(output.stderr).unwrap();
-        assert!(reason.contains("node"), "{mode}: {reason}");
+        assert_eq!(output.status.code(), Some(1), "{mode}");
+        let answer = text(&output);
+        assert!(answer.contains("allowed  none: EINVAL\nbecause  "), "{mode}: {answer}");
+        assert!(answer.contains("needs at least one node"), "{mode}: {answer}");
+        let (answer, _) = json(&["--policy", mode]);
+        assert_eq!((answer["errno"].as_str(), answer["policy"].as_str()), (Some("EINVAL"), Some(mode)));
     }
     for mode in ["default", "local", "preferred"] {
         assert_eq!(explain(&["--policy", mode]).status.code(), Some(0), "{mode}");
@@ -106,4 +109,100 @@ fn a_grant_whose_quota_is_used_up_opens_nothing() {
         (Some("EDQUOT"), Some(""), Some(1))
     );
     assert_eq!(answer["nodes"][0]["obstacle"], "over-quota");
+}
+
+/// Nodes 0 to 3 are sysram in two sockets, 0 and 1, 2 and 3.
+const SOCKETS: &str = r#"
+[[node]]
+id = 0
+type = "sysram"
+[[node]]
+id = 1
+type = "sysram"
+[[node]]
+id = 2
+type = "sysram"
+[[node]]
+id = 3
+type = "sysram"
+[[distance]]
+from = 2
+to = 3
+distance = 12
+[[distance]]
+from = 0
+to = 1
+distance = 12
+[[domain]]
+path = "/job"
+mems = "0,2-3"
+"#;
+
+/// Asks of [`SOCKETS`].
+fn on_sockets(arguments: &[&str]) -> (Value, String, Option<i32>) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("machine.toml");
+    std::fs::write(&file, SOCKETS).unwrap();
+    let arguments = [&["--machine", file.to_str().unwrap()], arguments].concat();
+    let (answer, status) = json(&arguments);
+    (answer, text(&explain(&arguments)), status)
+}
+
+fn order(answer: &Value) -> Vec<u64> {
+    answer["order"].as_array().unwrap().iter().map(|node| node.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn what_is_nearest_to_the_local_node_comes_first_and_to_the_home_node_before_that() {
+    let (answer, text, status) = on_sockets(&["--local", "2"]);
+    assert_eq!((order(&answer), answer["local"].as_u64(), status), (vec![2, 3, 0, 1], Some(2), Some(0)));
+    assert!(text.contains("asked    nothing: the default (default, local node 2)\n"), "{text}");
+    assert!(text.contains("order    2, then 3, then 0, then 1\n"), "{text}");
+    let (answer, ..) = on_sockets(&["--policy", "local", "--local", "3"]);
+    assert_eq!(order(&answer), [3, 0, 1, 2]);
+    let (answer, ..) = on_sockets(&["--nodes", "0,2-3"]);
+    assert_eq!((order(&answer), &answer["home"]), (vec![0, 2, 3], &Value::Null));
+    let (answer, text, _) = on_sockets(&["--nodes", "0,2-3", "--home", "2", "--local", "0"]);
+    assert_eq!((order(&answer), answer["home"].as_u64()), (vec![2, 3, 0], Some(2)));
+    assert!(text.contains("(bind, home node 2, local node 0)"), "{text}");
+    // A home node need not be one of the policy's.
+    let (answer, ..) = on_sockets(&["--policy", "preferred-many", "--nodes", "0,3", "--home", "2"]);
+    assert_eq!((order(&answer), answer["chosen"].as_str()), (vec![3, 0, 2, 1], Some("0,3")));
+    let (answer, text, _) = on_sockets(&["--policy", "interleave", "--nodes", "0,2", "--local", "2"]);
+    assert!(answer["order"].is_null() && !text.contains("order"), "{text}");
+}
+
+#[test]
+fn a_home_node_is_refused_as_linux_refuses_it() {
+    for (arguments, errno, words) in [
+        (&["--home", "1"][..], "ENOENT", "policy default has no home node"),
+        (
+            &["--home", "1", "--policy", "interleave", "--nodes", "0"],
+            "EOPNOTSUPP",
+            "policy interleave has no home",
+        ),
+        (&["--home", "1", "--policy", "weighted-interleave", "--nodes", "0"], "EOPNOTSUPP", "has no home node"),
+        (&["--home", "1", "--policy", "preferred", "--nodes", "0"], "EOPNOTSUPP", "bind and preferred-many have"),
+        (&["--home", "1", "--policy", "local"], "EOPNOTSUPP", "policy local has no home node"),
+        (&["--home", "9", "--nodes", "0"], "EINVAL", "the home node 9 is not registered"),
+        // Whether the node is there Linux asks first.
+        (&["--home", "9", "--policy", "local"], "EINVAL", "the home node 9 is not registered"),
+        (&["--policy", "bind=static"], "EINVAL", "needs at least one node"),
+        (&["--policy", "local=static"], "EINVAL", "STATIC_NODES"),
+    ] {
+        let (answer, text, status) = on_sockets(arguments);
+        assert_eq!((answer["errno"].as_str(), status), (Some(errno), Some(1)), "{arguments:?}");
+        assert!(answer["reason"].as_str().unwrap().contains(words), "{arguments:?}: {answer}");
+        assert!(answer["order"].is_null() && answer["allowed"] == "", "{answer}");
+        assert!(text.contains(&format!("allowed  none: {errno}\nbecause  ")), "{text}");
+    }
+}
+
+#[test]
+fn a_local_node_that_there_is_not_is_a_wrong_command_line() {
+    for wrong in [&["--local", "9"][..], &["--local", "1024"], &["--local", "-1"], &["--home", "70000"]] {
+        let output = explain(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}");
+    }
 }

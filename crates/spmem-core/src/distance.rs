@@ -1,6 +1,7 @@
 //! Distances: how far nodes are from each other, as the firmware's SLIT has it (ACPI 6.5, 5.2.17).
 //!
-//! [`Distances`] answers what fallback order and demotion targets follow from. What nobody has set is 10 for a node to
+//! [`Distances`] answers what demotion targets ([`Distances::order`]) and fallback order ([`Distances::zonelist`]) follow
+//! from. What nobody has set is 10 for a node to
 //! itself and 20 to any other. Takes no lock: part of the registry.
 
 use alloc::collections::BTreeMap;
@@ -92,6 +93,37 @@ impl Distances {
         let mut nodes: Vec<NodeId> = mask.iter().collect();
         nodes.sort_by_key(|&node| (self.get(from, node), Reverse(node == from), node));
         nodes
+    }
+
+    /// The nodes of a mask in the order of `from`'s zonelist, as Linux builds it (`find_next_best_node` in mm/page_alloc.c): itself,
+    /// then the nearest, where a lower number than `from`'s counts as farther by one; of those as near, the lowest number. Hole:
+    /// Linux also puts off nodes with processors, and shares nodes as near among those that fall back to them.
+    ///
+    /// ```
+    /// use spmem_core::{distance::Distances, nodemask::NodeMask, units::NodeId};
+    /// let nodes: NodeMask = [0, 1, 2, 3].map(|node| NodeId::new(node).unwrap()).into_iter().collect();
+    /// let two = NodeId::new(2).unwrap();
+    /// let mut distances = Distances::default();
+    /// let order = distances.zonelist(two, &nodes);
+    /// assert_eq!(order.iter().map(|node| node.get()).collect::<Vec<_>>(), [2, 3, 0, 1]);
+    /// assert_eq!(distances.next_in_zonelist(two, &nodes, order[1]), Some(order[2]));
+    /// ```
+    pub fn zonelist(&self, from: NodeId, mask: &NodeMask) -> Vec<NodeId> {
+        let mut nodes: Vec<NodeId> = mask.iter().collect();
+        nodes.sort_by_key(|&node| self.place(from, node));
+        nodes
+    }
+
+    /// The node of a mask that follows another one in `from`'s zonelist; `None` behind the last. O(nodes), and takes no memory.
+    pub fn next_in_zonelist(&self, from: NodeId, mask: &NodeMask, after: NodeId) -> Option<NodeId> {
+        let after = self.place(from, after);
+        let places = mask.iter().map(|node| self.place(from, node));
+        places.filter(|&place| place > after).min().map(|(.., node)| node)
+    }
+
+    /// Orders the nodes of `from`'s zonelist.
+    fn place(&self, from: NodeId, node: NodeId) -> (bool, u16, NodeId) {
+        (node != from, u16::from(self.get(from, node)) + u16::from(node < from), node)
     }
 
     /// A node is gone: what is said of it would be wrong of its successor.

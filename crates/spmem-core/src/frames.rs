@@ -11,6 +11,12 @@
 //!
 //! Both caches pass requests for larger blocks on to a zone that nobody else works on.
 //!
+//! The caches are for components that own a [`Frames`] and hand out single frames at the pace of a program's faults. The memory
+//! manager goes to the zones itself, alone or in batches ([`MemoryManager::alloc_batch`](crate::mm::MemoryManager::alloc_batch)):
+//! each frame it gives out is charged to a domain and a grant, and frames that lie in a cache would be charged to nobody
+//! (R6, R12). Nor would a run gain by one: its store takes blocks for many pages each, keeps spare ones, and compresses
+//! for microseconds in between.
+//!
 //! Caches are filled a row (64 neighbours) at a time from the lowest place that has any, and give back what they
 //! cannot hold: so what they hold keeps few huge frames in pieces.
 //!

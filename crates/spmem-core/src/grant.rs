@@ -252,7 +252,7 @@ impl Registry {
     /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Featured, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "cram".into() };
     /// let mut registry = Registry::new();
-    /// let owner = registry.register(NodeId::ONE, spec).unwrap();
+    /// let owner = registry.register(NodeId::ONE, spec).unwrap().owner;
     /// let terms = Terms::new(Rights::ALLOC | Rights::DEMOTE_TO, Bytes::mib(64));
     /// let whole = registry.grant(&[&owner], terms).unwrap();
     /// let less = Terms::new(Rights::ALLOC, Bytes::mib(1));

@@ -12,6 +12,7 @@
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::frames::FramesError;
 use crate::grant::{Grant, Rights};
 use crate::mm::{AllocError, Block, MemoryManager};
 use crate::node::{Owner, Services};
@@ -184,18 +185,25 @@ impl MemoryManager {
 
     /// Takes up to `wanted` blocks that were not used for longest, to be moved. From a node without RECLAIM none, and it is
     /// not even looked at (R15).
-    pub fn take_cold(&mut self, node: NodeId, wanted: usize) -> Vec<Isolated> {
-        let Some(entry) = self.registry.node_mut(node) else { return Vec::new() };
-        if !entry.spec.services.contains(Services::RECLAIM) {
-            return Vec::new();
-        }
-        let limit = wanted.saturating_mul(LOOKS_PER_BLOCK);
-        let mut pages = entry.pages.isolate(wanted, limit);
-        if pages.is_empty() && entry.pages.age() {
-            pages = entry.pages.isolate(wanted, limit);
-        }
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: no memory to list them. Nothing is taken then, and nothing has aged.
+    pub fn take_cold(&mut self, node: NodeId, wanted: usize) -> Result<Vec<Isolated>, FramesError> {
         let registry = self.registry.id();
-        pages.into_iter().map(|page| Isolated { registry, node, page }).collect()
+        let Some(entry) = self.registry.node_mut(node) else { return Ok(Vec::new()) };
+        if !entry.spec.services.contains(Services::RECLAIM) {
+            return Ok(Vec::new());
+        }
+        // Before any is taken: one that could not be listed would never move again.
+        let mut taken = Vec::new();
+        let most = usize::try_from(entry.pages.count()).unwrap_or(usize::MAX).min(wanted);
+        taken.try_reserve_exact(most).map_err(|_| FramesError::NoMetadata)?;
+        let limit = wanted.saturating_mul(LOOKS_PER_BLOCK);
+        entry.pages.isolate(wanted, limit, |page| taken.push(Isolated { registry, node, page }));
+        if taken.is_empty() && entry.pages.age() {
+            entry.pages.isolate(wanted, limit, |page| taken.push(Isolated { registry, node, page }));
+        }
+        Ok(taken)
     }
 
     /// Takes one block, however warm, to be moved; whether it may leave its node depends on the mover (R12).

@@ -110,7 +110,7 @@ pub struct NodeStats {
 /// #     guard: Guard::Hard, owner: "cram".into() };
 /// let mut mm = MemoryManager::new();
 /// let registry = mm.registry_mut();
-/// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap();
+/// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap().owner;
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
 /// registry.add_range(&owner, &spec, FrameCount(1024), lent, Initial::Zero).unwrap();
 /// let grant = registry.grant(&[&owner], Terms::new(Rights::ALLOC, Bytes(8192))).unwrap();
@@ -154,8 +154,9 @@ impl MemoryManager {
 
     /// Allocates a block on one of the nodes that a pass allows, charging the domain, and the grant that opened an SPM node.
     ///
-    /// Nodes are tried as the policy says, then what it falls back to, nearest first. Nothing outside the allowed set is ever
-    /// tried (R6, R10).
+    /// Nodes are tried as the policy says, then what it falls back to, nearest first. Where nodes are taken in turn, a full one
+    /// is stood in for by the allowed node that is nearest to it, whether the policy names that or falls back to it, as
+    /// Linux goes on in the zonelist of the node whose turn it is. Nothing outside the allowed set is ever tried (R6, R10).
     ///
     /// # Errors
     /// [`AllocError`], of the node tried last; nothing has changed then.
@@ -181,10 +182,21 @@ impl MemoryManager {
             None
         };
         let mut last = None;
-        for &node in turn.iter().chain(&pass.chosen).chain(&pass.fallback) {
-            match alloc_on(self, pass, node) {
-                Ok(given) => return Ok(given),
-                Err(error) => last = Some(error),
+        if let Some(turn) = turn {
+            let mut at = Some(turn);
+            while let Some(node) = at {
+                match alloc_on(self, pass, node) {
+                    Ok(given) => return Ok(given),
+                    Err(error) => last = Some(error),
+                }
+                at = self.registry.distances().next_in_zonelist(turn, pass.mask(), node);
+            }
+        } else {
+            for &node in pass.chosen.iter().chain(&pass.fallback) {
+                match alloc_on(self, pass, node) {
+                    Ok(given) => return Ok(given),
+                    Err(error) => last = Some(error),
+                }
             }
         }
         Err(last.expect("an allowed set is not empty"))
@@ -353,25 +365,23 @@ impl MemoryManager {
         }
     }
 
-    /// Charges the first grant that opens the node and has quota left. On an easy node no grant need be shown (R9), and one
-    /// that has ended is none. On a hard one nothing is had without, whatever a pass says (R12).
+    /// Charges the first grant that opens the node and has quota left. An easy node that strict bind names needs none (R9): who
+    /// shows one that has ended, or whose quota is used up, is no worse off than who shows none. Otherwise nothing is had
+    /// without, whatever a pass says (R12).
     fn charge_for(&mut self, pass: &Pass, bytes: Bytes, node: NodeId) -> Result<u16, AllocError> {
-        let is_easy = self.registry.easy().contains(node);
-        let mut refused = if is_easy { None } else { Some(GrantError::Revoked) };
+        let mut refused = GrantError::Revoked;
         for &grant in pass.grants() {
             match self.charge_one(grant, bytes, node, pass.right) {
                 Ok(Some(slot)) => return Ok(slot),
                 Ok(None) => {}
-                Err(GrantError::Revoked | GrantError::Expired { .. }) if is_easy => {}
                 // A quota that is too small says more than a grant that has ended.
-                Err(_) if matches!(refused, Some(GrantError::OverQuota { .. })) => {}
-                Err(cause) => refused = Some(cause),
+                Err(_) if matches!(refused, GrantError::OverQuota { .. }) => {}
+                Err(cause) => refused = cause,
             }
         }
-        match refused {
-            Some(cause) => Err(AllocError::Grant { node, cause }),
-            None => Ok(UNCHARGED),
-        }
+        let needs_none =
+            pass.right == Rights::ALLOC && pass.policy().opens_easy() && self.registry.easy().contains(node);
+        if needs_none { Ok(UNCHARGED) } else { Err(AllocError::Grant { node, cause: refused }) }
     }
 
     fn charge_one(
@@ -437,7 +447,7 @@ mod tests {
         let mut mm = MemoryManager::new();
         let (node_type, class, guard) = (NodeType::Spm, Class::Plain, Guard::Hard);
         let spec = NodeSpec { node_type, class, services: Services::empty(), guard, owner: "test".into() };
-        let owner = mm.registry.register(NodeId::ONE, spec.clone()).unwrap();
+        let owner = mm.registry.register(NodeId::ONE, spec.clone()).unwrap().owner;
         let lent = Metadata::from_heap(FrameCount(64)).unwrap();
         mm.registry.add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero).unwrap();
         let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(9));

@@ -183,7 +183,8 @@ impl Pages {
         piece.set_state(at, state);
     }
 
-    /// Makes the records that a block needs to be tracked.
+    /// Makes the records that a block needs to be tracked. These are all that is ever allocated here; what is made of them
+    /// when memory runs out stays, without a block, until one comes or its range goes.
     ///
     /// # Errors
     /// [`FramesError::NoMetadata`]
@@ -311,14 +312,13 @@ impl Pages {
         }
     }
 
-    /// Takes up to `wanted` blocks of the oldest generation out of the count, to be moved or put back. Looks at no more than
-    /// `limit` frames, from where it stopped last. What cannot move is made young, so that it is not met again soon. Takes
-    /// nothing while there is one generation only: age first.
-    pub(crate) fn isolate(&mut self, wanted: usize, limit: usize) -> Vec<Page> {
-        let mut found = Vec::new();
-        let mut left = limit;
+    /// Takes up to `wanted` blocks of the oldest generation out of the count, each given to `take`, to be moved or put back.
+    /// Looks at no more than `limit` frames, from where it stopped last. What cannot move is made young, so that it is not met
+    /// again soon. Takes nothing while there is one generation only: age first.
+    pub(crate) fn isolate(&mut self, wanted: usize, limit: usize, mut take: impl FnMut(Page)) {
+        let (mut taken, mut left) = (0, limit);
         self.retire();
-        while found.len() < wanted && left > 0 && self.oldest != self.youngest {
+        while taken < wanted && left > 0 && self.oldest != self.youngest {
             let Some(frame) = self.next_of(self.oldest, &mut left) else { break };
             let state = self.state(frame);
             self.counts[usize::from(self.oldest)] -= 1;
@@ -326,12 +326,17 @@ impl Pages {
                 self.counts[usize::from(self.youngest)] += 1;
                 self.set(frame, State::new(self.youngest, Hold::Pinned));
             } else {
-                found.extend(self.get(frame));
+                self.get(frame).into_iter().for_each(&mut take);
+                taken += 1;
                 self.set(frame, State::new(state.generation(), Hold::Isolated));
             }
             self.retire();
         }
-        found
+    }
+
+    /// Blocks that are not isolated.
+    pub(crate) fn count(&self) -> u64 {
+        self.counts.iter().sum()
     }
 
     /// The next block of a generation from the hand on, which stays behind it; `left` frames may be looked at.

@@ -86,7 +86,7 @@ impl MemoryManager {
     /// # let spec = NodeSpec { node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "doc".into() };
     /// let mut mm = MemoryManager::new();
-    /// let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap();
+    /// let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap().owner;
     /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
     /// mm.registry_mut().add_range(&owner, &spec, FrameCount(1024), lent, Initial::Zero).unwrap();
     /// let block = mm.alloc(&Request::of(DomainId::ROOT), Order::HUGE).unwrap();

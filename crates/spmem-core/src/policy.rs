@@ -253,6 +253,11 @@ impl Policy {
         self.flags
     }
 
+    /// Whether an easy guard lets it name a node without a grant: strict bind by the node's own number only (R9).
+    pub const fn opens_easy(&self) -> bool {
+        matches!(self.mode, Mode::Bind) && !self.flags.contains(Flags::RELATIVE_NODES)
+    }
+
     /// The nodes as named; none for a mode that takes none.
     pub const fn nodes(&self) -> &NodeMask {
         &self.nodes
@@ -302,7 +307,7 @@ impl Context {
         if policy.flags == Flags::RELATIVE_NODES {
             return NodeMask::EMPTY;
         }
-        let open = if policy.mode == Mode::Bind { self.granted.union(&self.easy) } else { self.granted };
+        let open = if policy.opens_easy() { self.granted.union(&self.easy) } else { self.granted };
         let special = policy.nodes.intersection(&self.effective).intersection(&open);
         special.difference(&self.sysram)
     }

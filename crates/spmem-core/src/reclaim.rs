@@ -5,20 +5,30 @@
 //! *low* and aims at *high*; from *close* on first touches wait. What lies between high and the limit is RAM not used,
 //! and each byte of it costs nearly two of resident pages, so it is little: the gate keeps growth from overrunning it.
 //! The processes share the excess in proportion to what they use. What goes with it: [`Floor`] (what stays), [`Throttle`]
-//! and [`Turnstile`] (who waits), [`Coverage`] (who can be made to wait), [`Progress`] and [`Retry`] (what could not leave).
+//! and [`Turnstile`] (who waits), [`Coverage`] (who can be made to wait), [`Progress`] and [`Retry`] (what could not leave),
+//! [`Mapping`] (what may leave at all), [`Sharing`] (what counts), [`reclaimers`] and [`Needs`] (how many threads work), [`Spin`] and
+//! [`answer_sleep_ns`] (how long they wait for each other).
 //! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
 //!
 //! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
 //! A process with nothing left to evict is never held at the gate, even where others could make room for it.
 
+mod encoding;
 mod floor;
+mod helpers;
+mod managed;
 mod progress;
 mod retry;
+mod sharing;
 mod throttle;
 
-pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
+pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
+pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, is_node_full, keeps_copies};
+pub use self::helpers::{HELPER_REST_NS, MAX_RECLAIMERS, Needs, reclaimers};
+pub use self::managed::{Mapping, Origin};
 pub use self::progress::Progress;
 pub use self::retry::Retry;
+pub use self::sharing::Sharing;
 pub use self::throttle::{Admission, CROWDED_NS, Cover, Coverage, Look, PATIENCE_NS, Throttle, Turnstile};
 
 use crate::units::{Bytes, PAGE_SIZE};
@@ -51,6 +61,25 @@ const HOLDING_SHARE: u64 = 16;
 pub const HOLDING_MIN_PAGES: u64 = 64;
 /// The holding area is never aimed larger than this, pages (256 MiB).
 pub const HOLDING_MAX_PAGES: u64 = 65536;
+
+/// A process has slots for this part of the pages of its limit in its holding area, ...
+const SLOTS_SHARE: u64 = 6;
+/// ... but at least, ...
+const SLOTS_MIN: u32 = 1024;
+/// ... and at most so many: twice what is ever aimed at.
+const SLOTS_MAX: u32 = 1 << 17;
+const _: () = assert!(SLOTS_MAX as u64 == 2 * HOLDING_MAX_PAGES);
+
+/// How many pages the holding area of a process can hold: address space, taken once.
+///
+/// ```
+/// use spmem_core::{reclaim::holding_slots, units::Bytes};
+/// assert_eq!([1, 96, 1 << 20].map(Bytes::mib).map(holding_slots), [1024, 4096, 1 << 17]);
+/// ```
+pub fn holding_slots(limit: Bytes) -> u32 {
+    let slots = u32::try_from(limit.frames_floor().0 / SLOTS_SHARE).unwrap_or(u32::MAX);
+    slots.clamp(SLOTS_MIN, SLOTS_MAX)
+}
 
 /// What a process knows when it looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 //!
 //! [`Registry::register`] latches a node's type and fixes its class, services and guard (R1, R3); it hands out the
 //! [`Owner`] token, the only thing that can add ranges, make grants or unregister. Domains live here
-//! ([`domain`](crate::domain)), and grants ([`grant`](crate::grant)).
+//! ([`domain`](crate::domain)), and grants ([`grant`](crate::grant)). A node that comes may narrow the masks of domains
+//! that waited for it; what lies outside then is listed with the token (R5).
 //!
 //! Whatever changes an answer of the wall changes the *epoch*, so that an answer can be kept
 //! ([`wall::Pass`](crate::wall::Pass)). The time is what the caller said last ([`Registry::advance`]).
@@ -14,7 +15,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::compact::Deferral;
 use crate::distance::{DistanceError, Distances};
-use crate::domain::Domains;
+use crate::domain::{Domains, Outside};
 use crate::frames::{FrameRange, Frames, FramesError, FramesView, Metadata};
 use crate::grant::{GrantId, Grants};
 use crate::mm::MOVING;
@@ -54,6 +55,17 @@ impl Node {
     }
 }
 
+/// What registering a node gives.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Registered {
+    /// Proof of owning the node.
+    pub owner: Owner,
+    /// Frames of all domains that lie outside their masks now: a domain whose `mems` named none but absent nodes had its
+    /// parent's, and has only this one once it is there (R4). As after
+    /// [`Registry::set_mems`], they stay valid, and the change is done when they have been moved (R5).
+    pub outside: Vec<Outside>,
+}
+
 /// The register of nodes, of the domains that requests come from, and of the grants on nodes.
 ///
 /// ```
@@ -70,7 +82,7 @@ impl Node {
 ///     owner: "cram".into(),
 /// };
 /// let mut registry = Registry::new();
-/// let owner = registry.register(NodeId::ONE, cram.clone()).unwrap();
+/// let owner = registry.register(NodeId::ONE, cram.clone()).unwrap().owner;
 /// let lent = Metadata::from_heap(FrameCount(1024)).unwrap();
 /// registry.add_range(&owner, &cram, FrameCount(1024), lent, Initial::Zero).unwrap();
 /// assert!(registry.spm().contains(NodeId::ONE) && !registry.sysram().contains(NodeId::ONE));
@@ -126,12 +138,32 @@ impl Registry {
         }
     }
 
-    /// Registers a node without frames; latches its type (R1) and fixes its services (R3).
+    /// Registers a node without frames; latches its type (R1) and fixes its services (R3). Lists what lies outside the masks
+    /// of its domain now (R5).
     ///
     /// # Errors
     /// [`NodeError::TypeLatched`] or [`NodeError::AlreadyRegistered`] when the node is registered;
     /// [`NodeError::ServiceNeeds`], [`NodeError::GuardNeeds`].
-    pub fn register(&mut self, node: NodeId, spec: NodeSpec) -> Result<Owner, NodeError> {
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::{frames::Metadata, mm::MemoryManager, wall::Request, zero::Initial};
+    /// use spmem_core::units::{DomainId, FrameCount, NodeId, Order};
+    /// # let spec = NodeSpec { node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut mm = MemoryManager::new();
+    /// let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap().owner;
+    /// let lent = Metadata::from_heap(FrameCount(64)).unwrap();
+    /// mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero).unwrap();
+    /// let job = mm.registry_mut().create_domain(DomainId::ROOT, "job").unwrap();
+    /// mm.registry_mut().set_mems(job, NodeId::ONE.into()).unwrap(); // absent: the job has what the root has
+    /// let block = mm.alloc(&Request::of(job), Order::ZERO).unwrap();
+    /// let registered = mm.registry_mut().register(NodeId::ONE, spec).unwrap();
+    /// let outside = registered.outside[0];
+    /// assert_eq!((outside.domain, outside.node, outside.frames), (job, NodeId::ZERO, FrameCount(1)));
+    /// # mm.free(block).unwrap();
+    /// ```
+    pub fn register(&mut self, node: NodeId, spec: NodeSpec) -> Result<Registered, NodeError> {
         spec.check()?;
         if let Some(present) = self.node(node) {
             let latched = present.spec.node_type;
@@ -158,7 +190,8 @@ impl Registry {
         self.nodes[node.index()] =
             Some(Box::new(Node { spec, frames, watermarks, contents, pages, deferral, weight: 1, serial }));
         self.refresh_domains(DomainId::ROOT);
-        Ok(Owner { registry: self.id, serial, node })
+        let owner = Owner { registry: self.id, serial, node };
+        Ok(Registered { owner, outside: self.outside(DomainId::ROOT) })
     }
 
     /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3), `initial` what they hold
@@ -201,7 +234,8 @@ impl Registry {
     }
 
     /// Unregisters a node without frames or ranges (R1) and takes it out of every grant; the owner's token is worth
-    /// nothing afterwards. The node may be registered anew, with another type.
+    /// nothing afterwards. The node may be registered anew, with another type. Masks lose that node only, or fall back to a
+    /// wider one: what lay inside them stays inside (R5).
     ///
     /// # Errors
     /// [`NodeError::NotOwner`], [`NodeError::InUse`].

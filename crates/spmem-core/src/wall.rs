@@ -129,7 +129,7 @@ impl Pass {
     /// registry.register(NodeId::ZERO, spec()).unwrap();
     /// let mut pass = registry.admit(&Request::of(DomainId::ROOT)).unwrap();
     /// assert_eq!(pass.allowed(&registry), Ok(&NodeId::ZERO.into()));
-    /// let owner = registry.register(NodeId::ONE, spec()).unwrap();
+    /// let owner = registry.register(NodeId::ONE, spec()).unwrap().owner;
     /// assert_eq!(pass.allowed(&registry), Ok(&[NodeId::ZERO, NodeId::ONE].into_iter().collect()));
     /// ```
     #[inline]
@@ -163,6 +163,13 @@ impl Pass {
     /// The nodes that the policy chooses from: of [`Pass::mask`], those that are not what it falls back to.
     pub fn nodes(&self) -> NodeMask {
         self.bound.as_ref().map_or(NodeMask::EMPTY, Bound::nodes)
+    }
+
+    /// The nodes in the order in which they are tried: those that the policy chooses from, then those that it falls back to;
+    /// `None` where they are taken in turn. As of when that was last worked out.
+    pub fn order(&self) -> Option<impl Iterator<Item = NodeId> + '_> {
+        let is_in_turn = self.policy.mode().is_interleaved() && !self.chosen.is_empty();
+        (!is_in_turn).then(|| self.chosen.iter().chain(&self.fallback).copied())
     }
 
     /// The grants shown.
@@ -207,8 +214,12 @@ impl Pass {
         }
         let from =
             self.policy.home().or(self.local).or(chosen.first()).or(fallback.first()).unwrap_or(NodeId::ZERO);
-        self.chosen = registry.distances().order(from, &chosen);
-        self.fallback = registry.distances().order(self.chosen.first().copied().unwrap_or(from), &fallback);
+        self.chosen = registry.distances().zonelist(from, &chosen);
+        // Preferred means the zonelist of its node; preferred-many that of where the task runs, once its own nodes are full
+        // (`policy_nodemask` and `alloc_pages_preferred_many` in mm/mempolicy.c).
+        let is_one = self.policy.mode() == Mode::Preferred;
+        let from = self.chosen.first().copied().filter(|_| is_one).unwrap_or(from);
+        self.fallback = registry.distances().zonelist(from, &fallback);
         self.bound = Some(bound);
         self.allowed = allowed;
         Ok(())
@@ -331,7 +342,7 @@ impl Registry {
     /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "doc".into() };
     /// let mut registry = Registry::new();
-    /// let owner = registry.register(NodeId::ONE, spec).unwrap();
+    /// let owner = registry.register(NodeId::ONE, spec).unwrap().owner;
     /// let grant = registry.grant(&[&owner], Terms::new(Rights::MAP_READ, Bytes::mib(1))).unwrap();
     /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ, &[&grant]).is_ok());
     /// assert!(registry.check(NodeId::ONE, Rights::MAP_READ | Rights::MAP_WRITE, &[&grant]).is_err());

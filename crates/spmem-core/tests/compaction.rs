@@ -33,7 +33,7 @@ impl Machine {
             guard: Guard::Hard,
             owner: "test".into(),
         };
-        let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+        let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap().owner;
         let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
         mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
         let grant =

@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use proptest::sample::Index;
-use spmem_core::domain::{DomainError, MAX_DEPTH, MAX_NAME};
+use spmem_core::domain::{DomainError, MAX_DEPTH, MAX_NAME, Outside};
 use spmem_core::frames::Metadata;
+use spmem_core::migrate::Mover;
 use spmem_core::mm::{AllocError, Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::Policy;
+use spmem_core::registry::Registered;
 use spmem_core::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId, Order};
-use spmem_core::wall::{Pass, Reason, Refusal, Request};
+use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request};
 use spmem_core::zero::Initial;
 
 type Set = BTreeSet<u16>;
@@ -123,10 +125,11 @@ impl Model {
             guard: Guard::Easy,
             owner: "test".into(),
         };
-        if let Ok(owner) = self.mm.registry_mut().register(id(node), spec.clone()) {
+        if let Ok(Registered { owner, outside }) = self.mm.registry_mut().register(id(node), spec.clone()) {
             let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
             self.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
             assert!(self.nodes.insert(node, (owner, node_type)).is_none());
+            self.check_listed("", &outside);
         }
     }
 
@@ -136,8 +139,11 @@ impl Model {
         let is_used = self.blocks.iter().any(|(block, _)| block.node() == id(node));
         assert_eq!(self.mm.registry_mut().remove_range(owner, first).is_err(), is_used);
         if !is_used {
+            let before = self.outside("");
             self.mm.registry_mut().unregister(owner).unwrap();
             self.nodes.remove(&node);
+            let after = self.outside("");
+            assert!(after.iter().all(|(place, frames)| before.get(place) == Some(frames)), "R5: nothing new");
         }
     }
 
@@ -177,16 +183,25 @@ impl Model {
         let (path, domain) = self.pick(at);
         let outside = self.mm.registry_mut().set_mems(domain, mask(&mems)).unwrap();
         self.domains.get_mut(&path).unwrap().mems = mems;
-        let mut expected = BTreeMap::<(String, u16), u64>::new();
+        self.check_listed(&path, &outside);
+    }
+
+    /// Frames of a domain and all below it that lie outside: by path and node.
+    fn outside(&self, path: &str) -> BTreeMap<(String, u16), u64> {
+        let mut found = BTreeMap::new();
         for (block, of) in &self.blocks {
-            let is_below = of == &path || of.starts_with(&format!("{path}/"));
+            let is_below = of == path || of.starts_with(&format!("{path}/"));
             if is_below && !self.effective(of).contains(&block.node().get()) {
-                *expected.entry((of.clone(), block.node().get())).or_default() += block.order().frames().0;
+                *found.entry((of.clone(), block.node().get())).or_default() += block.order().frames().0;
             }
         }
+        found
+    }
+
+    fn check_listed(&self, path: &str, listed: &[Outside]) {
         let path_of = |domain| self.mm.registry().domain_path(domain).unwrap().trim_end_matches('/').to_owned();
-        let listed = outside.iter().map(|o| ((path_of(o.domain), o.node.get()), o.frames.0));
-        assert_eq!(listed.collect::<BTreeMap<_, _>>(), expected, "R5: all that lies outside is listed");
+        let listed = listed.iter().map(|o| ((path_of(o.domain), o.node.get()), o.frames.0));
+        assert_eq!(listed.collect::<BTreeMap<_, _>>(), self.outside(path), "R5: all that lies outside is listed");
     }
 
     fn admit(&mut self, at: Index, asked: Option<Set>) {
@@ -312,7 +327,7 @@ fn a_pass_of_a_removed_domain_is_none_of_the_one_that_has_its_number_now() {
     for node in [0, 1] {
         let (node_type, class, services) = (NodeType::Sysram, Class::Plain, Services::empty());
         let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
-        let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+        let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
         let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
         mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
     }
@@ -324,4 +339,43 @@ fn a_pass_of_a_removed_domain_is_none_of_the_one_that_has_its_number_now() {
     let gone = AllocError::Refused(Refusal { node: None, reason: Reason::UnknownDomain { domain: old } });
     assert_eq!(mm.alloc_with(&mut pass, Order::ZERO), Err(gone));
     assert_eq!(mm.registry().used_by(new, NodeId::ZERO), FrameCount(0));
+}
+
+/// A domain that names a node which is to come has its parent's nodes until then, and its pages lie there.
+#[test]
+fn a_node_that_comes_narrows_who_waited_for_it_and_what_lies_outside_is_listed_and_can_move_inside() {
+    let mut mm = MemoryManager::new();
+    let add = |mm: &mut MemoryManager, node| {
+        let (node_type, class, services) = (NodeType::Sysram, Class::Plain, Services::MIGRATION);
+        let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
+        let Registered { owner, outside } = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+        let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
+        outside
+    };
+    assert!(add(&mut mm, 0).is_empty() && add(&mut mm, 1).is_empty());
+    let waiting = mm.registry_mut().create_domain(DomainId::ROOT, "waiting").unwrap();
+    let below = mm.registry_mut().create_domain(waiting, "below").unwrap();
+    let content = mm.registry_mut().create_domain(DomainId::ROOT, "content").unwrap();
+    assert_eq!(mm.registry_mut().set_mems(waiting, id(2).into()), Ok(Vec::new()));
+    let mut alloc = |domain, order| {
+        let request = Request { mobility: Mobility::Movable, ..Request::of(domain) };
+        mm.alloc(&request, Order::new(order).unwrap()).unwrap()
+    };
+    let blocks = [alloc(waiting, 0), alloc(below, 3)];
+    let theirs = alloc(content, 0);
+
+    let mut outside = add(&mut mm, 2);
+    outside.sort_by_key(|outside| outside.domain.get());
+    let expected = [(waiting, 1), (below, 8)];
+    let expected =
+        expected.map(|(domain, frames)| Outside { domain, node: NodeId::ZERO, frames: FrameCount(frames) });
+    assert_eq!(outside, expected, "R5");
+    for old in blocks {
+        let isolated = mm.take(&old, Mover::Manager).unwrap();
+        let planned = mm.plan_evacuation(isolated, &NodeMask::ALL, &[]).unwrap();
+        assert_eq!(mm.complete(planned, old).unwrap().node(), id(2));
+    }
+    assert!(mm.registry().outside(DomainId::ROOT).is_empty(), "the change is done");
+    assert_eq!((theirs.node(), mm.registry().used_by(content, NodeId::ZERO)), (NodeId::ZERO, FrameCount(1)));
 }

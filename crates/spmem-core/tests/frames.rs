@@ -1,4 +1,4 @@
-//! The frame allocator against an oracle that knows the owner of each frame.
+//! The frame allocator against an oracle that knows the owner of each frame. Ranges and zones have files of their own.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use spmem_core::frames::{Cache, FrameRange, Frames, FramesError, Hurt, InUse, Metadata, PerCpu};
+use spmem_core::frames::{FrameRange, Frames, FramesError, Hurt, InUse, Metadata};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 
 /// What a frame is, one entry a frame.
@@ -435,119 +435,4 @@ proptest! {
         }
         prop_assert_eq!(oracle.frames.count_free_blocks(), whole);
     }
-}
-
-#[test]
-fn limits_are_refused_and_change_nothing() {
-    let mut frames = Frames::new();
-    assert_eq!(frames.add_range(FrameCount(0), lent(1)), Err(FramesError::EmptyRange));
-    assert!(matches!(frames.add_range(FrameCount(u64::MAX), lent(1)), Err(FramesError::TooMany { .. })));
-    assert!(matches!(frames.add_range(FrameCount((1 << 32) + 1), lent(1)), Err(FramesError::TooMany { .. })));
-    assert_eq!(frames.capacity(), FrameCount(0));
-    assert!(matches!(frames.alloc(Order::ZERO), Err(FramesError::Exhausted { largest: None, .. })));
-}
-
-#[test]
-fn thousands_of_ranges_come_and_go_and_every_frame_of_them_is_given_out_once() {
-    let mut frames = Frames::new();
-    let firsts: Vec<_> = (0..3000).map(|_| frames.add_range(FrameCount(3), lent(3)).unwrap().first).collect();
-    let given: BTreeSet<_> = (0..9000).map(|_| frames.alloc(Order::ZERO).unwrap()).collect();
-    assert_eq!(given.len(), 9000);
-    assert!(frames.alloc(Order::ZERO).is_err());
-    given.iter().for_each(|&frame| frames.free_block(frame, Order::ZERO).unwrap());
-    for &first in firsts.iter().step_by(2) {
-        frames.remove_range(first).unwrap();
-    }
-    assert_eq!(frames.capacity(), FrameCount(4500));
-    for _ in 0..1500 {
-        let again = frames.add_range(FrameCount(3), lent(3)).unwrap().first;
-        assert!(firsts.contains(&again), "gaps are used again");
-    }
-    assert_eq!(frames.free(), FrameCount(9000));
-}
-
-#[test]
-fn metadata_stays_below_a_thousandth_of_the_memory() {
-    let mut frames = Frames::new();
-    frames.add_range(FrameCount(1 << 18), lent(1 << 18)).unwrap();
-    assert!(frames.metadata_bytes() * 1000 < 1 << 30, "{}", frames.metadata_bytes());
-}
-
-#[test]
-fn memory_may_come_and_go_for_ever() {
-    let count = FrameCount(1 << 18);
-    let mut frames = Frames::new();
-    let mut old = frames.add_range(count, lent(count.0)).unwrap();
-    let mut spare = lent(count.0);
-    for _ in 0..(1 << 15) {
-        let new = frames.add_range(count, spare).unwrap();
-        spare = frames.remove_range(old.first).unwrap().1;
-        old = new;
-    }
-    assert!(u64::from(old.first.0) <= count.0);
-}
-
-#[test]
-fn a_range_goes_into_the_lowest_gap_that_holds_it() {
-    let mut frames = Frames::new();
-    let add = |frames: &mut Frames, count: u64| frames.add_range(FrameCount(count), lent(count)).unwrap().first.0;
-    assert_eq!([add(&mut frames, 1024), add(&mut frames, 100), add(&mut frames, 3000)], [0, 1024, 2048]);
-    frames.remove_range(FrameNumber(0)).unwrap();
-    frames.remove_range(FrameNumber(1024)).unwrap();
-    assert_eq!(add(&mut frames, 2049), 5120, "the gap has 2048");
-    assert_eq!([add(&mut frames, 1025), add(&mut frames, 5)], [0, 8192]);
-    frames.remove_range(FrameNumber(0)).unwrap();
-    assert_eq!([add(&mut frames, 2048), add(&mut frames, 1)], [0, 9216]);
-    let firsts: Vec<u32> = frames.ranges().map(|range| range.first.0).collect();
-    assert_eq!(firsts, [0, 2048, 5120, 8192, 9216]);
-}
-
-#[test]
-fn caches_that_hold_frames_of_another_node_are_refused() {
-    let node = || {
-        let mut frames = Frames::new();
-        frames.add_range(FrameCount(1024), lent(1024)).unwrap();
-        frames
-    };
-    let (mine, other) = (node(), node());
-    let caches = PerCpu::new(2).unwrap();
-    caches.alloc(&mine, 0, Order::ZERO).unwrap();
-    other.alloc(Order::MAX).unwrap();
-    assert_eq!(caches.alloc(&other, 0, Order::HUGE), Err(FramesError::OtherCache));
-    assert_eq!(caches.alloc(&other, 1, Order::ZERO), Err(FramesError::OtherCache));
-    assert_eq!(caches.len(), FrameCount(63), "they keep what they have");
-}
-
-#[test]
-fn a_run_across_two_zones_leaves_both_with_what_they_have_left() {
-    let zone = 1_u64 << 18;
-    let mut frames = Frames::new();
-    frames.add_range(FrameCount(2 * zone), lent(2 * zone)).unwrap();
-    let low = frames.alloc_contiguous(FrameCount(zone / 2)).unwrap();
-    let run = frames.alloc_contiguous(FrameCount(zone)).unwrap();
-    assert_eq!(u64::from(run.first.0), zone / 2);
-    // All that is left lies in the second zone, and the first is not searched in vain: it says that it has nothing.
-    let rest: Vec<_> = std::iter::from_fn(|| frames.alloc(Order::MAX).ok()).collect();
-    assert_eq!(rest.len() as u64, zone / 2 / 1024);
-    assert_eq!(frames.largest_free(), None, "as free() says: {}", frames.free());
-    rest.into_iter().for_each(|first| frames.free_block(first, Order::MAX).unwrap());
-    frames.free_contiguous(run).unwrap();
-    frames.free_contiguous(low).unwrap();
-    assert_eq!(frames.count_free_blocks()[Order::MAX.index()], 2 * zone / 1024);
-}
-
-#[test]
-fn a_cache_that_was_sent_to_another_zone_comes_back_when_that_is_full() {
-    let zone = 1_u64 << 18;
-    let mut frames = Frames::new();
-    frames.add_range(FrameCount(2 * zone), lent(2 * zone)).unwrap();
-    for first in (zone..2 * zone).step_by(1024) {
-        frames.alloc_at(FrameNumber(first as u32), Order::MAX).unwrap();
-    }
-    // Two that are filled in turn from one zone: one of them goes on to the next, which has nothing.
-    let (mut one, mut other) = (Cache::new(), Cache::new());
-    for _ in 0..zone / 2 {
-        assert!(one.alloc(&frames).is_ok() && other.alloc(&frames).is_ok());
-    }
-    assert_eq!(frames.free(), FrameCount(0));
 }

@@ -106,7 +106,7 @@ impl Model {
         };
         let mut owners = Vec::new();
         for node in 0..NODES {
-            let owner = mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(NodeId::new(node).unwrap(), spec.clone()).unwrap().owner;
             mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent(FRAMES), Initial::Zero).unwrap();
             owners.push(owner);
         }
@@ -328,7 +328,7 @@ fn a_grant_on_a_node_does_not_open_its_successor() {
     let spec = model.mm.registry().spec(NodeId::ONE).unwrap().clone();
     model.mm.registry_mut().remove_range(&owner, first).unwrap();
     model.mm.registry_mut().unregister(&owner).unwrap();
-    let anew = model.mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+    let anew = model.mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap().owner;
     model.mm.registry_mut().add_range(&anew, &spec, FrameCount(8), lent(8), Initial::Zero).unwrap();
     let shown = [model.grants[0].value.as_ref().unwrap()];
     assert!(model.mm.alloc(&Request::on(DomainId::ROOT, NodeId::ONE, &shown), Order::ZERO).is_err());
@@ -361,7 +361,7 @@ fn a_kept_pass_ends_with_its_grant_whether_that_expires_or_is_given_back() {
         let mut mm = MemoryManager::new();
         let (node_type, class, services) = (NodeType::Spm, Class::Plain, Services::empty());
         let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
-        let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+        let owner = mm.registry_mut().register(NodeId::ONE, spec.clone()).unwrap().owner;
         mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
         let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(10));
         let grant = mm.registry_mut().grant(&[&owner], terms).unwrap();

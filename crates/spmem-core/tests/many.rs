@@ -28,7 +28,7 @@ impl Machine {
             let (class, guard) = (Class::Plain, Guard::Hard);
             let services = Services::MIGRATION;
             let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
-            let owner = mm.registry_mut().register(node, spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(node, spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
             owners.push(owner);

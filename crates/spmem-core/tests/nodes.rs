@@ -9,6 +9,7 @@ use spmem_core::mm::{Block, FreeError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
+use spmem_core::registry::Registered;
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
 use spmem_core::wall::{Mobility, Request};
 use spmem_core::zero::Initial;
@@ -95,7 +96,7 @@ impl Model {
             (Some(known), Err(NodeError::AlreadyRegistered { .. })) => {
                 assert_eq!(known.spec.node_type, spec.node_type);
             }
-            (None, Ok(owner)) => {
+            (None, Ok(Registered { owner, .. })) => {
                 assert!(needs_are_met(spec.services) && guard_is_met(&spec));
                 self.nodes.insert(node, Known { owner, spec, ranges: Vec::new(), used: 0 });
             }
@@ -236,7 +237,7 @@ fn a_token_of_another_table_owns_nothing() {
         owner: "test".into(),
     };
     let (mut mine, mut theirs) = (MemoryManager::new(), MemoryManager::new());
-    let owner = mine.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
+    let owner = mine.registry_mut().register(NodeId::ONE, spec.clone()).unwrap().owner;
     theirs.registry_mut().register(NodeId::ONE, spec.clone()).unwrap();
     let refused = NodeError::NotOwner { node: NodeId::ONE };
     assert_eq!(
@@ -252,7 +253,7 @@ fn a_block_is_told_from_those_of_every_later_manager() {
         let mut mm = MemoryManager::new();
         let (node_type, class, services) = (NodeType::Sysram, Class::Plain, Services::empty());
         let spec = NodeSpec { node_type, class, services, guard: Guard::Hard, owner: "test".into() };
-        let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap();
+        let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap().owner;
         mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
         mm
     };
@@ -271,7 +272,7 @@ fn a_block_is_told_from_those_of_every_later_manager() {
 fn plain(mm: &mut MemoryManager, node: NodeId, frames: u64, services: Services) -> Owner {
     let (node_type, class, guard) = (NodeType::Sysram, Class::Plain, Guard::Hard);
     let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
-    let owner = mm.registry_mut().register(node, spec.clone()).unwrap();
+    let owner = mm.registry_mut().register(node, spec.clone()).unwrap().owner;
     mm.registry_mut().add_range(&owner, &spec, FrameCount(frames), lent(frames), Initial::Zero).unwrap();
     owner
 }

@@ -39,7 +39,7 @@ impl Machine {
             let guard = if services.contains(Services::USER_NUMA) { Guard::Easy } else { Guard::Hard };
             let node_type = if node == 0 { NodeType::Sysram } else { NodeType::Spm };
             let spec = NodeSpec { node_type, class: Class::Plain, services, guard, owner: "test".into() };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
             mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node)));
@@ -81,7 +81,7 @@ const TRIES: [(Services, Try); 9] = [
     (Services::RECLAIM, |machine| {
         let is_short = machine.mm.shortage(NodeId::ONE) > FrameCount(0);
         let before = machine.looked_at();
-        let taken = machine.mm.take_cold(NodeId::ONE, 8).len();
+        let taken = machine.mm.take_cold(NodeId::ONE, 8).unwrap().len();
         assert_eq!(is_short, taken > 0, "it takes where it says that it is due");
         is_short || machine.looked_at() != before
     }),
@@ -156,7 +156,7 @@ fn nothing_is_demoted_or_promoted_to_a_node_that_moves_nothing() {
         for (node, services) in [(0, Services::all()), (1, services)] {
             let (node_type, class, guard) = (NodeType::Sysram, Class::Plain, Guard::Hard);
             let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
         }

@@ -78,7 +78,7 @@ impl Machine {
             let (class, guard) = (Class::Plain, Guard::Hard);
             let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
             let node = id(u16::try_from(specs.len()).unwrap());
-            owners.push(mm.registry_mut().register(node, spec.clone()).unwrap());
+            owners.push(mm.registry_mut().register(node, spec.clone()).unwrap().owner);
             specs.push(spec);
         }
         let registry = mm.registry_mut();

@@ -8,11 +8,17 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use proptest::prelude::*;
+use spmem_core::frames::Metadata;
+use spmem_core::grant::{Grant, GrantError, Rights, Terms};
+use spmem_core::mm::{AllocError, MemoryManager};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{
     Bound, Context, Errno, Flags, Mode, Policy, PolicyError, Turns, migrate_targets, move_target, node_of,
 };
-use spmem_core::units::NodeId;
+use spmem_core::units::{DomainId, FrameCount, NodeId, Order};
+use spmem_core::wall::Request;
+use spmem_core::zero::Initial;
 
 type Set = BTreeSet<u16>;
 
@@ -115,7 +121,8 @@ fn document() -> String {
          (and so with the service USER_NUMA), node 6 is absent.\n\n\
          ## set_mempolicy(2) and mbind(2)\n\n\
          The nodes that the policy then chooses from; with MPOL_F_STATIC_NODES the same. All but bind go on to the domain's\n\
-         default when these are full.\n\n",
+         default when these are full: preferred to what is nearest to its node, preferred-many to what is nearest to its home or\n\
+         the local node. Both interleaving modes go on to what is nearest to the node whose turn it is, named or not.\n\n",
     );
     head(&mut text, "nodes named", &NAMING.map(Mode::name));
     for named in named_sets() {
@@ -123,6 +130,14 @@ fn document() -> String {
         let label = if named.len() > 2 { "all of them".to_owned() } else { kinds.join(" and ") };
         let cells = NAMING.map(|mode| cell(bind(mode, Flags::empty(), &named)));
         row(&mut text, std::iter::once(format!("{} ({label})", mask(&named))).chain(cells));
+    }
+    text += "\n## Who pays on an SPM node\n\n\
+         What a page costs on a node that the policy names, where a grant with ALLOC is shown. Strict bind to an easy node needs\n\
+         none (R9): it goes on without charge where the grant's quota is used up.\n\n";
+    head(&mut text, "node", &PAYING);
+    for (guard, mode) in payments() {
+        let label = format!("{guard} guard, {}", mode.name());
+        row(&mut text, std::iter::once(label).chain(payment_cells(guard, mode)));
     }
     text += "\n## MPOL_F_RELATIVE_NODES\n\nNumbers count the domain's sysram nodes, here 0 and 1; they never lead to an SPM node.\n\n";
     head(&mut text, "numbers", &NAMING.map(Mode::name));
@@ -174,6 +189,38 @@ fn argument_cells(mode: Mode) -> [String; 5] {
         answer(Policy::new(mode, Flags::all(), nodes)),
         answer(takes.unwrap().with_home(id(0), &present())),
     ]
+}
+
+const PAYING: [&str; 3] = ["quota left", "quota used up", "no grant"];
+
+fn payments() -> impl Iterator<Item = (Guard, Mode)> {
+    [Guard::Hard, Guard::Easy].into_iter().flat_map(|guard| NAMING.map(|mode| (guard, mode)))
+}
+
+/// Allocates on a machine with one node, an SPM node: with a grant for one page, with what that leaves, and without.
+fn payment_cells(guard: Guard, mode: Mode) -> [String; 3] {
+    let mut mm = MemoryManager::new();
+    let services = Services::USER_NUMA;
+    let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services, guard, owner: "test".into() };
+    let owner = mm.registry_mut().register(id(0), spec.clone()).unwrap().owner;
+    let lent = Metadata::from_heap(FrameCount(64)).unwrap();
+    mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero).unwrap();
+    let grant = mm.registry_mut().grant(&[&owner], Terms::new(Rights::ALLOC, Order::ZERO.bytes())).unwrap();
+    let policy = Policy::new(mode, Flags::empty(), NodeMask::of(id(0))).unwrap();
+    let mut answer = |grants: &[&Grant]| {
+        let before = mm.registry().grant_info(&grant).unwrap().used;
+        let request = Request { policy, grants, ..Request::of(DomainId::ROOT) };
+        let result = mm.alloc(&request, Order::ZERO);
+        let is_charged = mm.registry().grant_info(&grant).unwrap().used > before;
+        match result {
+            // The block stays allocated, and charged: the next one finds no quota.
+            Ok(_) => if is_charged { "charged" } else { "free of charge" }.to_owned(),
+            Err(AllocError::Grant { cause: GrantError::OverQuota { .. }, .. }) => "over quota".to_owned(),
+            Err(AllocError::Refused(_)) => Errno::Einval.name().to_owned(),
+            Err(error) => panic!("{error}"),
+        }
+    };
+    [answer(&[&grant]), answer(&[&grant]), answer(&[])]
 }
 
 fn changes() -> Vec<(Mode, Flags, Set)> {
@@ -259,6 +306,18 @@ fn arguments_are_refused_as_linux_refuses_them() {
     assert_eq!(rows[6], [einval, einval, "ok", einval, none], "weighted-interleave");
     let bind = Policy::bind(NodeMask::of(id(0)));
     assert_eq!(bind.with_home(id(ABSENT), &present()), Err(PolicyError::HomeAbsent { node: id(ABSENT) }));
+}
+
+#[test]
+fn a_grant_pays_while_it_can_and_only_strict_bind_to_an_easy_node_goes_on_without() {
+    for (guard, mode) in payments() {
+        let without = if (guard, mode) == (Guard::Easy, Mode::Bind) {
+            ["free of charge"; 2]
+        } else {
+            ["over quota", "EINVAL"]
+        };
+        assert_eq!(payment_cells(guard, mode), ["charged", without[0], without[1]], "R9: {guard}, {mode}");
+    }
 }
 
 #[test]

@@ -35,7 +35,7 @@ impl Machine {
             let guard = if node == 2 { Guard::Easy } else { Guard::Hard };
             let (class, services) = (Class::Plain, Services::all());
             let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
             mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node)));
@@ -117,7 +117,7 @@ fn the_services_of_a_node_move_its_blocks_without_a_right() {
     let mut machine = Machine::new();
     let alloc = machine.grant(Rights::ALLOC);
     let _block = machine.alloc(1, &[&alloc]);
-    assert_eq!(machine.mm.take_cold(id(1), 1).len(), 1);
+    assert_eq!(machine.mm.take_cold(id(1), 1).unwrap().len(), 1);
 }
 
 #[test]

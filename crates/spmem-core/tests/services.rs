@@ -58,7 +58,7 @@ impl Machine {
                 guard: Guard::Hard,
                 owner: "test".into(),
             };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
             owners.push(owner);
@@ -154,7 +154,7 @@ impl Model {
     fn take_cold(&mut self, node: u16, wanted: usize) {
         let looked_at = |machine: &Machine| machine.mm.registry().pages(id(node)).unwrap().looked_at();
         let before = looked_at(&self.machine);
-        let taken = self.machine.mm.take_cold(id(node), wanted);
+        let taken = self.machine.mm.take_cold(id(node), wanted).unwrap();
         assert!(taken.len() <= wanted);
         if node >= 4 {
             assert!(
@@ -334,14 +334,14 @@ fn reclaim_begins_below_low_and_aims_at_high_and_only_where_it_is_offered() {
 fn cold_blocks_of_a_full_node_go_down_a_tier_and_the_used_ones_stay() {
     let mut machine = Machine::new();
     let mut held: Vec<Block> = std::iter::from_fn(|| machine.alloc(DomainId::ROOT, 0, 0)).collect();
-    assert!(machine.mm.take_cold(id(0), 0).is_empty());
+    assert!(machine.mm.take_cold(id(0), 0).unwrap().is_empty());
     // The second generation begins with the first look; what is used then is young.
-    let first = machine.mm.take_cold(id(0), 1);
+    let first = machine.mm.take_cold(id(0), 1).unwrap();
     first.into_iter().for_each(|isolated| machine.mm.put_back(isolated));
     let hot: BTreeSet<_> = held[..20].iter().map(Block::first_frame).collect();
     held[..20].iter().for_each(|block| machine.mm.note_used(block));
     let mut moved = 0;
-    for isolated in machine.mm.take_cold(id(0), 44) {
+    for isolated in machine.mm.take_cold(id(0), 44).unwrap() {
         assert!(!hot.contains(&isolated.page().frame), "a used block is not cold");
         let planned = machine.mm.plan_demotion(isolated, &[&machine.demote]).unwrap();
         assert_eq!(planned.to().node(), id(2), "the next tier, not the one below it");
@@ -381,7 +381,7 @@ fn the_domain_that_exceeds_its_share_by_most_must_give_and_only_on_a_node_that_a
     let share = |domain| FrameCount(if domain == DomainId::ROOT { 0 } else { 10 });
     assert_eq!(machine.mm.choose_victim(id(0), share), None, "R3: no OOM_ELIGIBLE, no victim");
     let spec = NodeSpec { services: Services::OOM_ELIGIBLE, ..machine.mm.registry().spec(id(0)).unwrap().clone() };
-    let owner = machine.mm.registry_mut().register(id(6), spec.clone()).unwrap();
+    let owner = machine.mm.registry_mut().register(id(6), spec.clone()).unwrap().owner;
     let lent = Metadata::from_heap(FrameCount(FRAMES)).unwrap();
     machine.mm.registry_mut().add_range(&owner, &spec, FrameCount(FRAMES), lent, Initial::Zero).unwrap();
     let mine = machine.alloc(machine.inner, 6, 5).unwrap();

@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use spmem_core::frames::Metadata;
-use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::grant::{Grant, GrantError, Rights, Terms};
+use spmem_core::migrate::{Mover, Stay};
 use spmem_core::mm::{AllocError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
+use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
 use spmem_core::wall::{MAX_SHOWN, Mobility, Reason, Request, Reserve};
 use spmem_core::watermark::Watermarks;
@@ -147,7 +149,7 @@ impl World {
                 guard: if self.easy.contains(&node) { Guard::Easy } else { Guard::Hard },
                 owner: "test".into(),
             };
-            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap();
+            let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             if frames > 0 {
                 mm.registry_mut()
                     .add_range(&owner, &spec, FrameCount(frames), lent(frames), Initial::Zero)
@@ -334,6 +336,70 @@ fn interleaving_takes_the_allowed_nodes_in_turn() {
     assert_eq!(nodes, [0, 2, 5, 0, 2]);
 }
 
+/// A machine of ordinary nodes of one frame each, in two sockets: 0, 2, 4 and 1, 3, 5.
+fn two_sockets() -> MemoryManager {
+    let sysram: Set = (0..6).collect();
+    let world = World { sysram, hard: Set::new(), asked: None, grants: Vec::new(), ..two_nodes() };
+    let (mut mm, ..) = world.build(1);
+    for (from, to) in (0..6).flat_map(|from| (0..6).map(move |to| (from, to))) {
+        let distance = if from == to { 10 } else { 12 + 10 * u8::from(from % 2 != to % 2) };
+        mm.registry_mut().set_distance(id(from), id(to), distance).unwrap();
+    }
+    mm
+}
+
+/// The nodes in the order in which a policy fills them, all with one frame.
+fn filled(mode: Mode, nodes: &[u16], local: Option<u16>) -> Vec<u16> {
+    let mut mm = two_sockets();
+    let policy = Policy::new(mode, Flags::empty(), nodes.iter().map(|&node| id(node)).collect()).unwrap();
+    let request = Request { policy, local: local.map(id), ..Request::of(DomainId::ROOT) };
+    let mut pass = mm.registry().admit(&request).unwrap();
+    let blocks = std::iter::from_fn(|| mm.alloc_with(&mut pass, Order::ZERO).ok());
+    blocks.map(|block| block.node().get()).collect()
+}
+
+#[test]
+fn a_full_node_is_stood_in_for_by_what_is_nearest_to_it_as_in_linux() {
+    for mode in [Mode::Interleave, Mode::WeightedInterleave] {
+        // Turns: 1 and 2. Then it is 1's: 3, in its socket, not 2, which is full, nor 0, the lowest; then 2's: 4 before 0.
+        assert_eq!(filled(mode, &[1, 2], None), [1, 2, 3, 4, 5, 0], "{mode}");
+        // The fallback lies between the nodes of the policy: 0 and 2 are in one socket.
+        assert_eq!(filled(mode, &[0, 1], None), [0, 1, 2, 3, 4, 5], "{mode}");
+    }
+    // Preferred goes on in the zonelist of its node, preferred-many in that of where the task runs.
+    assert_eq!(filled(Mode::Preferred, &[1], Some(0)), [1, 3, 5, 2, 4, 0]);
+    assert_eq!(filled(Mode::PreferredMany, &[1, 4], Some(0)), [4, 1, 0, 2, 3, 5]);
+    assert_eq!(filled(Mode::Bind, &[1, 2, 3], Some(3)), [3, 1, 2]);
+    assert_eq!(filled(Mode::Local, &[], Some(2)), [2, 4, 0, 3, 5, 1]);
+}
+
+#[test]
+fn a_node_of_the_policy_that_is_far_comes_after_a_near_one_that_is_not() {
+    let mut mm = two_sockets();
+    let policy = Policy::new(Mode::Interleave, Flags::empty(), [0, 1].map(id).into_iter().collect()).unwrap();
+    let mut pass = mm.registry().admit(&Request { policy, ..Request::of(DomainId::ROOT) }).unwrap();
+    let full = Request { policy: Policy::bind(id(0).into()), ..Request::of(DomainId::ROOT) };
+    let held = mm.alloc(&full, Order::ZERO).unwrap();
+    assert_eq!(mm.alloc_with(&mut pass, Order::ZERO).unwrap().node(), id(2), "1 is free, but in the other socket");
+    assert_eq!(held.node(), id(0));
+}
+
+#[test]
+fn turns_over_spm_nodes_alone_never_end_on_sysram() {
+    let world = World {
+        hard: Set::from([1, 2]),
+        asked: Some(Set::from([1, 2])),
+        mode: Mode::Interleave,
+        grants: vec![(Set::from([1, 2]), Rights::ALLOC)],
+        ..two_nodes()
+    };
+    let (mut mm, _owners, grants) = world.build(2);
+    let shown: Vec<_> = grants.iter().collect();
+    let mut pass = mm.registry().admit(&world.request(&shown)).unwrap();
+    let blocks = std::iter::from_fn(|| mm.alloc_with(&mut pass, Order::ZERO).ok());
+    assert_eq!(blocks.map(|block| block.node().get()).collect::<Vec<_>>(), [1, 2, 1, 2], "R10");
+}
+
 #[test]
 fn a_block_of_another_manager_comes_back_untouched() {
     let world = World { asked: None, ..two_nodes() };
@@ -367,6 +433,67 @@ fn a_pass_ends_with_what_opened_it() {
     assert!(matches!(mm.alloc_with(&mut pass, Order::ZERO), Err(AllocError::Refused(_))), "R12");
     mm.free(block).unwrap();
     assert!(mm.registry().held(grants[0].id()).is_empty());
+}
+
+#[test]
+fn a_grant_whose_quota_is_used_up_does_not_close_an_easy_node_to_strict_bind() {
+    let one_page = Terms::new(Rights::ALLOC, Bytes(4096));
+    for (mode, is_open) in [(Mode::Bind, true), (Mode::PreferredMany, false), (Mode::Interleave, false)] {
+        let world = World {
+            hard: Set::new(),
+            easy: Set::from([1]),
+            sysram: Set::new(),
+            mode,
+            grants: vec![],
+            ..two_nodes()
+        };
+        let (mut mm, owners, _) = world.build(64);
+        let grant = mm.registry_mut().grant(&[&owners[0]], one_page).unwrap();
+        let shown = [&grant];
+        let request = world.request(&shown);
+        let charged = mm.alloc(&request, Order::ZERO).unwrap();
+        assert_eq!(mm.registry().grant_info(&grant).unwrap().used, Bytes(4096), "it pays while it can");
+        let second = mm.alloc(&request, Order::ZERO);
+        assert_eq!(mm.registry().grant_info(&grant).unwrap().used, Bytes(4096), "R12");
+        assert_eq!(second.is_ok(), is_open, "R9: {mode}");
+        if let Err(error) = &second {
+            let cause = GrantError::OverQuota { wanted: Bytes(4096), left: Bytes(0) };
+            assert_eq!(*error, AllocError::Grant { node: id(1), cause }, "{mode}");
+        }
+        second.into_iter().chain([charged]).for_each(|block| mm.free(block).unwrap());
+        assert_eq!(
+            mm.registry().grant_info(&grant).unwrap().used,
+            Bytes(0),
+            "who was not charged regains nothing"
+        );
+    }
+}
+
+#[test]
+fn a_demotion_to_an_easy_node_needs_quota_all_the_same() {
+    let mut mm = MemoryManager::new();
+    let services = Services::all();
+    let mut owners = Vec::new();
+    for (node, node_type) in [(0, NodeType::Sysram), (1, NodeType::Spm)] {
+        let (class, guard) = (Class::Plain, Guard::Easy);
+        let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
+        let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
+        mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
+        mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + u64::from(node)));
+        owners.push(owner);
+    }
+    let terms = Terms::new(Rights::DEMOTE_TO, Bytes(4096));
+    let grant = mm.registry_mut().grant(&[&owners[1]], terms).unwrap();
+    let request = Request { mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
+    let mut demote = || {
+        let block = mm.alloc(&request, Order::ZERO).unwrap();
+        let isolated = mm.take(&block, Mover::Holder(&[])).unwrap();
+        let moved = mm.plan_demotion(isolated, &[&grant]);
+        moved.map(|moved| mm.complete(moved, block).unwrap().node())
+    };
+    assert_eq!(demote(), Ok(id(1)));
+    let cause = GrantError::OverQuota { wanted: Bytes(4096), left: Bytes(0) };
+    assert_eq!(demote(), Err(Stay::NoRoom { cause: AllocError::Grant { node: id(1), cause } }), "R14");
 }
 
 #[test]

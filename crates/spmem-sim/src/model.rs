@@ -136,6 +136,11 @@ impl Model {
         open
     }
 
+    /// R9: strict bind may name an easy node without a grant, so also with one whose quota is used up.
+    pub(crate) fn is_free_of_charge(&self, request: &Request<'_>, node: u16) -> bool {
+        self.nodes[&node].is_easy && request.mode == Mode::Bind && request.asked.is_some()
+    }
+
     /// The grant that pays for `bytes` on an SPM node, if one can: the first shown that opens it and has the quota.
     pub(crate) fn payer(&self, shown: &[u32], right: Rights, node: u16, bytes: u64) -> Payer {
         let covering: Vec<u32> =

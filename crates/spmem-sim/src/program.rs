@@ -195,7 +195,7 @@ impl Tree {
             owner: "simulated".into(),
         };
         let registry = mm.registry_mut();
-        let owner = registry.register(NodeId::ONE, spec.clone()).expect("the node is the first");
+        let owner = registry.register(NodeId::ONE, spec.clone()).expect("the node is the first").owner;
         registry.add_range(&owner, &spec, setup.node, lend(setup.node), Initial::Zero).expect("a range that fits");
         let process = |(number, program): (usize, Program)| {
             let terms = Terms::new(Rights::ALLOC, setup.node.bytes());

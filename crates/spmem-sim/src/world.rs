@@ -7,10 +7,12 @@ mod services;
 
 use std::collections::BTreeMap;
 
+use spmem_core::domain::Outside;
 use spmem_core::grant::{Grant, GrantId};
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
 use spmem_core::nodemask::NodeMask;
+use spmem_core::registry::Registered;
 use spmem_core::tier::DRAM;
 use spmem_core::units::{DomainId, FrameCount, NodeId};
 use spmem_core::watermark::Watermarks;
@@ -141,8 +143,8 @@ impl World {
         let result = self.mm.registry_mut().register(id, spec.clone());
         let is_known = self.model.nodes.contains_key(&node);
         hold("R1", result.is_err() == is_known, || format!("registering node {node}: {result:?}"))?;
-        let owner = match result {
-            Ok(owner) => owner,
+        let Registered { owner, outside } = match result {
+            Ok(registered) => registered,
             Err(error) => return refused(error),
         };
         let added =
@@ -159,6 +161,7 @@ impl World {
         self.owners.insert(node, owner);
         self.mm.registry_mut().set_abstract_distance(id, DRAM * (1 + 2 * u64::from(known.tier)));
         self.model.nodes.insert(node, known);
+        self.check_outside("", &outside)?;
         self.check_step()
     }
 
@@ -215,19 +218,24 @@ impl World {
         let (Some(domain), Some(mask)) = (self.domain(path), mask(nodes)) else {
             return refused("no domain or node");
         };
-        let listed = self.mm.registry_mut().set_mems(domain, mask);
-        let listed: u64 = listed.iter().flatten().map(|outside| outside.frames.0).sum();
+        let listed = self.mm.registry_mut().set_mems(domain, mask).unwrap_or_default();
         if let Some(known) = self.model.domains.get_mut(path) {
             known.mems = nodes.iter().copied().collect();
         }
+        self.check_outside(path, &listed)?;
+        self.check_step()
+    }
+
+    /// R5: what is listed is what lies outside its domain's masks, in a domain and all below it.
+    fn check_outside(&self, path: &str, listed: &[Outside]) -> Result<(), Violation> {
+        let listed: u64 = listed.iter().map(|outside| outside.frames.0).sum();
         let below = format!("{path}/");
         let is_outside = |block: &&model::Block| {
             let within = block.domain.as_deref().filter(|domain| *domain == path || domain.starts_with(&below));
             within.is_some_and(|domain| !self.model.effective(domain).contains(&block.node))
         };
         let outside: u64 = self.model.blocks.values().filter(is_outside).map(|block| block.frames).sum();
-        hold("R5", listed == outside, || format!("{listed} frames are listed as outside, {outside} are"))?;
-        self.check_step()
+        hold("R5", listed == outside, || format!("{listed} frames are listed as outside, {outside} are"))
     }
 
     fn set_sysram(&mut self, path: &str, nodes: &[u16]) -> Applied {

@@ -11,6 +11,7 @@
 //! the agent encodes by itself.
 
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
+use spmem_core::reclaim::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 use spmem_node::compressed::{Codec, Label, Verified};
 use spmem_node::{Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
@@ -21,13 +22,6 @@ use spmem_sys::{PAGE, clock, process};
 pub const LANE_PAGES: usize = 16;
 /// One is encoded while the other is taken and filled.
 pub const LANES: usize = 2;
-/// Longest that the encoder spins for the next lane, ns: a wake-up costs both sides about a tenth of it. A processor
-/// that is not idle also attracts no thread of the program away from the handler that serves it.
-const SPIN_NS: u64 = 1_000_000;
-/// How often an encoder without work looks whether it is still wanted, ns.
-const IDLE_NS: u64 = 500_000_000;
-/// Longest that the agent waits for an answer, ns; then it works by itself until one comes.
-const PATIENCE_NS: u64 = 50_000_000;
 
 /// States of a lane; it is free in any other.
 const POSTED: u32 = 1;
@@ -110,7 +104,7 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
     let mut workspace = codec.workspace();
     let mut pages = alloc::vec![0_u8; LANE_PAGES * PAGE];
     let mut next = 0;
-    let mut spin_ns = SPIN_NS;
+    let mut spin = Spin::new();
     loop {
         let lane = &exchange.lanes[next];
         let ticket = exchange.posted.ticket();
@@ -128,15 +122,13 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
         }
         let since = clock::now_ns();
         let is_posted = || lane.state.load(Relaxed) == POSTED;
-        while spin_ns > 0 && !is_posted() && clock::now_ns() - since < spin_ns {
+        while !is_posted() && spin.goes_on(clock::now_ns() - since) {
             // Whoever else has work for this processor goes first.
             process::give_way();
         }
         if !is_posted() {
-            exchange.posted.wait(ticket, Some(IDLE_NS));
-            // Spinning pays only where work keeps coming.
-            let waited = clock::now_ns() - since;
-            spin_ns = if waited < 4 * SPIN_NS { SPIN_NS } else { 0 };
+            exchange.posted.wait(ticket, Some(ENCODER_IDLE_NS));
+            spin.woken(clock::now_ns() - since);
         }
     }
 }
@@ -228,7 +220,7 @@ impl Client {
         self.oldest().is_some_and(|lane| self.exchange.lanes[lane].state.load(Ordering::Acquire) == DONE)
     }
 
-    /// Waits until the oldest lane is done; whether it is.
+    /// Waits until the oldest lane is done; whether it is. If not, the agent works by itself until an answer comes.
     pub(crate) fn wait(&self) -> bool {
         let Some(oldest) = self.oldest() else { return false };
         let lane = &self.exchange.lanes[oldest];
@@ -238,10 +230,8 @@ impl Client {
             if self.is_done() {
                 return true;
             }
-            if clock::now_ns() - since > PATIENCE_NS {
-                return false;
-            }
-            lane.done.wait(ticket, Some(PATIENCE_NS / 4));
+            let Some(sleep_ns) = answer_sleep_ns(clock::now_ns() - since) else { return false };
+            lane.done.wait(ticket, Some(sleep_ns));
         }
     }
 

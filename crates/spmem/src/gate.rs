@@ -5,7 +5,7 @@
 //! has no page away is let go again and runs at native speed.
 
 use crate::runtime::Runtime;
-use crate::sweep::is_eligible;
+use crate::sweep::is_managed;
 use crate::table::{ADDRESS_END, CHUNK, Copy};
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
@@ -68,7 +68,7 @@ impl GateKeeper {
             if vma.start >= ADDRESS_END {
                 break;
             }
-            if !is_eligible(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {
+            if !is_managed(&vma) || self.ranges.binary_search(&(vma.start, vma.end)).is_ok() {
                 continue;
             }
             // Under the lock our own mappings do not change; the range itself may, which the kernel then says.

@@ -13,7 +13,8 @@ use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Facts, Floor, Look, Movable, Plan, Progress, Throttle, is_near, plan,
+    self, BATCH_PAGES, Facts, Floor, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS, Sharing,
+    Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
@@ -21,8 +22,6 @@ use spmem_sys::fd::close_all_but;
 use spmem_sys::process::{DescriptorLimit, MemoryUse};
 use spmem_sys::{PAGE, Result, clock, process, thread};
 
-/// How often shared memory is counted exactly, ns: it walks all page tables.
-const PROPORTIONAL_NS: u64 = 50_000_000;
 /// Entry of the first agent thread.
 pub(crate) extern "C" fn monitor(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
@@ -59,16 +58,19 @@ pub(crate) extern "C" fn helper(argument: usize) -> ! {
     let mut demoter = Demoter::new(runtime, number);
     loop {
         let ticket = runtime.help.ticket();
-        // Where there is an encoder, it encodes: this would only be one more processor to be interrupted.
-        let is_needless = runtime.room_pages.load(Relaxed) > 0 || runtime.is_stuck.load(Relaxed);
-        let has_encoder = runtime.exchange().is_some() && !runtime.is_encoder_late.load(Relaxed);
-        if is_needless || has_encoder {
+        let needs = Needs {
+            room_pages: runtime.room_pages.load(Relaxed),
+            is_stuck: runtime.is_stuck.load(Relaxed),
+            has_encoder: runtime.exchange().is_some(),
+            is_encoder_late: runtime.is_encoder_late.load(Relaxed),
+        };
+        if !needs.help() {
             runtime.help.wait(ticket, None);
             continue;
         }
         let done = runtime.working(number, || demoter.run(BATCH_PAGES as usize));
         if done == 0 {
-            runtime.help.wait(ticket, Some(1_000_000));
+            runtime.help.wait(ticket, Some(HELPER_REST_NS));
         }
     }
 }
@@ -152,7 +154,7 @@ impl Monitor {
         let facts = self.gauge.measure(limit);
         let plan = plan(&facts);
         if is_near(&facts) && !self.prepare(limit) {
-            return Some((ticket, 100_000_000));
+            return Some((ticket, SLEEP_MAX_NS));
         }
         self.open_or_shut(&facts, &plan);
         let Some(tools) = &mut self.tools else {
@@ -246,9 +248,7 @@ struct Gauge {
     runtime: &'static Runtime,
     memory: MemoryUse,
     floor: Floor,
-    /// By how much plain counting exceeds proportional counting, bytes.
-    shared_bytes: u64,
-    proportional_ns: u64,
+    sharing: Sharing,
     floor_pages: u64,
     resident_pages: u64,
     refused_pages: u64,
@@ -262,8 +262,7 @@ impl Gauge {
         Ok(Self {
             runtime,
             memory: MemoryUse::open()?,
-            shared_bytes: 0,
-            proportional_ns: 0,
+            sharing: Sharing::default(),
             floor: Floor::default(),
             floor_pages: 0,
             resident_pages: 0,
@@ -303,10 +302,10 @@ impl Gauge {
         slot.refused_bytes.store(refused.min(resident) * PAGE as u64, Relaxed);
         let shared = runtime.shared();
         let stored = shared.sum(|slot| &slot.store_used_bytes);
-        let is_alone = stored == slot.store_used_bytes.load(Relaxed);
-        runtime.is_node_full.store(!is_alone && stored >= shared.store_capacity_bytes.load(Relaxed), Relaxed);
-        let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
         let own_stored = Bytes(slot.store_used_bytes.load(Relaxed));
+        let capacity = Bytes(shared.store_capacity_bytes.load(Relaxed));
+        runtime.is_node_full.store(reclaim::is_node_full(Bytes(stored), own_stored, capacity), Relaxed);
+        let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
         let processes = shared.count_processes();
         let FrameCount(floor) = self.floor.update(Bytes(limit), Bytes(fixed), own_stored, processes);
         (self.floor_pages, self.resident_pages, self.refused_pages) = (floor, resident, refused);
@@ -330,16 +329,12 @@ impl Gauge {
     /// Resident anonymous memory; pages shared with relatives count in part.
     fn read_used(&mut self, now: u64) -> u64 {
         let Ok(anonymous) = self.memory.read_anonymous_bytes() else { return self.last_used };
-        if self.runtime.is_shared.load(Relaxed) && now - self.proportional_ns > PROPORTIONAL_NS {
-            self.proportional_ns = now;
-            if let Ok(proportional) = self.memory.read_proportional_bytes() {
-                self.shared_bytes = anonymous.saturating_sub(proportional);
-                if self.shared_bytes < 64 * PAGE as u64 {
-                    self.runtime.is_shared.store(false, Relaxed);
-                    self.shared_bytes = 0;
-                }
+        if self.runtime.is_shared.load(Relaxed) && self.sharing.is_due(now) {
+            let proportional = self.memory.read_proportional_bytes().ok().map(Bytes);
+            if !self.sharing.note(now, Bytes(anonymous), proportional) {
+                self.runtime.is_shared.store(false, Relaxed);
             }
         }
-        anonymous.saturating_sub(self.shared_bytes)
+        self.sharing.own(Bytes(anonymous)).0
     }
 }

@@ -29,7 +29,8 @@ use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
-use spmem_core::units::FrameCount;
+use spmem_core::reclaim::{MAX_RECLAIMERS, holding_slots, reclaimers};
+use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::compressed::{GrantedFrames, Store};
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::{Event, Lock};
@@ -43,8 +44,6 @@ use spmem_sys::{Errno, PAGE, Result, process};
 /// The back end of node 1 in this process.
 pub type Cram = Store<GrantedFrames, Frames>;
 
-/// Most reclaimers a process has; one for each processor up to this.
-pub const MAX_RECLAIMERS: usize = 8;
 /// Bytes of an agent thread's stack.
 const STACK: usize = 256 << 10;
 /// Excluded ranges: the C library's and the dynamic linker's own data, ours, thread control blocks.
@@ -317,7 +316,7 @@ impl Runtime {
     /// # Errors
     /// What the kernel refused; the process goes on as it is.
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
-        let slots = u32::try_from((limit / PAGE as u64 / 6).clamp(1024, 1 << 17)).expect("clamped");
+        let slots = holding_slots(Bytes(limit));
         let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
         let trash = Mapping::new(MAX_RECLAIMERS * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
@@ -376,7 +375,7 @@ impl Runtime {
         // Before the handler starts, which asks `spm` for things too. Without an encoder pages are encoded here.
         let _ = self.hire_encoder();
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
-        for number in 1..process::cpu_count().min(MAX_RECLAIMERS) {
+        for number in 1..reclaimers(process::cpu_count()) {
             self.start_thread(number, Table::Shared, reclaim::helper)?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The sweep: the clock hand goes over the program's memory and takes cold pages into the holding area.
 //!
-//! Which ranges: private anonymous memory that is readable and writable, not the main stack, not the C library's own
-//! data, not a thread's control block. Which pages: those the policy (`spmem_core::lru`) lets go. How: a chunk is
+//! Which ranges: those that the policy manages (`spmem_core::reclaim::Mapping`), without the C library's own data and threads'
+//! control blocks. Which pages: those the policy (`spmem_core::lru`) lets go. How: a chunk is
 //! registered when its first page leaves; then UFFDIO_MOVE, whose success says that no unread event concerns the range.
 
 use crate::recorder::Happening;
@@ -10,7 +10,7 @@ use crate::space::Space;
 use crate::table::{ADDRESS_END, CHUNK, Copy, Entry};
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru::{self, Verdict};
-use spmem_core::reclaim::Retry;
+use spmem_core::reclaim::{Mapping, Origin, Retry};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping::populate_write;
 use spmem_sys::maps::{Maps, Name, Vma};
@@ -49,14 +49,16 @@ enum End {
     Unfit,
 }
 
-/// Whether pages of this range may be managed at all.
-pub(crate) fn is_eligible(vma: &Vma) -> bool {
-    vma.is_readable
-        && vma.is_writable
-        && !vma.is_executable
-        && !vma.is_shared
-        && !vma.is_file
-        && matches!(vma.name, Name::None | Name::Heap | Name::Anon)
+/// What core decides of a range: whether its pages may be managed at all.
+pub(crate) const fn is_managed(vma: &Vma) -> bool {
+    let origin = match vma.name {
+        Name::None | Name::Anon => Origin::Anonymous,
+        Name::Heap => Origin::Heap,
+        Name::Stack => Origin::Stack,
+        Name::Other => Origin::Other,
+    };
+    let &Vma { is_readable, is_writable, is_executable, is_shared, is_file, .. } = vma;
+    Mapping { is_readable, is_writable, is_executable, is_shared, is_file, origin }.is_managed()
 }
 
 impl Sweeper {
@@ -91,7 +93,7 @@ impl Sweeper {
                 continue;
             };
             let start = self.hand.max(vma.start);
-            if !is_eligible(&vma) {
+            if !is_managed(&vma) {
                 self.hand = vma.end;
                 continue;
             }
@@ -282,7 +284,7 @@ impl Sweeper {
         };
         // The range may have changed since it was looked up; our own mappings are made under this lock.
         let now =
-            self.maps.at_or_above(start)?.filter(|now| is_eligible(now) && now.start <= from && now.end >= to);
+            self.maps.at_or_above(start)?.filter(|now| is_managed(now) && now.start <= from && now.end >= to);
         if now.is_none() || self.runtime.excluded_in(from, to).is_some_and(|(from, to)| from < end && to > start) {
             return Err(Errno::EAGAIN);
         }

@@ -1,6 +1,6 @@
 //! A machine to explain: the one that `spm run` sets up here, or one that a TOML file describes.
 //!
-//! The file has `[[node]]`, `[[domain]]` and `[[grant]]` entries ([`EXAMPLE`] has every key). Keys and values that are not
+//! The file has `[[node]]`, `[[distance]]`, `[[domain]]` and `[[grant]]` entries ([`EXAMPLE`] has every key). Keys and values that are not
 //! known are errors that name the line; what does not fit together is refused by the memory manager, in its words.
 
 use std::collections::BTreeMap;
@@ -60,6 +60,17 @@ impl Machine {
             let id = NodeId::new(node.id)?;
             machine.register(id, node.spec()?).with_context(|| format!("[[node]] {id}"))?;
         }
+        for distance in &file.distance {
+            let Distance { from, to, distance } = *distance;
+            let [first, second] = [NodeId::new(from)?, NodeId::new(to)?];
+            for node in [first, second] {
+                if !machine.registry.present().contains(node) {
+                    bail!("[[distance]] {from} to {to}: node {node} is not registered");
+                }
+            }
+            let set = machine.registry.set_distance(first, second, distance);
+            set.with_context(|| format!("[[distance]] {from} to {to}"))?;
+        }
         for domain in &file.domain {
             machine.add_domain(domain).with_context(|| format!("[[domain]] {}", domain.path))?;
         }
@@ -70,7 +81,8 @@ impl Machine {
     }
 
     fn register(&mut self, id: NodeId, spec: NodeSpec) -> anyhow::Result<()> {
-        let owner = self.registry.register(id, spec)?;
+        // Nothing is in use on a machine that is only described, so nothing lies outside.
+        let owner = self.registry.register(id, spec)?.owner;
         self.owners.insert(id, owner);
         Ok(())
     }
@@ -165,6 +177,8 @@ struct File {
     #[serde(default)]
     node: Vec<Node>,
     #[serde(default)]
+    distance: Vec<Distance>,
+    #[serde(default)]
     domain: Vec<Domain>,
     #[serde(default)]
     grant: Vec<GrantEntry>,
@@ -194,6 +208,14 @@ enum Type {
 enum Hardness {
     Hard,
     Easy,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Distance {
+    from: u16,
+    to: u16,
+    distance: u8,
 }
 
 #[derive(Deserialize)]
@@ -265,6 +287,11 @@ mod tests {
             ("[[node]]\nid = 0\ntype = \"spm\"\nguard = \"easy\"\n", ["[[node]] 0", "USER_NUMA"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\nservices = [\"fly\"]\n", ["[[node]] 0", "`fly`"]),
             ("[[node]]\nid = 0\ntype = \"spm\"\n[[node]]\nid = 0\ntype = \"sysram\"\n", ["[[node]] 0", "both"]),
+            ("[[distance]]\nfrom = 0\nto = 1\ndistance = 20\n", ["[[distance]] 0 to 1", "node 0"]),
+            (
+                "[[node]]\nid = 0\ntype = \"spm\"\n[[distance]]\nfrom = 0\nto = 0\ndistance = 11\n",
+                ["[[distance]] 0 to 0", "only 10"],
+            ),
             ("[[domain]]\npath = \"/a/../b\"\n", ["[[domain]] /a/../b", "'..'"]),
             ("[[domain]]\npath = \"/a\"\nmems = \"0-\"\n", ["[[domain]] /a", "byte 2"]),
             ("[[grant]]\nname = \"g\"\nnodes = \"1\"\nrights = [\"alloc\"]\n", ["[[grant]] g", "node 1"]),

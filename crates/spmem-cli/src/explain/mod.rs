@@ -1,6 +1,7 @@
 //! `spm explain`: what would be allowed, and who or what stands in the way (R11).
 //!
 //! Asks the same function as an allocation does ([`Registry::admit`]), of the machine of `spm run` or of a described one.
+//! What the calls that set a policy refuse is an answer too, with their errno.
 //! Exit status: 0 when at least one node is allowed, 1 when none is, 2 for a wrong command line or machine.
 
 mod machine;
@@ -8,15 +9,15 @@ mod machine;
 use std::fmt::Write as _;
 use std::io::Write;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use spmem_core::grant::{Grant, Rights};
 use spmem_core::node::NodeType;
 use spmem_core::nodemask::NodeMask;
-use spmem_core::policy::{Flags, Mode, Policy};
+use spmem_core::policy::{Flags, Mode, Policy, PolicyError};
 use spmem_core::registry::Registry;
 use spmem_core::units::{NodeId, PAGE_SIZE};
-use spmem_core::wall::{Reason, Refusal, Request};
+use spmem_core::wall::{Pass, Reason, Refusal, Request};
 
 pub use self::machine::EXAMPLE;
 use self::machine::{Machine, parse_mask};
@@ -26,17 +27,23 @@ use crate::arguments::{ExplainArguments, PolicyName};
 const REFUSED: i32 = 1;
 
 /// The answer, in the shape of its JSON.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Answer {
     schema: u32,
     domain: String,
     policy: String,
+    /// The policy's home node.
+    home: Option<u16>,
+    /// The node of the processor that the request runs on.
+    local: Option<u16>,
     /// Null when the request names none.
     asked: Option<String>,
     /// As a node list; empty when refused.
     allowed: String,
     /// Of them: those that the policy chooses from. The others follow when these are full.
     chosen: String,
+    /// The allowed ones as they are tried; null where they are taken in turn, and when refused.
+    order: Option<Vec<u16>>,
     /// Null when something is allowed.
     errno: Option<&'static str>,
     /// Why nothing is, where no single node is the reason.
@@ -86,13 +93,36 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
         .with_context(|| format!("there is no domain {}; there are {}", options.domain, paths(registry)))?;
     let default = registry.default_mask(domain).copied().unwrap_or_default();
     let asked = options.nodes.as_deref().map(|text| parse_mask("--nodes", text, default)).transpose()?;
-    let grants: Vec<&Grant> = options.grant.iter().filter_map(|name| machine.grant(name)).collect();
-    let policy = match (options.policy, asked) {
-        (None, None) => Policy::DEFAULT,
-        (None, Some(nodes)) => Policy::new(Mode::Bind, Flags::empty(), nodes)?,
-        (Some(PolicyName { mode, flags }), nodes) => Policy::new(mode, flags, nodes.unwrap_or_default())?,
+    let node = |option, number: Option<u16>| {
+        let node = number.map(|number| NodeId::new(number).with_context(|| format!("{option} {number}")));
+        node.transpose()
     };
-    let request = Request { policy, grants: &grants, ..Request::of(domain) };
+    let (home, local) = (node("--home", options.home)?, node("--local", options.local)?);
+    if let Some(absent) = local.filter(|&local| !registry.present().contains(local)) {
+        bail!("--local {absent}: there is no such node; there are {}", registry.present());
+    }
+    let grants: Vec<&Grant> = options.grant.iter().filter_map(|name| machine.grant(name)).collect();
+    let asked_for = |policy: String| Answer {
+        schema: 1,
+        domain: registry.domain_path(domain).unwrap_or_default(),
+        policy,
+        home: options.home,
+        local: options.local,
+        asked: asked.map(|mask| mask.to_string()),
+        ..Answer::default()
+    };
+    let name = options.policy.unwrap_or(match asked {
+        None => PolicyName { mode: Mode::Default, flags: Flags::empty() },
+        Some(_) => PolicyName { mode: Mode::Bind, flags: Flags::empty() },
+    });
+    let policy = match policy(name, asked, home, registry) {
+        Ok(policy) => policy,
+        Err(error) => {
+            let (errno, reason) = (Some(error.errno().name()), Some(error.to_string()));
+            return Ok(Answer { errno, reason, ..asked_for(describe(name.mode, name.flags)) });
+        }
+    };
+    let request = Request { policy, grants: &grants, local, ..Request::of(domain) };
     let result = registry.admit(&request);
     let open = result.as_ref().map_or(NodeMask::EMPTY, |pass| *pass.mask());
     let allowed: NodeMask = open.iter().filter(|&node| has_quota(registry, &request, node)).collect();
@@ -103,19 +133,29 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
     let refusal = result.as_ref().err();
     let is_refused = allowed.is_empty();
     let text = |mask: &NodeMask| if is_refused { String::new() } else { mask.to_string() };
+    let tried = result.as_ref().ok().filter(|_| !is_refused).and_then(Pass::order);
     Ok(Answer {
-        schema: 1,
-        domain: registry.domain_path(domain).unwrap_or_default(),
-        policy: describe(&policy),
-        asked: asked.map(|mask| mask.to_string()),
         allowed: text(&allowed),
+        order: tried.map(|nodes| nodes.filter(|&node| allowed.contains(node)).map(NodeId::get).collect()),
         chosen: result.as_ref().map_or_else(|_| String::new(), |pass| text(&pass.nodes().intersection(&allowed))),
         errno: is_refused.then(|| refusal.map_or("EDQUOT", |_| "EINVAL")),
         reason: refusal
             .filter(|refusal| refusal.node.is_none())
             .map(|refusal| format!("{}; {}", refusal.reason.what(registry), refusal.reason.remedy())),
         nodes,
+        ..asked_for(describe(policy.mode(), policy.flags()))
     })
+}
+
+/// What the program's calls make of it: set_mempolicy(2), then set_mempolicy_home_node(2).
+fn policy(
+    name: PolicyName,
+    asked: Option<NodeMask>,
+    home: Option<NodeId>,
+    registry: &Registry,
+) -> Result<Policy, PolicyError> {
+    let policy = Policy::new(name.mode, name.flags, asked.unwrap_or_default())?;
+    home.map_or(Ok(policy), |home| policy.with_home(home, registry.present()))
 }
 
 fn node_answer(
@@ -167,13 +207,13 @@ fn node_answer(
 }
 
 /// The mode and its flag, as `--policy` takes them.
-fn describe(policy: &Policy) -> String {
-    let flag = match policy.flags() {
+fn describe(mode: Mode, flags: Flags) -> String {
+    let flag = match flags {
         Flags::STATIC_NODES => "=static",
         Flags::RELATIVE_NODES => "=relative",
         _ => "",
     };
-    format!("{}{flag}", policy.mode())
+    format!("{mode}{flag}")
 }
 
 /// Whether a page of the node could be charged: it needs no grant, or one of those shown has as much left.
@@ -210,11 +250,14 @@ fn table(answer: &Answer) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = writeln!(text, "domain   {}", answer.domain);
+    let near = |what, node: Option<u16>| node.map_or_else(String::new, |node| format!(", {what} node {node}"));
     let _ = writeln!(
         text,
-        "asked    {} ({})",
+        "asked    {} ({}{}{})",
         answer.asked.as_deref().unwrap_or("nothing: the default"),
-        answer.policy
+        answer.policy,
+        near("home", answer.home),
+        near("local", answer.local),
     );
     let _ = match answer.errno {
         None if answer.chosen == answer.allowed || answer.chosen == "none" => {
@@ -223,8 +266,18 @@ fn table(answer: &Answer) -> String {
         None => writeln!(text, "allowed  {}, of them first {}", answer.allowed, answer.chosen),
         Some(errno) => writeln!(text, "allowed  none: {errno}"),
     };
+    match &answer.order {
+        Some(order) if order.len() > 1 => {
+            let nodes: Vec<String> = order.iter().map(u16::to_string).collect();
+            let _ = writeln!(text, "order    {}", nodes.join(", then "));
+        }
+        _ => {}
+    }
     if let Some(reason) = &answer.reason {
         let _ = writeln!(text, "because  {reason}");
+    }
+    if answer.nodes.is_empty() {
+        return text;
     }
     let _ = writeln!(text, "\n{:>4}  {:<6}  {:<5}  {:<7}  why", "node", "type", "guard", "answer");
     for node in &answer.nodes {

@@ -1,4 +1,5 @@
 //! Batches: many single frames at a time, whole rows of neighbours, for one lock of a zone. One zone lock at a time.
+//! Called by [`MemoryManager::alloc_batch`](crate::mm::MemoryManager::alloc_batch), and by who owns a [`Frames`].
 
 use super::range::Range;
 use super::states::check;

@@ -1,5 +1,8 @@
 //! Caches in front of the zones, for single frames and a few huge ones.
 //!
+//! [`Cache`] is one owner's, a slot of [`PerCpu`](super::PerCpu) everybody's. An interface for components: who uses it, and
+//! why the memory manager does not, [`frames`](super) says. Measured by `cargo xtask bench frames`.
+//!
 //! A cache holds a part of one row, taken from the lowest place, and what was freed last, used first; huge frames as Linux's
 //! per-CPU lists do (mm/page_alloc.c, `pcp_allowed_order`), but two at most. Its fields are
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.

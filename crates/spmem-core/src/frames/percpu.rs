@@ -1,4 +1,6 @@
 //! Caches for everybody: one a processor, each behind a flag that nobody waits for on the way.
+//!
+//! An interface for components with several threads: who uses it, and why the memory manager does not, [`frames`](super) says.
 
 use alloc::vec::Vec;
 

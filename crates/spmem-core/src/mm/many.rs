@@ -1,4 +1,6 @@
 //! Many frames at a time: in one piece, or one by one in a batch. Through the wall and charged as a block is.
+//!
+//! An interface for components that place much at once; a run needs neither, its store takes a block at a time.
 
 use alloc::vec::Vec;
 use core::num::NonZeroU32;
@@ -60,7 +62,7 @@ impl MemoryManager {
     /// # let spec = NodeSpec { node_type: NodeType::Sysram, class: Class::Plain, services: Services::empty(),
     /// #     guard: Guard::Hard, owner: "doc".into() };
     /// let mut mm = MemoryManager::new();
-    /// let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap();
+    /// let owner = mm.registry_mut().register(NodeId::ZERO, spec.clone()).unwrap().owner;
     /// let lent = Metadata::from_heap(FrameCount(4096)).unwrap();
     /// mm.registry_mut().add_range(&owner, &spec, FrameCount(4096), lent, Initial::Zero).unwrap();
     /// let run = mm.alloc_contiguous(&Request::of(DomainId::ROOT), FrameCount(3000)).unwrap();

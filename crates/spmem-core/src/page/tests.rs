@@ -30,6 +30,12 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+fn isolate(pages: &mut Pages, wanted: usize, limit: usize) -> Vec<Page> {
+    let mut taken = Vec::new();
+    pages.isolate(wanted, limit, |page| taken.push(page));
+    taken
+}
+
 #[derive(Clone, Debug)]
 struct Known {
     is_pinned: bool,
@@ -73,7 +79,7 @@ proptest! {
                 }
                 Op::Age => youngest += u64::from(pages.age()),
                 Op::Isolate(wanted, limit) => {
-                    let taken = pages.isolate(wanted, limit);
+                    let taken = isolate(&mut pages, wanted, limit);
                     prop_assert!(taken.len() <= wanted);
                     let oldest = known.values().filter(|p| !p.is_isolated).map(|p| p.generation).min();
                     for page in &taken {
@@ -107,6 +113,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(pages.count_by_age(), counts);
+            prop_assert_eq!(pages.count(), counts.iter().sum::<u64>());
         }
         prop_assert_eq!(pages.iter().count(), known.len());
     }
@@ -162,6 +169,6 @@ fn a_look_is_bounded_whatever_there_is() {
         pages.track(FrameNumber(frame), Order::ZERO, None);
     }
     assert!(pages.age());
-    assert_eq!(pages.isolate(1000, 10).len(), 10);
+    assert_eq!(isolate(&mut pages, 1000, 10).len(), 10);
     assert_eq!(pages.looked_at(), 10);
 }

@@ -6,6 +6,9 @@
 //! falls, so that what comes up is the hottest, and where fewer come it rises. Where it comes up to is
 //! [`plan_promotion`](crate::mm::MemoryManager::plan_promotion)'s business, and whether its node offers that (R15).
 //!
+//! An interface for components whose memory programs read where it is, and which learn of uses by sampling or faults. A run
+//! does not ask: a page of node 1 is never mapped (R17), so who touches one waits until it has come up.
+//!
 //! Hole: a block larger than what may come up in a second never does.
 
 use crate::units::{Bytes, Order, Time};

@@ -91,8 +91,8 @@ impl GrantedFrames {
     /// ```
     pub fn embedded(capacity: FrameCount, lent: Metadata) -> Result<Self, SetupError> {
         let mut mm = MemoryManager::new();
-        let sysram = mm.registry_mut().register(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?;
-        let cram = mm.registry_mut().register(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?;
+        let sysram = mm.registry_mut().register(NodeId::ZERO, sysram_spec()).map_err(SetupError::Node)?.owner;
+        let cram = mm.registry_mut().register(NodeId::ONE, cram_spec()).map_err(SetupError::Node)?.owner;
         mm.registry_mut()
             .add_range(&cram, &cram_spec(), capacity, lent, Initial::Zero)
             .map_err(SetupError::Node)?;

@@ -57,7 +57,8 @@ impl World {
                 let bytes = order.bytes().0;
                 let has_room = |node: u16| {
                     let frames = NodeId::new(node).ok().and_then(|node| self.mm.registry().frames(node));
-                    let is_paid = self.model.payer(asked.grants, Rights::ALLOC, node, bytes) != Payer::OverQuota;
+                    let is_paid = self.model.is_free_of_charge(asked, node)
+                        || self.model.payer(asked.grants, Rights::ALLOC, node, bytes) != Payer::OverQuota;
                     is_paid && frames.is_some_and(|frames| frames.largest_free() >= Some(order))
                 };
                 let room = allowed.iter().copied().find(|&node| has_room(node));
@@ -81,12 +82,13 @@ impl World {
         let mut grant = None;
         let known = &self.model.nodes[&node];
         if known.is_spm {
+            let is_free = self.model.is_free_of_charge(asked, node);
             match self.model.payer(asked.grants, Rights::ALLOC, node, block.bytes().0) {
                 Payer::Grant(payer) => grant = Some(payer),
                 Payer::Nobody => {
-                    let is_named = known.is_easy && asked.mode == Mode::Bind && asked.asked.is_some();
-                    hold("R9", is_named, || format!("{asked:?} got SPM node {node} without a grant"))?;
+                    hold("R9", is_free, || format!("{asked:?} got SPM node {node} without a grant"))?;
                 }
+                Payer::OverQuota if is_free => {}
                 Payer::OverQuota => hold("R12", false, || format!("{asked:?} exceeds its quota on node {node}"))?,
             }
         }

@@ -63,6 +63,8 @@ impl World {
         let looked_at = |mm: &MemoryManager| mm.registry().pages(id).map(Pages::looked_at);
         let before = looked_at(&self.mm);
         let taken = self.mm.take_cold(id, wanted);
+        hold("frames", taken.is_ok(), || format!("the cold blocks of node {node} are not listed: {taken:?}"))?;
+        let taken = taken.unwrap_or_default();
         let may_look = self.model.nodes[&node].services.contains(Services::RECLAIM);
         hold("R15", may_look || taken.is_empty() && looked_at(&self.mm) == before, || {
             format!("node {node} was searched without RECLAIM")

@@ -65,7 +65,7 @@ impl Machine {
                 guard: Guard::Hard,
                 owner: "bench".into(),
             };
-            let owner = registry.register(NodeId::new(node)?, spec)?;
+            let owner = registry.register(NodeId::new(node)?, spec)?.owner;
             if is_spm {
                 owners.push(owner);
             }

@@ -1,0 +1,76 @@
+//! Ranges of frames come and go: where they lie, what they cost, and which are refused.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+
+use spmem_core::frames::{Frames, FramesError, Metadata};
+use spmem_core::units::{FrameCount, FrameNumber, Order};
+
+fn lent(frames: u64) -> Metadata {
+    Metadata::from_heap(FrameCount(frames)).unwrap()
+}
+
+#[test]
+fn limits_are_refused_and_change_nothing() {
+    let mut frames = Frames::new();
+    assert_eq!(frames.add_range(FrameCount(0), lent(1)), Err(FramesError::EmptyRange));
+    assert!(matches!(frames.add_range(FrameCount(u64::MAX), lent(1)), Err(FramesError::TooMany { .. })));
+    assert!(matches!(frames.add_range(FrameCount((1 << 32) + 1), lent(1)), Err(FramesError::TooMany { .. })));
+    assert_eq!(frames.capacity(), FrameCount(0));
+    assert!(matches!(frames.alloc(Order::ZERO), Err(FramesError::Exhausted { largest: None, .. })));
+}
+
+#[test]
+fn thousands_of_ranges_come_and_go_and_every_frame_of_them_is_given_out_once() {
+    let mut frames = Frames::new();
+    let firsts: Vec<_> = (0..3000).map(|_| frames.add_range(FrameCount(3), lent(3)).unwrap().first).collect();
+    let given: BTreeSet<_> = (0..9000).map(|_| frames.alloc(Order::ZERO).unwrap()).collect();
+    assert_eq!(given.len(), 9000);
+    assert!(frames.alloc(Order::ZERO).is_err());
+    given.iter().for_each(|&frame| frames.free_block(frame, Order::ZERO).unwrap());
+    for &first in firsts.iter().step_by(2) {
+        frames.remove_range(first).unwrap();
+    }
+    assert_eq!(frames.capacity(), FrameCount(4500));
+    for _ in 0..1500 {
+        let again = frames.add_range(FrameCount(3), lent(3)).unwrap().first;
+        assert!(firsts.contains(&again), "gaps are used again");
+    }
+    assert_eq!(frames.free(), FrameCount(9000));
+}
+
+#[test]
+fn metadata_stays_below_a_thousandth_of_the_memory() {
+    let mut frames = Frames::new();
+    frames.add_range(FrameCount(1 << 18), lent(1 << 18)).unwrap();
+    assert!(frames.metadata_bytes() * 1000 < 1 << 30, "{}", frames.metadata_bytes());
+}
+
+#[test]
+fn memory_may_come_and_go_for_ever() {
+    let count = FrameCount(1 << 18);
+    let mut frames = Frames::new();
+    let mut old = frames.add_range(count, lent(count.0)).unwrap();
+    let mut spare = lent(count.0);
+    for _ in 0..(1 << 15) {
+        let new = frames.add_range(count, spare).unwrap();
+        spare = frames.remove_range(old.first).unwrap().1;
+        old = new;
+    }
+    assert!(u64::from(old.first.0) <= count.0);
+}
+
+#[test]
+fn a_range_goes_into_the_lowest_gap_that_holds_it() {
+    let mut frames = Frames::new();
+    let add = |frames: &mut Frames, count: u64| frames.add_range(FrameCount(count), lent(count)).unwrap().first.0;
+    assert_eq!([add(&mut frames, 1024), add(&mut frames, 100), add(&mut frames, 3000)], [0, 1024, 2048]);
+    frames.remove_range(FrameNumber(0)).unwrap();
+    frames.remove_range(FrameNumber(1024)).unwrap();
+    assert_eq!(add(&mut frames, 2049), 5120, "the gap has 2048");
+    assert_eq!([add(&mut frames, 1025), add(&mut frames, 5)], [0, 8192]);
+    frames.remove_range(FrameNumber(0)).unwrap();
+    assert_eq!([add(&mut frames, 2048), add(&mut frames, 1)], [0, 9216]);
+    let firsts: Vec<u32> = frames.ranges().map(|range| range.first.0).collect();
+    assert_eq!(firsts, [0, 2048, 5120, 8192, 9216]);
+}

@@ -1,0 +1,250 @@
+//! R3, R12, R14: where the heap has nothing left for the records of blocks that move, the error says so, and nothing has
+//! changed and nothing is lost. Every allocation that `page` makes fails here once.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(unsafe_code, reason = "a global allocator that fails when told is the only way to make the heap fail")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use spmem_core::frames::{FrameRange, FramesError, Metadata};
+use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::migrate::{Mover, Stay};
+use spmem_core::mm::{AllocError, Block, MemoryManager, NodeStats};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
+use spmem_core::page::Page;
+use spmem_core::tier::DRAM;
+use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::wall::{Mobility, Request};
+use spmem_core::zero::Initial;
+
+/// Gives what the system gives, but for what a test of the same thread lets fail.
+struct Heap;
+
+thread_local! {
+    /// How many allocations of those that are to fail still succeed, and which are to: all, or those of one size. `None`: none.
+    static FAILING: Cell<Option<(usize, Fails)>> = const { Cell::new(None) };
+    static FAILED: Cell<usize> = const { Cell::new(0) };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fails {
+    All,
+    OfSize(usize),
+}
+
+fn must_fail(bytes: usize) -> bool {
+    let Some((good, fails)) = FAILING.get() else { return false };
+    if fails != Fails::All && fails != Fails::OfSize(bytes) {
+        return false;
+    }
+    if good > 0 {
+        FAILING.set(Some((good - 1, fails)));
+        return false;
+    }
+    FAILED.set(FAILED.get() + 1);
+    true
+}
+
+// SAFETY: either what `System` answers, whose contract the callers keep, or null, which an allocator may always answer. The
+// cells of the thread are made at compile time and need no drop, so to look at them allocates nothing.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if must_fail(layout.size()) {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: as the caller has it.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller has it; all that is given out is of `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        if must_fail(bytes) {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: as the caller has it; all that is given out is of `System`.
+        unsafe { System.realloc(pointer, layout, bytes) }
+    }
+}
+
+#[global_allocator]
+static HEAP: Heap = Heap;
+
+/// Does something while allocations fail, after the first `good` of them; how many did.
+fn failing<T>(good: usize, fails: Fails, act: impl FnOnce() -> T) -> (T, usize) {
+    FAILED.set(0);
+    FAILING.set(Some((good, fails)));
+    let result = act();
+    FAILING.set(None);
+    (result, FAILED.get())
+}
+
+/// The records of 4 MiB, 20 bits for each of 1024 frames: a size that no growing list has.
+const RECORDS: Fails = Fails::OfSize(1024 * 20 / 8);
+/// Frames of each node.
+const FRAMES: u32 = 2 << 18;
+const ALL: Services =
+    Services::RECLAIM.union(Services::MIGRATION).union(Services::DEMOTION).union(Services::COMPACTION);
+
+/// Node 0 is sysram, node 1 a slower SPM node, 2 GiB each.
+struct Machine {
+    mm: MemoryManager,
+    owners: Vec<Owner>,
+    demote: Grant,
+}
+
+/// All that must not change.
+type Known = (Vec<NodeStats>, Vec<Vec<Page>>, Vec<[u64; 4]>, Vec<FrameCount>, Bytes);
+
+impl Machine {
+    fn new() -> Self {
+        let mut mm = MemoryManager::new();
+        let mut owners = Vec::new();
+        for (node, node_type) in [(NodeId::ZERO, NodeType::Sysram), (NodeId::ONE, NodeType::Spm)] {
+            let (class, guard) = (Class::Plain, Guard::Hard);
+            let spec = NodeSpec { node_type, class, services: ALL, guard, owner: "test".into() };
+            let owner = mm.registry_mut().register(node, spec.clone()).unwrap().owner;
+            let count = FrameCount(u64::from(FRAMES));
+            let lent = Metadata::from_heap(count).unwrap();
+            mm.registry_mut().add_range(&owner, &spec, count, lent, Initial::Zero).unwrap();
+            mm.registry_mut().set_abstract_distance(node, DRAM * (1 + 2 * u64::from(node.get())));
+            owners.push(owner);
+        }
+        let demote = mm.registry_mut().grant(&[&owners[1]], Terms::new(Rights::DEMOTE_TO, Bytes::mib(1))).unwrap();
+        let mut machine = Self { mm, owners, demote };
+        // What a domain uses of a node is counted in memory of its own, which is there from now on.
+        let block = machine.mm.alloc(&Request::of(DomainId::ROOT), Order::ZERO).unwrap();
+        assert_eq!(block.first_frame(), FrameNumber(0));
+        machine
+    }
+
+    fn movable() -> Request<'static> {
+        Request { mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) }
+    }
+
+    fn alloc(&mut self) -> Block {
+        self.mm.alloc(&Self::movable(), Order::ZERO).unwrap()
+    }
+
+    /// Everything but the bytes that records take: those that were made before memory ran out stay for the next block.
+    fn known(&self) -> Known {
+        let nodes = [NodeId::ZERO, NodeId::ONE];
+        let registry = self.mm.registry();
+        let pages = |node| registry.pages(node).unwrap();
+        (
+            nodes.map(|node| NodeStats { metadata: Bytes(0), ..self.mm.stats(node).unwrap() }).to_vec(),
+            nodes.map(|node| pages(node).iter().collect()).to_vec(),
+            nodes.map(|node| pages(node).count_by_age()).to_vec(),
+            nodes.map(|node| registry.used_by(DomainId::ROOT, node)).to_vec(),
+            registry.grant_info(&self.demote).unwrap().used,
+        )
+    }
+}
+
+#[test]
+fn a_block_whose_records_cannot_be_made_is_refused_and_the_next_one_is_given() {
+    let mut failures = 0;
+    loop {
+        let mut machine = Machine::new();
+        let (before, bytes) = (machine.known(), machine.mm.stats(NodeId::ZERO).unwrap().metadata);
+        let mut pass = machine.mm.registry().admit(&Machine::movable()).unwrap();
+        let (result, failed) = failing(failures, Fails::All, || machine.mm.alloc_with(&mut pass, Order::HUGE));
+        if failed == 0 {
+            machine.mm.free(result.unwrap()).unwrap();
+            break;
+        }
+        let (node, cause) = (NodeId::ZERO, FramesError::NoMetadata);
+        assert_eq!(result, Err(AllocError::Exhausted { node, cause }), "failure {failures}");
+        assert_eq!(machine.known(), before, "failure {failures}");
+        let block = machine.mm.alloc_with(&mut pass, Order::HUGE).unwrap();
+        assert_eq!(block.first_frame(), FrameNumber(FRAMES - 512), "nothing of the node was lost");
+        machine.mm.free(block).unwrap();
+        let first = machine.mm.alloc(&Request::of(DomainId::ROOT), Order::ZERO).unwrap();
+        assert_eq!(first.first_frame(), FrameNumber(1));
+        assert!(machine.mm.stats(NodeId::ZERO).unwrap().metadata > bytes);
+        failures += 1;
+    }
+    assert_eq!(failures, 4, "the list of tables, a table, its records, and the zero state");
+}
+
+#[test]
+fn records_that_were_made_in_vain_go_with_their_range() {
+    for failures in 0..5 {
+        let mut machine = Machine::new();
+        let bytes = machine.mm.stats(NodeId::ONE).unwrap().metadata;
+        let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
+        let grant = machine.mm.registry_mut().grant(&[&machine.owners[1]], terms).unwrap();
+        let shown = [&grant];
+        let request = Request { mobility: Mobility::Movable, ..Request::on(DomainId::ROOT, NodeId::ONE, &shown) };
+        let mut pass = machine.mm.registry().admit(&request).unwrap();
+        let (result, failed) = failing(failures, Fails::All, || machine.mm.alloc_with(&mut pass, Order::ZERO));
+        assert!(result.is_err() && failed > 0);
+        assert_eq!(machine.mm.registry().grant_info(&grant).unwrap().used, Bytes(0), "R12");
+        let (range, _) = machine.mm.registry_mut().remove_range(&machine.owners[1], FrameNumber(0)).unwrap();
+        let (words, states) = Metadata::size(range.count);
+        let left = machine.mm.stats(NodeId::ONE).unwrap().metadata;
+        assert_eq!(left.0 + (words * 8 + states) as u64, bytes.0, "failure {failures}");
+    }
+}
+
+#[test]
+fn a_block_that_cannot_be_recorded_where_it_goes_stays_where_it_is() {
+    let mut machine = Machine::new();
+    let block = machine.alloc();
+    let before = machine.known();
+    let isolated = machine.mm.take(&block, Mover::Holder(&[])).unwrap();
+    let (planned, failed) = failing(0, RECORDS, || machine.mm.plan_demotion(isolated, &[&machine.demote]));
+    let cause = AllocError::Exhausted { node: NodeId::ONE, cause: FramesError::NoMetadata };
+    assert_eq!(planned, Err(Stay::NoRoom { cause }));
+    assert!(failed > 0);
+    assert_eq!(machine.known(), before, "the quota, too, is what it was (R12)");
+    let isolated = machine.mm.take(&block, Mover::Holder(&[])).unwrap();
+    let planned = machine.mm.plan_demotion(isolated, &[&machine.demote]).unwrap();
+    let block = machine.mm.complete(planned, block).unwrap();
+    assert_eq!(block.node(), NodeId::ONE);
+    machine.mm.free(block).unwrap();
+}
+
+#[test]
+fn a_run_that_cannot_be_emptied_for_want_of_records_keeps_its_blocks() {
+    let mut machine = Machine::new();
+    let blocks = [machine.alloc(), machine.alloc()];
+    let before = machine.known();
+    let run = FrameRange { first: FrameNumber(FRAMES - 1024), count: FrameCount(1024) };
+    let (emptying, failed) = failing(0, RECORDS, || machine.mm.plan_emptying(NodeId::ZERO, run));
+    let emptying = emptying.unwrap();
+    assert!(emptying.moves.is_empty() && failed > 0);
+    let mut stuck = emptying.stuck;
+    stuck.sort_unstable();
+    let mut places = blocks.each_ref().map(Block::first_frame);
+    places.sort_unstable();
+    assert_eq!(stuck, places);
+    assert_eq!(machine.known(), before);
+    let emptying = machine.mm.plan_emptying(NodeId::ZERO, run).unwrap();
+    assert_eq!((emptying.moves.len(), emptying.stuck.len()), (2, 0));
+}
+
+#[test]
+fn cold_blocks_that_cannot_be_listed_are_not_taken_and_nothing_ages() {
+    let mut machine = Machine::new();
+    let blocks = [machine.alloc(), machine.alloc(), machine.alloc()];
+    let before = machine.known();
+    let (taken, failed) = failing(0, Fails::All, || machine.mm.take_cold(NodeId::ZERO, usize::MAX));
+    assert_eq!(taken, Err(FramesError::NoMetadata));
+    assert_eq!((failed, machine.known()), (1, before));
+    let taken = machine.mm.take_cold(NodeId::ZERO, usize::MAX).unwrap();
+    assert_eq!(taken.len(), 3, "all can be had once there is memory");
+    taken.into_iter().for_each(|isolated| machine.mm.put_back(isolated));
+    blocks.into_iter().for_each(|block| machine.mm.free(block).unwrap());
+}
+
+#[test]
+fn to_look_for_cold_blocks_takes_one_allocation() {
+    let mut machine = Machine::new();
+    let _blocks: Vec<Block> = (0..100).map(|_| machine.alloc()).collect();
+    let (taken, failed) = failing(1, Fails::All, || machine.mm.take_cold(NodeId::ZERO, 64));
+    assert_eq!((taken.unwrap().len(), failed), (64, 0));
+}
