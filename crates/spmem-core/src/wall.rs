@@ -288,7 +288,8 @@ impl Registry {
         shown: &[&Grant],
         right: Rights,
     ) -> Result<Pass, Refusal> {
-        let node = request.policy.nodes().first();
+        let is_counted = request.policy.flags() == Flags::RELATIVE_NODES;
+        let node = request.policy.nodes().first().filter(|_| !is_counted);
         if shown.len() > MAX_SHOWN {
             return Err(Refusal { node, reason: Reason::TooManyGrants { shown: shown.len() } });
         }

@@ -363,7 +363,12 @@ fn more_grants_than_can_be_shown_are_refused_in_words() {
     let (mm, _owners, grants) = world.build(0);
     let shown = [&grants[0]; MAX_SHOWN + 1];
     let refusal = mm.registry().admit(&world.request(&shown)).unwrap_err();
-    assert_eq!(refusal.reason, Reason::TooManyGrants { shown: MAX_SHOWN + 1 });
+    let reason = Reason::TooManyGrants { shown: MAX_SHOWN + 1 };
+    assert_eq!(refusal, Refusal { node: Some(id(1)), reason });
+    // Relative numbers are not those of nodes.
+    let policy = Policy::new(Mode::Bind, Flags::RELATIVE_NODES, NodeMask::of(id(1))).unwrap();
+    let counted = Request { policy, ..world.request(&shown) };
+    assert_eq!(mm.registry().admit(&counted).unwrap_err(), Refusal { node: None, reason });
 }
 
 #[test]
