@@ -6,6 +6,7 @@ use spmem_core::frames::{FrameRange, FramesError};
 use spmem_core::grant::{GrantError, Rights, Terms};
 use spmem_core::migrate::Stay;
 use spmem_core::node::{Class, NodeError, NodeSpec, Services};
+use spmem_core::page::Page;
 use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, FrameCount, FrameNumber, NodeId};
 use spmem_core::watermark::Watermarks;
@@ -242,13 +243,13 @@ impl World {
         let told: Vec<(u32, u64)> = holders.iter().map(|of| (of.block.first.0, of.block.count.0)).collect();
         let is_all = told.iter().copied().eq(there.iter().map(|&(at, frames, _)| (at, frames)));
         hold("R11", is_all, || format!("in use of node {node} are {there:?}, told are {told:?}"))?;
+        let services = self.model.nodes[&node].spec.services;
         for (holder, (_, _, number)) in holders.iter().zip(&there) {
             let known = &self.model.blocks[number];
             let domain = known.domain.as_deref().and_then(|path| self.domain(path));
-            let is_true = |page: &spmem_core::page::Page| {
-                page.domain == domain && page.is_pinned == known.is_pinned && known.is_movable
-            };
-            hold("R11", holder.page.is_none_or(|page| is_true(&page)), || {
+            let is_true = |page: Page| page.domain == domain && page.is_pinned == known.is_pinned;
+            let is_known = known.is_movable && services.intersects(Services::RECLAIM | Services::MIGRATION);
+            hold("R11", holder.page.is_some() == is_known && holder.page.is_none_or(is_true), || {
                 format!("block {number} is {known:?}, told is {holder:?}")
             })?;
         }

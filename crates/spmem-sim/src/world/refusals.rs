@@ -14,6 +14,7 @@ use super::World;
 use super::requests::shown;
 use crate::check::{Violation, hold};
 use crate::model::{self, Kind};
+use crate::step::Mode;
 
 /// A request, as the model and as the memory manager take it. The grants come to it when it is made.
 #[derive(Clone, Debug)]
@@ -36,7 +37,9 @@ impl World {
         let held = shown(&self.grants, &request.grants).len();
         let is_true = match refusal.reason {
             Reason::TooManyGrants { shown } => {
-                return hold("R11", shown == held && held > MAX_SHOWN, || format!("{held} grants: {refusal}"));
+                let is_lowest = refusal.node.map(NodeId::get) == named.first().copied();
+                let is_true = shown == held && held > MAX_SHOWN && is_lowest;
+                return hold("R11", is_true, || format!("{held} grants, {named:?} named: {refusal}"));
             }
             Reason::NothingAsked => request.kind() == Kind::Nothing,
             Reason::NoDefault { domain } => {
@@ -68,8 +71,9 @@ impl World {
             Reason::NeedsGrant { guard, mode } => {
                 guard == known.spec.guard()
                     && mode == asked.core.policy.mode()
-                    && !(self.model.is_named(shown, node)
-                        || guard == Guard::Easy && request.mode == crate::Mode::Bind)
+                    && !(guard == Guard::Easy && request.mode == Mode::Bind)
+                    && !self.model.is_named(shown, node)
+                    && shown.iter().all(|&grant| self.model.is_live(grant))
             }
             Reason::LacksRight { right: lacking } => lacking == right && self.model.is_named(shown, node),
             Reason::BadGrant { cause } => self.model.has_ended(shown, cause),
