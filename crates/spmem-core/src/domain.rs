@@ -385,6 +385,26 @@ impl Registry {
         found
     }
 
+    /// The ancestor, or the domain itself, whose masks leave it no sysram node of those there are: the topmost one. `None` where
+    /// there is none to leave.
+    pub(crate) fn leaves_no_sysram(&self, id: DomainId) -> Option<DomainId> {
+        if self.sysram().is_empty() {
+            return None;
+        }
+        // Where some are possible it is the default that lacks them: `mems.sysram` is the domain's own.
+        let mut found = id;
+        let mut at = Some(id);
+        while let Some(id) = at {
+            let domain = self.domains.get(id)?;
+            if !domain.effective.intersection(self.sysram()).is_empty() {
+                break;
+            }
+            found = id;
+            at = domain.parent;
+        }
+        Some(found)
+    }
+
     fn child(&self, parent: DomainId, name: &str) -> Option<DomainId> {
         let children = &self.domains.get(parent)?.children;
         children.iter().copied().find(|&child| self.domains.get(child).is_some_and(|domain| &*domain.name == name))

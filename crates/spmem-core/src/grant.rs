@@ -131,7 +131,7 @@ pub enum GrantError {
     },
     /// A grant must name a node.
     NoNode,
-    /// The grant, or one it was narrowed from, was revoked.
+    /// The grant, or one it was narrowed from, was revoked, or it was given back while a pass still shows it.
     Revoked,
     /// The time of the grant is over (R12).
     Expired {
@@ -160,7 +160,7 @@ impl fmt::Display for GrantError {
         match self {
             Self::NotOwner { node } => write!(f, "only the owner of node {node} can grant it"),
             Self::NoNode => f.write_str("a grant must name at least one node"),
-            Self::Revoked => f.write_str("the grant was revoked; ask the node's owner for another"),
+            Self::Revoked => f.write_str("the grant was revoked or given back; ask the node's owner for another"),
             Self::Expired { at } => {
                 write!(f, "the grant expired at {} ns; ask the node's owner for another", at.0)
             }

@@ -275,9 +275,10 @@ impl Policy {
             Flags::RELATIVE_NODES => relative(&self.nodes, &plain),
             _ => self.nodes.intersection(&plain),
         };
-        let mut bound =
-            Bound { policy: self, plain, chosen, special: context.special(&self), has_plain: !chosen.is_empty() };
-        bound.keep_first();
+        let special = context.special(&self);
+        let wish = chosen.union(&special).first();
+        let mut bound = Bound { policy: self, plain, chosen, special, has_plain: !chosen.is_empty(), wish };
+        bound.keep_wish();
         let is_empty = self.mode.takes_nodes() && bound.nodes().is_empty();
         (!is_empty).then_some(bound)
     }
@@ -325,6 +326,8 @@ pub struct Bound {
     special: NodeMask,
     /// It has meant ordinary nodes before.
     has_plain: bool,
+    /// The first of its nodes where it was set: all that [`Mode::Preferred`] ever means.
+    wish: Option<NodeId>,
 }
 
 impl Bound {
@@ -372,14 +375,14 @@ impl Bound {
         self.plain = plain;
         self.special = special;
         self.has_plain |= !self.chosen.is_empty();
-        self.keep_first();
+        self.keep_wish();
         self.falls_back() || !self.nodes().is_empty()
     }
 
-    /// Preferred means the first of its nodes only.
-    fn keep_first(&mut self) {
+    /// Preferred means one node, whatever others come within reach later (`mpol_new_preferred`).
+    fn keep_wish(&mut self) {
         if self.policy.mode == Mode::Preferred {
-            let wish = self.chosen.union(&self.special).first().map_or(NodeMask::EMPTY, NodeMask::of);
+            let wish = self.wish.map_or(NodeMask::EMPTY, NodeMask::of);
             self.chosen = self.chosen.intersection(&wish);
             self.special = self.special.intersection(&wish);
         }

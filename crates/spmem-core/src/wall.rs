@@ -236,9 +236,16 @@ impl Pass {
         let is_counted = self.policy.flags() == Flags::RELATIVE_NODES;
         if self.policy.nodes().is_empty() || is_counted {
             let is_bind = self.policy.mode() == Mode::Bind && !is_counted;
-            return Refusal { node: None, reason: if is_bind { Reason::NothingAsked } else { Reason::NoDefault } };
+            let no_default =
+                || Reason::NoDefault { domain: self.domain.and_then(|of| registry.leaves_no_sysram(of)) };
+            return Refusal { node: None, reason: if is_bind { Reason::NothingAsked } else { no_default() } };
         }
-        let node = self.policy.nodes().first();
+        // A policy that is kept may have named ordinary nodes that it did not mean then, and does not mean now that they
+        // are within reach: it is the others that it lacks.
+        let named = self.policy.nodes();
+        let within = self.domain.and_then(|domain| registry.effective(domain)).unwrap_or(registry.sysram());
+        let lacking = named.difference(&within.intersection(registry.sysram()));
+        let node = lacking.first().or(named.first());
         Refusal { node, reason: node.map_or(Reason::NothingAsked, |node| self.reason(registry, node)) }
     }
 
@@ -292,7 +299,8 @@ impl Registry {
         shown: &[&Grant],
         right: Rights,
     ) -> Result<Pass, Refusal> {
-        let node = request.policy.nodes().first();
+        let is_counted = request.policy.flags() == Flags::RELATIVE_NODES;
+        let node = request.policy.nodes().first().filter(|_| !is_counted);
         if shown.len() > MAX_SHOWN {
             return Err(Refusal { node, reason: Reason::TooManyGrants { shown: shown.len() } });
         }

@@ -361,6 +361,26 @@ fn an_spm_node_that_closes_is_never_stood_in_for() {
     }
 }
 
+#[test]
+fn preferred_means_the_node_that_was_first_when_it_was_set() {
+    let within = |effective: &[u16]| Context {
+        effective: mask(&set(effective)),
+        sysram: mask(&set(&[0, 2])),
+        granted: mask(&set(&[1])),
+        easy: NodeMask::EMPTY,
+    };
+    let policy = Policy::new(Mode::Preferred, Flags::empty(), mask(&set(&[1, 2]))).unwrap();
+    let mut bound = policy.bind_to(&within(&[0, 2])).unwrap();
+    for effective in [&[0, 1, 2][..], &[0, 2]] {
+        assert!(bound.rebind(&within(effective)));
+        assert_eq!(bound.nodes(), NodeMask::of(id(2)), "the lower SPM node does not take its place");
+    }
+    assert!(
+        bound.rebind(&within(&[0, 1])) && bound.nodes().is_empty(),
+        "it is passed over, and nothing stands in"
+    );
+}
+
 fn subset() -> impl Strategy<Value = Set> {
     prop::collection::btree_set(0u16..10, 0..8)
 }

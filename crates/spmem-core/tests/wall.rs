@@ -13,7 +13,7 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
-use spmem_core::wall::{MAX_SHOWN, Mobility, Reason, Request, Reserve};
+use spmem_core::wall::{MAX_SHOWN, Mobility, Reason, Refusal, Request, Reserve};
 use spmem_core::watermark::Watermarks;
 use spmem_core::zero::Initial;
 
@@ -199,9 +199,20 @@ impl World {
     fn follow(&mut self, node: Option<u16>, reason: Reason) {
         match (reason, node) {
             (Reason::NothingAsked, _) => self.asked = None,
-            (Reason::NoDefault, _) => {
-                self.levels.iter_mut().for_each(|level| *level = (Set::new(), Set::new()));
-                self.sysram.insert(NODES); // where there was none at all
+            (Reason::NoDefault { domain: None }, _) => drop(self.sysram.insert(NODES)),
+            (Reason::NoDefault { domain: Some(domain) }, _) => {
+                // What is above has some.
+                let reach = World { levels: self.levels[..domain.index()].to_vec(), ..self.clone() }.effective();
+                let own = World { levels: self.levels[..=domain.index()].to_vec(), ..self.clone() }.effective();
+                let own = &own & &self.sysram;
+                let node = *own.first().or((&reach & &self.sysram).first()).unwrap();
+                let (mems, mems_sysram) = &mut self.levels[domain.index()];
+                if own.is_empty() {
+                    mems.insert(node);
+                }
+                if !mems_sysram.is_empty() {
+                    mems_sysram.insert(node);
+                }
             }
             (Reason::Absent, Some(node)) => drop(self.sysram.insert(node)),
             (Reason::NoDomain, _) => self.has_domain = true,
@@ -418,7 +429,12 @@ fn more_grants_than_can_be_shown_are_refused_in_words() {
     let (mm, _owners, grants) = world.build(0);
     let shown = [&grants[0]; MAX_SHOWN + 1];
     let refusal = mm.registry().admit(&world.request(&shown)).unwrap_err();
-    assert_eq!(refusal.reason, Reason::TooManyGrants { shown: MAX_SHOWN + 1 });
+    let reason = Reason::TooManyGrants { shown: MAX_SHOWN + 1 };
+    assert_eq!(refusal, Refusal { node: Some(id(1)), reason });
+    // Relative numbers are not those of nodes.
+    let policy = Policy::new(Mode::Bind, Flags::RELATIVE_NODES, NodeMask::of(id(1))).unwrap();
+    let counted = Request { policy, ..world.request(&shown) };
+    assert_eq!(mm.registry().admit(&counted).unwrap_err(), Refusal { node: None, reason });
 }
 
 #[test]
@@ -505,4 +521,23 @@ fn a_grant_that_has_ended_does_not_close_an_easy_node() {
     let block = mm.alloc(&world.request(&shown), Order::ZERO).unwrap();
     assert_eq!(block.node(), id(1), "R9: strict bind opens it");
     mm.free(block).unwrap();
+}
+
+#[test]
+fn a_policy_that_lost_its_grant_is_told_so_and_not_of_sysram_that_it_never_meant() {
+    let world = World {
+        levels: vec![(Set::new(), Set::new()), (Set::from([1, 2]), Set::new())],
+        sysram: Set::from([0, 2]),
+        asked: Some(Set::from([0, 1])),
+        ..two_nodes()
+    };
+    let (mut mm, owners, grants) = world.build(64);
+    let shown = [&grants[0]];
+    // Node 0 is out of reach when the policy is set, so it means node 1 alone.
+    let mut pass = mm.registry().admit(&world.request(&shown)).unwrap();
+    assert_eq!(pass.mask(), &NodeMask::of(id(1)));
+    mm.registry_mut().set_mems(world.domain(), mask(&Set::from([0, 1]))).unwrap();
+    mm.registry_mut().revoke(&owners[1], grants[0].id()).unwrap();
+    let reason = Reason::BadGrant { cause: GrantError::Revoked };
+    assert_eq!(pass.allowed(mm.registry()), Err(Refusal { node: Some(id(1)), reason }));
 }

@@ -5,7 +5,7 @@ use core::fmt;
 /// The memory manager did what a rule forbids, or did not do what it demands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Which rule, as `R6`; `frames` where frames have two owners or none.
+    /// Which rule, as `R6`; `frames` where frames have two owners or none, `distance` where a nearer node was passed over.
     pub rule: &'static str,
     /// What happened.
     pub what: String,

@@ -8,7 +8,8 @@ use rand_pcg::Pcg64Mcg;
 use spmem_core::node::Services;
 use spmem_core::units::PAGE_SIZE;
 
-use crate::step::{Mode, Step, Terms};
+use crate::model;
+use crate::step::{Ask, Mode, Step, Terms};
 use crate::world::World;
 
 /// Nodes that come and go.
@@ -18,8 +19,26 @@ const BLOCKS: usize = 200;
 /// The most domains at a time.
 const DOMAINS: usize = 24;
 
+/// Tasks with a policy.
+const TASKS: u32 = 8;
+/// Numbers of classes.
+const CLASSES: core::ops::RangeInclusive<u8> = 1..=6;
+
 /// Bind is what components use.
-const MODES: [Mode; 5] = [Mode::Bind, Mode::Bind, Mode::PreferredMany, Mode::Interleave, Mode::WeightedInterleave];
+const MODES: [Mode; 9] = [
+    Mode::Bind,
+    Mode::Bind,
+    Mode::Bind,
+    Mode::PreferredMany,
+    Mode::Interleave,
+    Mode::WeightedInterleave,
+    Mode::Preferred,
+    Mode::Default,
+    Mode::Local,
+];
+
+/// None, static, relative, and both, which is an error.
+const FLAGS: [u8; 10] = [0, 0, 0, 0, 0, 1, 1, 2, 2, 3];
 
 /// All, none, and what a node without the rest might offer.
 const SERVICES: [Services; 6] =
@@ -45,8 +64,38 @@ impl Generator {
         if model.nodes.is_empty() {
             return self.add_node();
         }
-        match self.random.random_range(0..100) {
+        match self.random.random_range(0..140) {
             0..3 => self.add_node(),
+            100..105 => self.add_range(world),
+            105..108 => self.remove_range(world),
+            108 => Step::FormerOwner { node: self.random.random_range(0..NODES) },
+            109..111 => Step::SetDistance {
+                from: self.random.random_range(0..NODES),
+                to: self.random.random_range(0..NODES),
+                distance: self.random.random_range(9..30),
+            },
+            111 => Step::SetWeight {
+                node: self.random.random_range(0..NODES),
+                weight: self.random.random_range(0..4),
+            },
+            112..116 => Step::SetPolicy { task: self.random.random_range(0..TASKS), ask: self.ask(world) },
+            116..124 => Step::AllocBy {
+                task: self.random.random_range(0..TASKS),
+                block: self.new_block(),
+                order: self.order(),
+            },
+            124..128 => Step::Explain { node: self.random.random_range(0..NODES), ask: self.ask(world) },
+            128..134 => Step::Promote {
+                block: self.promotable(world),
+                used_at: self.random.random_range(0..NODES),
+                since_use_ns: u64::from(self.random.next_u32()) >> self.random.random_range(0..32),
+                grants: (0..4).map(|_| self.grant(world)).collect(),
+                is_completed: self.random.random_bool(0.8),
+            },
+            134..138 => {
+                Step::Pin { block: self.block(world), grants: (0..2).map(|_| self.grant(world)).collect() }
+            }
+            138..140 => Step::Unpin { block: self.pinned(world) },
             3..5 => Step::RemoveNode { node: self.random.random_range(0..NODES) },
             5..8 if model.domains.len() < DOMAINS => {
                 let above = self.path(world);
@@ -80,10 +129,14 @@ impl Generator {
                 order: self.random.random_range(1..=10),
                 is_completed: self.random.random_bool(0.8),
             },
-            46..47 if self.random.random_bool(0.3) => Step::Oom { node: self.random.random_range(0..NODES) },
+            46..47 if self.random.random_bool(0.6) => Step::Oom { node: self.random.random_range(0..NODES) },
             47..48 => self.poison(world),
             40..42 => Step::Gather { path: self.path(world), grants: (0..4).map(|_| self.grant(world)).collect() },
-            29..32 => Step::Advance { ns: self.random.random_range(0..1000) },
+            29..32 => {
+                // Seldom long, or no grant that ends would live to be used.
+                let is_long = self.random.random_bool(0.1);
+                Step::Advance { ns: self.random.random_range(0..if is_long { 12_000_000_000 } else { 1000 }) }
+            }
             _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
                 Step::Free { block: self.block(world), is_zeroed: self.random.random_bool(0.3) }
             }
@@ -98,9 +151,48 @@ impl Generator {
             is_easy: self.random.random(),
             frames: self.random.random_range(1..1200),
             is_zero: self.random.random(),
-            services: SERVICES[self.random.random_range(0..SERVICES.len())].bits(),
+            services: self.services(),
             tier: self.random.random_range(0..3),
+            class: self.random.random_bool(0.5).then(|| self.random.random_range(CLASSES)),
         }
+    }
+
+    /// Mostly some that go together.
+    fn services(&mut self) -> u16 {
+        let any = u16::try_from(self.random.next_u32() >> 16).unwrap_or_default();
+        let any = Services::from_bits_truncate(any);
+        if self.random.random_bool(0.3) {
+            any.bits()
+        } else {
+            SERVICES[self.random.random_range(0..SERVICES.len())].bits()
+        }
+    }
+
+    /// Mostly one that is what the node is; else it differs in something.
+    fn add_range(&mut self, world: &World) -> Step {
+        let node = self.random.random_range(0..NODES);
+        let (frames, is_zero) = (self.random.random_range(0..1200), self.random.random());
+        let known = world.model.nodes.get(&node).map(|known| known.spec);
+        let (mut is_spm, mut is_easy) = known.map_or((false, false), |spec| (spec.is_spm, spec.is_easy));
+        let mut class = known.map_or(1, |spec| spec.class);
+        let mut services = known.map_or(0, |spec| spec.services.bits());
+        match self.random.random_range(0..8) {
+            0 => is_spm = !is_spm,
+            1 => is_easy = !is_easy,
+            2 => class = self.random.random_range(CLASSES),
+            3 => services ^= 1 << self.random.random_range(0..9),
+            _ => {}
+        }
+        Step::AddRange { node, frames, is_zero, is_spm, is_easy, class, services }
+    }
+
+    /// Mostly one that is there.
+    fn remove_range(&mut self, world: &World) -> Step {
+        let ranges =
+            world.model.nodes.iter().flat_map(|(&node, known)| known.ranges.keys().map(move |&at| (node, at)));
+        let some = ranges.choose(&mut self.random).filter(|_| self.random.random_bool(0.9));
+        let (node, first) = some.unwrap_or((self.random.random_range(0..NODES), 1024));
+        Step::RemoveRange { node, first, is_completed: self.random.random_bool(0.8) }
     }
 
     /// Mostly a frame that is in use.
@@ -118,19 +210,39 @@ impl Generator {
     }
 
     fn alloc(&mut self, world: &World) -> Step {
-        let shown = self.random.random_range(0..4);
-        Step::Alloc {
-            block: {
-                self.next_block += 1;
-                self.next_block
-            },
+        let Ask { domain, asked, mode, flags, home, at, grants, is_movable } = self.ask(world);
+        let (block, order) = (self.new_block(), self.order());
+        Step::Alloc { block, domain, order, asked, mode, grants, is_movable, flags, home, at }
+    }
+
+    fn ask(&mut self, world: &World) -> Ask {
+        let mode = MODES[self.random.random_range(0..MODES.len())];
+        let takes_none = matches!(mode, Mode::Default | Mode::Local);
+        let has_home = matches!(mode, Mode::Bind | Mode::PreferredMany);
+        // Now and then more than can be shown.
+        let shown = if self.random.random_bool(0.01) { 40 } else { self.random.random_range(0..4) };
+        Ask {
             domain: self.random.random_bool(0.95).then(|| self.path(world)),
-            order: self.random.random_range(0..=10_u8).min(self.random.random_range(0..=10)),
-            asked: self.random.random_bool(0.7).then(|| self.nodes()),
-            mode: MODES[self.random.random_range(0..MODES.len())],
+            asked: self.random.random_bool(if takes_none { 0.05 } else { 0.8 }).then(|| self.nodes()),
+            mode,
+            flags: FLAGS[self.random.random_range(0..FLAGS.len())],
+            home: self
+                .random
+                .random_bool(if has_home { 0.2 } else { 0.03 })
+                .then(|| self.random.random_range(0..NODES)),
+            at: self.random.random_bool(0.5).then(|| self.random.random_range(0..NODES)),
             grants: (0..shown).map(|_| self.grant(world)).collect(),
             is_movable: self.random.random_bool(0.7),
         }
+    }
+
+    fn new_block(&mut self) -> u32 {
+        self.next_block += 1;
+        self.next_block
+    }
+
+    fn order(&mut self) -> u8 {
+        self.random.random_range(0..=10_u8).min(self.random.random_range(0..=10))
     }
 
     fn narrow(&mut self, world: &World) -> Step {
@@ -171,6 +283,23 @@ impl Generator {
 
     fn block(&mut self, world: &World) -> u32 {
         world.model.blocks.keys().copied().choose(&mut self.random).unwrap_or(0)
+    }
+
+    /// Mostly a block of a node that promotes.
+    fn promotable(&mut self, world: &World) -> u32 {
+        let model = &world.model;
+        let offers = |node: u16| model.nodes[&node].spec.services.contains(Services::PROMOTION);
+        let is_low =
+            |block: &model::Block| model.nodes[&block.node].tier > 0 && offers(block.node) && block.is_movable;
+        let low = model.blocks.iter().filter(|(_, block)| is_low(block)).map(|(&number, _)| number);
+        let some = low.choose(&mut self.random).filter(|_| self.random.random_bool(0.7));
+        some.unwrap_or_else(|| self.block(world))
+    }
+
+    /// Mostly a block that is pinned.
+    fn pinned(&mut self, world: &World) -> u32 {
+        let pinned = world.model.blocks.iter().filter(|(_, block)| block.is_pinned).map(|(&number, _)| number);
+        pinned.choose(&mut self.random).unwrap_or_else(|| self.block(world))
     }
 
     fn path(&mut self, world: &World) -> String {

@@ -37,6 +37,7 @@ impl Shape {
                 is_zero: true,
                 services: spmem_core::node::Services::all().bits(),
                 tier: u8::from(is_spm),
+                class: None,
             });
             if is_spm {
                 let terms = Terms { rights: 0x3f, quota: u64::MAX, expires: None };

@@ -28,11 +28,62 @@ pub enum Step {
         services: u16,
         /// How far below DRAM it is, in tiers.
         tier: u8,
+        /// Its class, 1 to 6; none for 1 of sysram, 3 of SPM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        class: Option<u8>,
     },
-    /// A node loses its range and is unregistered; refused while frames are in use (R1).
+    /// A node loses its ranges and is unregistered; refused while frames are in use (R1).
     RemoveNode {
         /// Its number.
         node: u16,
+    },
+    /// A node gets a further range; refused unless it is said to be what the node is (R3).
+    AddRange {
+        /// The node.
+        node: u16,
+        /// 4 KiB frames.
+        frames: u64,
+        /// Whether they hold zeros (R21).
+        is_zero: bool,
+        /// Whether the range is said to be SPM.
+        is_spm: bool,
+        /// Whether its guard is said to be easy.
+        is_easy: bool,
+        /// The class that it is said to have.
+        class: u8,
+        /// The services that it is said to have.
+        services: u16,
+    },
+    /// What is in a range is moved elsewhere on its node where it can be, the rest is reported; then the range is removed,
+    /// unless something is left in it.
+    RemoveRange {
+        /// The node.
+        node: u16,
+        /// Its first frame.
+        first: u32,
+        /// Whether the moves are completed, or called off.
+        is_completed: bool,
+    },
+    /// Who owned the node before it was last removed tries all that only the owner may (R3).
+    FormerOwner {
+        /// The node.
+        node: u16,
+    },
+    /// How far one node is from another is set.
+    SetDistance {
+        /// From.
+        from: u16,
+        /// To.
+        to: u16,
+        /// As in a SLIT: 10 of a node to itself, more to others.
+        distance: u8,
+    },
+    /// How many pages in a row a node gets by weighted interleave is set.
+    SetWeight {
+        /// The node.
+        node: u16,
+        /// Pages.
+        weight: u8,
     },
     /// A domain is made; all above it must exist.
     MakeDomain {
@@ -109,9 +160,66 @@ pub enum Step {
         grants: Vec<u32>,
         /// Whether its holder moves it when asked to.
         is_movable: bool,
+        /// What node numbers mean, as in [`Ask::flags`].
+        #[serde(default, skip_serializing_if = "is_none")]
+        flags: u8,
+        /// The node that nearest is meant to, as in [`Ask::home`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        home: Option<u16>,
+        /// The node of the processor, as in [`Ask::at`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        at: Option<u16>,
+    },
+    /// A task sets its policy, for all that it asks for until it sets another: set_mempolicy(2).
+    SetPolicy {
+        /// The task's number.
+        task: u32,
+        /// What it will ask for.
+        ask: Ask,
+    },
+    /// A task asks for a block by its policy, as the nodes and masks are now.
+    AllocBy {
+        /// The task.
+        task: u32,
+        /// The number that the block will have.
+        block: u32,
+        /// Order of the block.
+        order: u8,
+    },
+    /// Somebody asks what stands between a request and a node, and does what the answer advises (R11).
+    Explain {
+        /// The node.
+        node: u16,
+        /// The request; whatever nodes it names.
+        ask: Ask,
     },
     /// A block is used.
     Use {
+        /// Its number.
+        block: u32,
+    },
+    /// A block was used twice, and goes up if that is often enough and the rate allows (R14, R15).
+    Promote {
+        /// Its number.
+        block: u32,
+        /// The node where it is used.
+        used_at: u16,
+        /// The time between the uses, ns.
+        since_use_ns: u64,
+        /// The grants shown.
+        grants: Vec<u32>,
+        /// Whether the move is completed, or called off.
+        is_completed: bool,
+    },
+    /// A block is pinned for long: from now on it stays (R15).
+    Pin {
+        /// Its number.
+        block: u32,
+        /// The grants shown.
+        grants: Vec<u32>,
+    },
+    /// A block may move again.
+    Unpin {
         /// Its number.
         block: u32,
     },
@@ -170,6 +278,37 @@ pub enum Step {
     },
 }
 
+/// A request for memory, as a program makes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ask {
+    /// Path of the domain; none for a request without (R7).
+    pub domain: Option<String>,
+    /// The nodes named; none for the default. No nodes at all are nothing to [`Mode::Bind`], else the default.
+    pub asked: Option<Vec<u16>>,
+    /// How strongly.
+    pub mode: Mode,
+    /// What node numbers mean: bit 0 `MPOL_F_STATIC_NODES`, bit 1 `MPOL_F_RELATIVE_NODES`.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub flags: u8,
+    /// The node that nearest is meant to: set_mempolicy_home_node(2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<u16>,
+    /// The node of the processor that it comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<u16>,
+    /// The grants shown.
+    pub grants: Vec<u32>,
+    /// Whether the holder of what is given moves it when asked to.
+    pub is_movable: bool,
+}
+
+/// What older traces do not have is left out where it says nothing.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+const fn is_none(flags: &u8) -> bool {
+    *flags == 0
+}
+
 /// The terms of a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -198,8 +337,14 @@ impl Terms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
+    /// `MPOL_DEFAULT`
+    Default,
+    /// `MPOL_PREFERRED`
+    Preferred,
     /// `MPOL_BIND`
     Bind,
+    /// `MPOL_LOCAL`
+    Local,
     /// `MPOL_PREFERRED_MANY`
     PreferredMany,
     /// `MPOL_INTERLEAVE`
@@ -211,7 +356,10 @@ pub enum Mode {
 impl Mode {
     pub(crate) const fn core(self) -> policy::Mode {
         match self {
+            Self::Default => policy::Mode::Default,
+            Self::Preferred => policy::Mode::Preferred,
             Self::Bind => policy::Mode::Bind,
+            Self::Local => policy::Mode::Local,
             Self::PreferredMany => policy::Mode::PreferredMany,
             Self::Interleave => policy::Mode::Interleave,
             Self::WeightedInterleave => policy::Mode::WeightedInterleave,

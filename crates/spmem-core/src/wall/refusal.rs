@@ -10,10 +10,10 @@ use crate::policy::Mode;
 use crate::registry::Registry;
 use crate::units::{DomainId, NodeId};
 
-/// Why no node was allowed (R8, R11): the first node asked for, and what stood in its way.
+/// Why no node was allowed (R8, R11): the lowest node that was refused, and what stood in its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The lowest node named; `None` when none was.
+    /// The lowest node named that is refused; `None` when none was named.
     pub node: Option<NodeId>,
     /// What refused it.
     pub reason: Reason,
@@ -25,7 +25,11 @@ pub enum Reason {
     /// The request names no node.
     NothingAsked,
     /// The domain's default mask is empty.
-    NoDefault,
+    NoDefault {
+        /// The topmost domain, the one that asks or an ancestor, whose masks leave no sysram node; none where there is no
+        /// sysram node to leave.
+        domain: Option<DomainId>,
+    },
     /// No such node is registered.
     Absent,
     /// Without a domain there is sysram only (R7).
@@ -69,7 +73,7 @@ impl Reason {
     pub const fn name(self) -> &'static str {
         match self {
             Self::NothingAsked => "nothing-asked",
-            Self::NoDefault => "no-default",
+            Self::NoDefault { .. } => "no-default",
             Self::Absent => "absent",
             Self::NoDomain => "no-domain",
             Self::UnknownDomain { .. } => "unknown-domain",
@@ -85,7 +89,10 @@ impl Reason {
     pub const fn remedy(self) -> &'static str {
         match self {
             Self::NothingAsked => "name a node or leave the mask out",
-            Self::NoDefault => "widen mems or mems.sysram",
+            Self::NoDefault { domain: Some(_) } => {
+                "add a sysram node to its mems or mems.sysram, whichever lacks it"
+            }
+            Self::NoDefault { domain: None } => "register a sysram node",
             Self::Absent => "see the list of nodes",
             Self::NoDomain => "make it from within a domain",
             Self::UnknownDomain { .. } => "see the list of domains",
@@ -104,6 +111,7 @@ impl Reason {
     pub const fn domain(self) -> Option<DomainId> {
         match self {
             Self::OutsideDomain { domain } | Self::UnknownDomain { domain } => Some(domain),
+            Self::NoDefault { domain } => domain,
             _ => None,
         }
     }
@@ -139,7 +147,11 @@ impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reason {
             Reason::NothingAsked => f.write_str("the mask is empty"),
-            Reason::NoDefault => f.write_str("the domain's default mask holds no sysram node"),
+            Reason::NoDefault { domain: None } => f.write_str("there is no sysram node"),
+            Reason::NoDefault { domain: Some(domain) } => {
+                f.write_str("no sysram node is left by the masks of domain ")?;
+                self.write_domain(f, domain)
+            }
             Reason::Absent => f.write_str("not registered"),
             Reason::NoDomain => f.write_str("a request without a domain gets sysram only"),
             Reason::UnknownDomain { domain } => {

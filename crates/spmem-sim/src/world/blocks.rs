@@ -1,79 +1,21 @@
-//! Blocks: taken, used, given back, and frames that fail (R6 to R10, R20, R21).
+//! Blocks: taken, used, given back, and frames that fail (R6, R9, R12, R20, R21).
 
-use spmem_core::grant::{Grant, Rights};
-use spmem_core::mm::{AllocError, Block};
-use spmem_core::nodemask::NodeMask;
+use spmem_core::grant::Rights;
+use spmem_core::mm::Block;
 use spmem_core::poison::Damage;
-use spmem_core::policy::{Flags, Policy};
-use spmem_core::units::{FrameNumber, NodeId, Order};
-use spmem_core::wall::{MAX_SHOWN, Mobility, Request};
+use spmem_core::units::{FrameNumber, NodeId};
 
-use super::{Applied, Outcome, World, mask_of, refused};
+use super::{Applied, Outcome, World, refused};
 use crate::check::{Violation, hold};
 use crate::model::{self, Payer, Set};
-use crate::step::Mode;
 
 impl World {
-    pub(super) fn alloc(
-        &mut self,
-        number: u32,
-        order: u8,
-        asked: &model::Request<'_>,
-        is_movable: bool,
-    ) -> Applied {
-        let (Ok(order), false) = (Order::new(order), self.blocks.contains_key(&number)) else {
-            return refused("no such order, or a block of that number");
-        };
-        let domain = match asked.domain {
-            None => None,
-            Some(path) => match self.domain(path) {
-                None => return refused("no domain"),
-                found => found,
-            },
-        };
-        let policy = match &asked.asked {
-            None => Policy::DEFAULT,
-            Some(nodes) => match Policy::new(asked.mode.core(), Flags::empty(), mask_of(nodes)) {
-                Ok(policy) => policy,
-                Err(_) if asked.mode == Mode::Bind => Policy::bind(NodeMask::EMPTY),
-                Err(_) => Policy::DEFAULT,
-            },
-        };
-        let shown: Vec<&Grant> =
-            asked.grants.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
-        let mobility = if is_movable { Mobility::Movable } else { Mobility::Unmovable };
-        let request = Request { policy, domain, grants: &shown, mobility, ..Request::default() };
-        let allowed = self.model.allowed(asked);
-        match self.mm.alloc(&request, order) {
-            Ok(block) => {
-                self.take(number, block, asked, &allowed, is_movable)?;
-                Ok(Outcome::Done)
-            }
-            Err(AllocError::Refused(refusal)) => {
-                hold("R8", allowed.is_empty(), || format!("{refusal}, but {allowed:?} are allowed"))?;
-                refused(refusal)
-            }
-            Err(error) => {
-                let bytes = order.bytes().0;
-                let has_room = |node: u16| {
-                    let frames = NodeId::new(node).ok().and_then(|node| self.mm.registry().frames(node));
-                    let is_paid = self.model.is_free_of_charge(asked, node)
-                        || self.model.payer(asked.grants, Rights::ALLOC, node, bytes) != Payer::OverQuota;
-                    is_paid && frames.is_some_and(|frames| frames.largest_free() >= Some(order))
-                };
-                let room = allowed.iter().copied().find(|&node| has_room(node));
-                hold("R10", room.is_none(), || format!("{error}, but node {room:?} has room"))?;
-                refused(error)
-            }
-        }
-    }
-
     /// Holds a block that was given against the rules, and takes it into the model.
     pub(super) fn take(
         &mut self,
         number: u32,
         block: Block,
-        asked: &model::Request<'_>,
+        asked: &model::Request,
         allowed: &Set,
         is_movable: bool,
     ) -> Result<(), Violation> {
@@ -81,9 +23,9 @@ impl World {
         hold("R6", allowed.contains(&node), || format!("{asked:?} got node {node}, allowed are {allowed:?}"))?;
         let mut grant = None;
         let known = &self.model.nodes[&node];
-        if known.is_spm {
+        if known.spec.is_spm {
             let is_free = self.model.is_free_of_charge(asked, node);
-            match self.model.payer(asked.grants, Rights::ALLOC, node, block.bytes().0) {
+            match self.model.payer(&asked.grants, Rights::ALLOC, node, block.bytes().0) {
                 Payer::Grant(payer) => grant = Some(payer),
                 Payer::Nobody => {
                     hold("R9", is_free, || format!("{asked:?} got SPM node {node} without a grant"))?;
@@ -92,8 +34,8 @@ impl World {
                 Payer::OverQuota => hold("R12", false, || format!("{asked:?} exceeds its quota on node {node}"))?,
             }
         }
-        let domain = asked.domain.map(str::to_owned);
-        self.settle(number, block, model::Block { domain, grant, node, first, frames, is_movable })?;
+        let (domain, is_pinned) = (asked.domain.clone(), false);
+        self.settle(number, block, model::Block { domain, grant, node, first, frames, is_movable, is_pinned })?;
         self.check_node(node)
     }
 

@@ -38,7 +38,12 @@ impl World {
                 self.note_grant(number, grant, nodes, terms, None);
                 Ok(Outcome::Done)
             }
-            Err(error) => refused(error),
+            Err(error) => {
+                hold("R11", self.model.cannot_grant(nodes, terms, None, error), || {
+                    format!("no grant on {nodes:?}, {terms:?}: {error}")
+                })?;
+                refused(error)
+            }
         }
     }
 
@@ -58,7 +63,12 @@ impl World {
                 self.note_grant(number, grant, nodes, terms, Some(from));
                 Ok(Outcome::Done)
             }
-            Err(error) => refused(error),
+            Err(error) => {
+                hold("R11", self.model.cannot_grant(nodes, terms, Some(from), error), || {
+                    format!("no grant on {nodes:?}, {terms:?}, out of {:?}: {error}", self.model.grants[&from])
+                })?;
+                refused(error)
+            }
         }
     }
 

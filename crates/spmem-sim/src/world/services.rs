@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use spmem_core::grant::{Grant, Rights};
+use spmem_core::grant::Rights;
 use spmem_core::migrate::{Isolated, Move, Mover, Stay};
 use spmem_core::mm::MemoryManager;
 use spmem_core::node::Services;
 use spmem_core::page::Pages;
 use spmem_core::units::{FrameCount, NodeId, Order};
-use spmem_core::wall::MAX_SHOWN;
 
+use super::requests::shown;
 use super::{Applied, Outcome, World, mask_of, refused};
 use crate::check::{Violation, hold};
-use crate::model::{self, Payer};
+use crate::model::{self, Goal, Payer};
 
 /// Blocks that reclaim takes at a time.
 const RECLAIM_BATCH: usize = 32;
@@ -35,7 +35,7 @@ impl World {
         let (Ok(id), Some(known)) = (NodeId::new(node), self.model.nodes.get(&node)) else {
             return refused("no node");
         };
-        let (due, may_look) = (self.mm.shortage(id), known.services.contains(Services::RECLAIM));
+        let (due, may_look) = (self.mm.shortage(id), known.spec.services.contains(Services::RECLAIM));
         hold("R15", may_look || due == FrameCount(0), || format!("node {node} is to free {due} without RECLAIM"))?;
         let mut freed = 0;
         while freed < due.0 {
@@ -65,10 +65,15 @@ impl World {
         let taken = self.mm.take_cold(id, wanted);
         hold("frames", taken.is_ok(), || format!("the cold blocks of node {node} are not listed: {taken:?}"))?;
         let taken = taken.unwrap_or_default();
-        let may_look = self.model.nodes[&node].services.contains(Services::RECLAIM);
+        let may_look = self.model.nodes[&node].spec.services.contains(Services::RECLAIM);
         hold("R15", may_look || taken.is_empty() && looked_at(&self.mm) == before, || {
             format!("node {node} was searched without RECLAIM")
         })?;
+        for isolated in &taken {
+            let number = self.model.owned.get(&(node, isolated.page().frame.0)).map(|(_, number)| number);
+            let is_pinned = number.is_some_and(|number| self.model.blocks[number].is_pinned);
+            hold("R15", !is_pinned, || format!("the pinned block {number:?} of node {node} is taken"))?;
+        }
         Ok(taken)
     }
 
@@ -76,41 +81,90 @@ impl World {
     fn demote_one(
         &mut self,
         isolated: Isolated,
-        shown: &[u32],
+        numbers: &[u32],
         is_completed: bool,
     ) -> Result<FrameCount, Violation> {
-        let (from, frames) = (isolated.node(), isolated.page().order.frames());
+        let (from, order) = (isolated.node().get(), isolated.page().order);
         let needs = Services::DEMOTION | Services::MIGRATION;
-        let is_offered = self.model.nodes[&from.get()].services.contains(needs);
-        let grants: Vec<&Grant> =
-            shown.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
-        match self.mm.plan_demotion(isolated, &grants) {
+        let Some(&(_, number)) = self.model.owned.get(&(from, isolated.page().frame.0)) else {
+            hold("frames", false, || format!("nobody owns {isolated:?}"))?;
+            return Ok(FrameCount(0));
+        };
+        let targets = self.model.targets(&self.model.blocks[&number], Goal::Down, numbers);
+        let best = self.first_with_room(&targets, numbers, order);
+        match self.mm.plan_demotion(isolated, &shown(&self.grants, numbers)) {
             Ok(planned) => {
+                let is_offered = self.model.nodes[&from].spec.services.contains(needs);
                 hold("R15", is_offered, || format!("node {from} demotes without the services"))?;
-                let tier = |node: NodeId| self.model.nodes[&node.get()].tier;
-                let to = planned.to().node();
-                hold("R14", tier(to) > tier(from), || format!("node {from} demotes to node {to}"))?;
-                self.finish(planned, shown, is_completed)?;
-                Ok(if is_completed { frames } else { FrameCount(0) })
+                let to = planned.to().node().get();
+                hold("R14", best == Some(to), || {
+                    format!("block {number} goes down to node {to}, not {best:?}, of {targets:?}")
+                })?;
+                self.finish(planned, numbers, is_completed)?;
+                Ok(if is_completed { order.frames() } else { FrameCount(0) })
             }
             Err(stay) => {
-                let is_reason = !matches!(stay, Stay::NotOffered { .. }) || !is_offered;
-                hold("R3", is_reason, || format!("node {from}: {stay}"))?;
+                self.check_no_move(number, needs, &targets, best, numbers, order, stay)?;
                 Ok(FrameCount(0))
             }
         }
+    }
+
+    /// The first of the nodes that a block can go to by DEMOTE_TO.
+    pub(super) fn first_with_room(&self, targets: &[u16], shown: &[u32], order: Order) -> Option<u16> {
+        let has_room = |node: &u16| self.model.has_room(shown, Rights::DEMOTE_TO, *node, order.get());
+        targets.iter().copied().find(has_room)
+    }
+
+    /// R3, R11: a block that could move goes nowhere for a reason that is true.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what was asked, what the model makes of it, and what came of it"
+    )]
+    pub(super) fn check_no_move(
+        &self,
+        number: u32,
+        needs: Services,
+        targets: &[u16],
+        best: Option<u16>,
+        shown: &[u32],
+        order: Order,
+        stay: Stay,
+    ) -> Result<(), Violation> {
+        let known = &self.model.blocks[&number];
+        let missing = needs - self.model.nodes[&known.node].spec.services;
+        let is_true = match stay {
+            Stay::NotOffered { node, missing: told } => node.get() == known.node && told == missing,
+            Stay::NoTarget { domain } => {
+                targets.is_empty() && domain == known.domain.as_deref().and_then(|path| self.domain(path))
+            }
+            Stay::NoRoom { cause } => {
+                let last = self.check_lack(shown, Rights::DEMOTE_TO, order, cause)?;
+                best.is_none() && targets.last() == Some(&last)
+            }
+            _ => false,
+        };
+        let is_lacking = matches!(stay, Stay::NotOffered { .. });
+        hold("R11", is_true && is_lacking != missing.is_empty(), || {
+            format!("block {number}, {known:?}, could go to {targets:?}, best to {best:?}: {stay}")
+        })
     }
 
     /// R15, R20: blocks move together within their node, and none in vain.
     pub(super) fn compact(&mut self, node: u16, order: u8, is_completed: bool) -> Applied {
         let (Ok(id), Ok(order)) = (NodeId::new(node), Order::new(order)) else { return refused("no such node") };
         let Some(known) = self.model.nodes.get(&node) else { return refused("no node") };
-        let is_offered = known.services.contains(Services::COMPACTION);
+        let is_offered = known.spec.services.contains(Services::COMPACTION);
         let mut compaction = match self.mm.begin_compaction(id, order) {
             Ok(compaction) => compaction,
             Err(stay) => {
-                let is_reason = !matches!(stay, Stay::NotOffered { .. }) || !is_offered;
-                hold("R3", is_reason, || format!("node {node}: {stay}"))?;
+                let missing = Services::COMPACTION - known.spec.services;
+                let is_true = match stay {
+                    Stay::NotOffered { node: of, missing: told } => of == id && told == missing && !is_offered,
+                    Stay::Deferred { node: of } => of == id && is_offered,
+                    _ => false,
+                };
+                hold("R11", is_true, || format!("node {node} lacks {missing}: {stay}"))?;
                 return refused(stay);
             }
         };
@@ -118,7 +172,7 @@ impl World {
         self.model.is_vague.insert(node);
         while !compaction.is_over() {
             for planned in self.mm.plan_compaction(&mut compaction) {
-                self.finish_within(planned, order, is_completed)?;
+                self.finish_within(planned, Some(order), is_completed)?;
             }
             self.check_node(node)?;
         }
@@ -127,7 +181,12 @@ impl World {
     }
 
     /// Completes a move within a node, or calls it off. The node is in order when all moves of a window are done.
-    fn finish_within(&mut self, planned: Move, window: Order, is_completed: bool) -> Result<(), Violation> {
+    pub(super) fn finish_within(
+        &mut self,
+        planned: Move,
+        window: Option<Order>,
+        is_completed: bool,
+    ) -> Result<(), Violation> {
         let (node, from) = (planned.from().node().get(), planned.from().page().frame.0);
         let (to, first, frames) =
             (planned.to().node().get(), planned.to().first_frame().0, planned.to().order().frames().0);
@@ -136,9 +195,10 @@ impl World {
             return hold("frames", false, || format!("nobody owns frame {from} of node {node}"));
         };
         let known = &self.model.blocks[&number];
-        hold("R15", known.is_movable, || format!("block {number} cannot move"))?;
-        let start = from >> window.get() << window.get();
-        let is_vain = self.model.has_poison(node, start, window.frames().0);
+        hold("R15", known.is_movable && !known.is_pinned, || format!("block {number} cannot move, yet it does"))?;
+        let has_poison =
+            |window: Order| self.model.has_poison(node, from >> window.get() << window.get(), window.frames().0);
+        let is_vain = window.is_some_and(has_poison);
         hold("R20", !is_vain, || format!("block {number} moves for a window that never becomes whole"))?;
         if !is_completed {
             self.model.set_written(node, first, frames, true);
@@ -157,7 +217,7 @@ impl World {
         let (Ok(id), Some(known)) = (NodeId::new(node), self.model.nodes.get(&node)) else {
             return refused("no node");
         };
-        let is_eligible = known.services.contains(Services::OOM_ELIGIBLE);
+        let is_eligible = known.spec.services.contains(Services::OOM_ELIGIBLE);
         let of_node = self.model.blocks.values().filter(|block| block.node == node);
         let mut uses: BTreeMap<&str, u64> = BTreeMap::new();
         for block in of_node {
@@ -184,7 +244,7 @@ impl World {
     }
 
     /// R5: what lies outside a domain's masks moves inside, or stays for a reason.
-    pub(super) fn gather(&mut self, path: &str, shown: &[u32]) -> Applied {
+    pub(super) fn gather(&mut self, path: &str, numbers: &[u32]) -> Applied {
         if !self.model.domains.contains_key(path) {
             return refused("no domain");
         }
@@ -193,8 +253,9 @@ impl World {
         let outside = outside.filter(|(_, b)| b.domain.as_deref() == Some(path) && !effective.contains(&b.node));
         let outside: Vec<u32> = outside.map(|(&number, _)| number).collect();
         for number in outside {
-            let (is_movable, node) = (self.model.blocks[&number].is_movable, self.model.blocks[&number].node);
-            let has_service = self.model.nodes[&node].services.contains(Services::MIGRATION);
+            let known = &self.model.blocks[&number];
+            let (is_movable, node) = (known.is_movable && !known.is_pinned, known.node);
+            let has_service = self.model.nodes[&node].spec.services.contains(Services::MIGRATION);
             let isolated = match self.mm.take(&self.blocks[&number], Mover::Manager) {
                 Ok(isolated) => isolated,
                 Err(stay) => {
@@ -203,10 +264,21 @@ impl World {
                 }
             };
             hold("R15", is_movable && has_service, || format!("block {number} of node {node} moves"))?;
-            let grants: Vec<&Grant> =
-                shown.iter().filter_map(|grant| self.grants.get(grant)).take(MAX_SHOWN).collect();
-            if let Ok(planned) = self.mm.plan_evacuation(isolated, &mask_of(&effective), &grants) {
-                self.finish(planned, shown, true)?;
+            let order = isolated.page().order;
+            let targets = self.model.targets(&self.model.blocks[&number], Goal::Aside, numbers);
+            let best = self.first_with_room(&targets, numbers, order);
+            let grants = shown(&self.grants, numbers);
+            match self.mm.plan_evacuation(isolated, &mask_of(&effective), &grants) {
+                Ok(planned) => {
+                    let to = planned.to().node().get();
+                    hold("R14", best == Some(to), || {
+                        format!("block {number} goes to node {to}, not {best:?}, of {targets:?}")
+                    })?;
+                    self.finish(planned, numbers, true)?;
+                }
+                Err(stay) => {
+                    self.check_no_move(number, Services::MIGRATION, &targets, best, numbers, order, stay)?;
+                }
             }
         }
         Ok(Outcome::Done)
@@ -222,10 +294,11 @@ impl World {
         let known = &self.model.blocks[&number];
         let reach =
             known.domain.as_deref().map_or_else(|| self.model.of_type(false), |path| self.model.effective(path));
+        hold("R15", !known.is_pinned, || format!("the pinned block {number} goes to node {node}"))?;
         hold("R14", reach.contains(&node), || format!("block {number} goes to node {node}, outside its domain"))?;
         let payer = self.model.payer(shown, Rights::DEMOTE_TO, node, to.bytes().0);
         let grant = match payer {
-            _ if !self.model.nodes[&node].is_spm => None,
+            _ if !self.model.nodes[&node].spec.is_spm => None,
             Payer::Grant(grant) => Some(grant),
             Payer::Nobody | Payer::OverQuota => {
                 return hold("R14", false, || format!("block {number} goes to SPM node {node}: {payer:?}"));
@@ -243,7 +316,11 @@ impl World {
             Ok(new) => {
                 // A copy lies there now (R21).
                 self.model.set_written(node, first, frames, true);
-                self.settle(number, new, model::Block { domain, grant, node, first, frames, is_movable })?;
+                self.settle(
+                    number,
+                    new,
+                    model::Block { domain, grant, node, first, frames, is_movable, is_pinned: false },
+                )?;
                 self.check_node(node)?;
                 self.check_node(from.0)
             }
