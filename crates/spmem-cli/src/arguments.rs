@@ -32,7 +32,8 @@ pub enum Action {
     /// Run a program inside a RAM budget, its cold pages on a walled-off compressed node
     #[command(after_help = format!("{EXIT_STATUS}\n\n{RUN_EXAMPLES}"), after_long_help = run_long_help())]
     Run(RunArguments),
-    /// List the nodes
+    /// List the nodes: this machine's, what special memory it has besides, and spmem's own
+    #[command(after_help = NODES_HELP, after_long_help = nodes_long_help())]
     Nodes(NodesArguments),
     /// Tell which nodes a request would get, and what stands in the way of the others
     #[command(after_help = EXPLAIN_HELP, after_long_help = explain_long_help())]
@@ -80,7 +81,16 @@ pub struct NodesArguments {
     /// Sizes for people: 23.5G
     #[arg(short = 'u', long)]
     pub human: bool,
-    /// Read the nodes from this TOML file
+    /// Processors, tiers, the firmware's figures and distances also on a machine of one node
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Measure latency and bandwidth of each node of the kernel, about two seconds a node
+    #[arg(long)]
+    pub measure: bool,
+    /// Draw nodes, distances and walls into FILE
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Read nodes and classes from this TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -154,6 +164,39 @@ pub struct LoadArguments {
     /// How long to touch it, milliseconds
     #[arg(long, default_value_t = 8000)]
     pub touch_ms: u64,
+}
+
+const NODES_HELP: &str = "\
+Exit status: 0, 1 when something failed, 2 for a wrong command line. What cannot be read is said on
+stderr and left out.
+
+Examples:
+  spm nodes -u
+  spm nodes --measure --json
+  spm nodes --svg nodes.svg";
+
+fn nodes_long_help() -> String {
+    format!(
+        "{NODES_HELP}\n\n\
+         Nodes come in this order: the kernel's (type sysram), and those that are there as a device only, such as\n\
+         memory in devdax mode (type spm, owner its driver: who may open the device gets it); then those that spmem\n\
+         makes itself. spmem numbers its own apart, as spm run and spm explain have them.\n\n\
+         The class follows from what the machine tells: 6 persistent, 5 a coherent accelerator's, else by the latency\n\
+         from the nearest processors (HMAT, or CXL's own tables): 1 below 100 ns, 2 to 300 ns, 3 beyond. Where none is\n\
+         told, memory of processors is 1, and what the kernel's tier, the distance or a CXL link puts below that is\n\
+         2. Nothing in Linux tells class 4, memory that compresses: [class] of the configuration gives it, or any other.\n\n\
+         JSON (--json): first an object for each node. Always there: node, type, class, services, guard, owner,\n\
+         capacity, used, free (bytes; guard is null for sysram, used and free for devices). Where known: origin (kernel,\n\
+         device, spmem), class_name, class_reason, cpus, distances, tier, access and any_initiator (latencies in ns,\n\
+         bandwidths in MiB/s, from the best processors and from the best initiators of any kind), devices, measured.\n\
+         Then, where there are any, an object for each kind of device, as cxl list, daxctl list and ndctl list have\n\
+         them: dax, namespaces, memdevs, regions, soft_reserved (the last for root only).\n\n\
+         --measure binds memory to each node, sees to it that every page is there, and follows a random ring through\n\
+         it (idle latency), the same beside readers on other processors (loaded latency), then reads and writes in order.\n\
+         It takes four last-level caches of memory on each node, at most half of what is available and 1G. Where its\n\
+         figures and the firmware's are far apart (half as much again for latency, twice for bandwidth) it says so.\n\n\
+         Configuration (--config), every key with its default:\n\n{EXAMPLE}"
+    )
 }
 
 const EXPLAIN_HELP: &str = "\

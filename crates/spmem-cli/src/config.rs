@@ -4,11 +4,13 @@
 //! and is printed by `spm run --help`. Unknown keys and values are errors that name the line and what is valid.
 //! Hole: only the machine of two nodes that the runtime knows can be described.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Deserializer};
+use spmem_node::machine::Overrides;
 
 use crate::size::{self, SysramLimit};
 
@@ -22,6 +24,8 @@ pub struct Config {
     pub run: Run,
     /// How much RAM the frames of node 1 may take.
     pub store_capacity: Capacity,
+    /// Section `[class]`: what this machine's nodes and devices are taken for, whatever else speaks for or against it.
+    pub classes: Overrides,
 }
 
 /// Section `[run]`: defaults for the options of `spm run`.
@@ -65,7 +69,7 @@ impl Capacity {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { run: Run::default(), store_capacity: Capacity::Auto }
+        Self { run: Run::default(), store_capacity: Capacity::Auto, classes: Overrides::new() }
     }
 }
 
@@ -83,7 +87,8 @@ impl Config {
 
     fn parse(text: &str) -> anyhow::Result<Self> {
         let file: File = toml::from_str(text)?;
-        let mut config = Self { run: file.run, ..Self::default() };
+        let classes = file.class.into_iter().map(|(name, class)| (name, class.0)).collect();
+        let mut config = Self { run: file.run, classes, ..Self::default() };
         let mut seen = Vec::new();
         for node in file.node {
             let id = node.id;
@@ -112,6 +117,19 @@ struct File {
     run: Run,
     #[serde(default)]
     node: Vec<Node>,
+    #[serde(default)]
+    class: BTreeMap<String, AnyClass>,
+}
+
+/// A class by its number.
+struct AnyClass(spmem_core::node::Class);
+
+impl<'de> Deserialize<'de> for AnyClass {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = u8::deserialize(deserializer)?;
+        let class = spmem_core::node::Class::from_number(number);
+        class.map(Self).ok_or_else(|| refusal(format_args!("there is no class {number}, expected 1 to 6")))
+    }
 }
 
 #[derive(Deserialize)]
@@ -199,6 +217,16 @@ mod tests {
         let config = Config::parse(text).unwrap();
         assert_eq!(config.run.sysram, SysramLimit::Percent(25));
         assert_eq!(config.store_capacity, Capacity::Bytes(2 << 30));
+    }
+
+    #[test]
+    fn classes_are_given_by_number_and_others_than_1_to_6_refused_with_their_line() {
+        let config = Config::parse("[class]\nnode2 = 3\n\"dax0.0\" = 6\n").unwrap();
+        let classes: Vec<(&str, u8)> =
+            config.classes.iter().map(|(name, class)| (name.as_str(), class.number())).collect();
+        assert_eq!(classes, [("dax0.0", 6), ("node2", 3)]);
+        let reason = reason("[class]\nnode2 = 7\n");
+        assert!(reason.contains("line 2") && reason.contains("no class 7"), "{reason}");
     }
 
     #[test]

@@ -9,19 +9,24 @@
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a
 //! [`Corrupt`] value, never a panic and never wrong bytes (R20).
 //!
+//! The one exception is `machine`, what memory this machine has: it reads sysfs, takes std and is built for tools
+//! only (feature `machine`).
+//!
 //! Holes: `compressed` is the only kind so far.
 
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "machine"))]
 extern crate std;
 
 pub mod backend;
 pub mod compressed;
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "machine")]
+pub mod machine;
 #[cfg(test)]
 mod testing;
 

@@ -11,6 +11,7 @@
 //! | [`mapping`] | mmap(2), madvise(2): memory of our own |
 //! | [`maps`] | /proc/PID/maps, `PROCMAP_QUERY` |
 //! | [`pagemap`] | /proc/PID/pagemap, `PAGEMAP_SCAN` |
+//! | [`mempolicy`] | mbind(2), move_pages(2): memory on one node |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
@@ -32,6 +33,7 @@ pub mod fd;
 pub mod futex;
 pub mod mapping;
 pub mod maps;
+pub mod mempolicy;
 pub mod pagemap;
 pub mod process;
 pub mod socket;

@@ -106,6 +106,11 @@ impl Affinity {
         Some(Self(set))
     }
 
+    /// Whether it is one of them.
+    pub fn contains(&self, cpu: usize) -> bool {
+        self.0.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)
+    }
+
     /// How many.
     pub fn count(&self) -> usize {
         self.0.iter().map(|word| word.count_ones() as usize).sum()

@@ -129,6 +129,11 @@ pub(crate) enum NeedSpm {
 }
 
 impl Bed {
+    /// The `spm` that was asked for.
+    pub(crate) fn spm(&self) -> anyhow::Result<&Path> {
+        self.spm.as_deref().context("spm was not asked for")
+    }
+
     /// Makes the scratch directory under the target directory, finds or builds `spm`.
     pub(crate) fn new(need_spm: NeedSpm) -> anyhow::Result<Self> {
         let cache = find_cache()?;
@@ -184,7 +189,7 @@ impl Bed {
         match side {
             Side::Bare => command = Command::new(&job.program),
             Side::Spm { sysram_bytes } => {
-                command = Command::new(self.spm.as_ref().context("spm was not asked for")?);
+                command = Command::new(self.spm()?);
                 command.args(["run", "--sysram", &sysram_bytes.to_string(), "--json"]);
                 command.arg(report_file).arg("--").arg(&job.program);
             }

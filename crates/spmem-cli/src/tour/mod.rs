@@ -44,7 +44,7 @@ pub fn tour() -> anyhow::Result<i32> {
 
 fn show_nodes(out: &mut impl Write, frames: &GrantedFrames, ram: Ram) -> io::Result<()> {
     writeln!(out, "1. The nodes (spm nodes -u)\n")?;
-    writeln!(out, "{}", nodes::table(&nodes::collect(frames.mm(), ram, Sizes::Human)))?;
+    writeln!(out, "{}", nodes::registered_table(frames.mm(), ram, Sizes::Human))?;
     writeln!(out, "   Node 0 is everybody's. Node 1 is special-purpose memory: it is behind a wall.\n")
 }
 

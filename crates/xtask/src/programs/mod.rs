@@ -6,6 +6,7 @@ pub(crate) mod kernels;
 mod shared_map;
 pub(crate) mod values;
 mod vm_facts;
+mod vm_nodes;
 
 use clap::Subcommand;
 

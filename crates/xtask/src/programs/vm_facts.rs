@@ -1,14 +1,15 @@
 //! In a guest of `cargo xtask vm`: what /sys says of nodes and devices, held against the topology's file.
 //!
-//! Every fact is looked at and told, `ok` or `WRONG`, before the program ends with a failure. Called by
+//! Twice over: as a few lines here read it, and as spmem's own discovery does ([`vm_nodes`]). Every fact is looked at and told, `ok` or `WRONG`, before the program ends with a failure. Called by
 //! `cargo xtask vm-test`. What is not checked: whether the memory can be used, and its speed, which an emulator has none of.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
+use super::vm_nodes;
 use crate::vm::topology::{Mode, Topology};
 
 /// The kernel keeps memory of a node for itself: more on a small one, most where its own image is.
@@ -21,6 +22,9 @@ pub(crate) struct Options {
     topology: String,
     #[arg(long)]
     mode: String,
+    /// Where `spm` is, to see what it makes of this machine.
+    #[arg(long)]
+    spm: Option<PathBuf>,
 }
 
 /// Runs it.
@@ -40,30 +44,34 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     for name in &mode.cxl {
         facts.note(devices.contains(name), format!("{name} among the CXL devices {devices:?}"));
     }
+    vm_nodes::check(&mut facts, &topology, mode);
+    if let Some(spm) = &options.spm {
+        vm_nodes::check_spm(&mut facts, spm, &topology, mode).with_context(|| format!("{}", spm.display()))?;
+    }
     println!("{} facts", facts.seen);
     ensure!(facts.wrong == 0, "{} of {} facts are wrong", facts.wrong, facts.seen);
     Ok(())
 }
 
 #[derive(Default)]
-struct Facts {
+pub(super) struct Facts {
     seen: u32,
     wrong: u32,
 }
 
 impl Facts {
-    fn note(&mut self, is_right: bool, what: String) {
+    pub(super) fn note(&mut self, is_right: bool, what: String) {
         self.seen += 1;
         self.wrong += u32::from(!is_right);
         println!("{} {what}", if is_right { "ok   " } else { "WRONG" });
     }
 
-    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, seen: T, promised: T) {
+    pub(super) fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, seen: T, promised: T) {
         self.note(seen == promised, format!("{what}: {seen:?}, promised {promised:?}"));
     }
 
     /// Never more than promised, and not much less.
-    fn size(&mut self, what: &str, bytes: u64, promised_mib: u64) {
+    pub(super) fn size(&mut self, what: &str, bytes: u64, promised_mib: u64) {
         let promised = promised_mib << 20;
         let is_right = bytes <= promised && bytes >= promised / 100 * LEAST_PERCENT;
         self.note(is_right, format!("{what}: {} MiB, promised {promised_mib} MiB", bytes >> 20));

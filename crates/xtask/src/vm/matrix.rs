@@ -1,6 +1,7 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! One check so far: [`vm-facts`](crate::programs), is the memory there that the topology's file promises. A row is
+//! One check so far: [`vm-facts`](crate::programs), is the memory there that the topology's file promises, and does
+//! spmem's discovery find it. A row is
 //! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -52,7 +53,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Some(kernel) => vec![kernel],
         None => vec![Kernel::V6_12, Kernel::Newest],
     };
-    let bed = Bed::new(NeedSpm::No)?;
+    let bed = Bed::new(NeedSpm::Yes)?;
     let (mut passed, mut failures, mut skipped) = (0, Vec::new(), 0);
     println!("{:<7} {:<9} {:<11} {:<9} {:<7} {:>5}", "kernel", "topology", "mode", "check", "result", "time");
     for kernel in kernels {
@@ -113,8 +114,9 @@ fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
 
 fn check_facts(bed: &Bed, machine: &Machine, topology: &Topology, mode: &Mode) -> anyhow::Result<Verdict> {
     let own = std::env::current_exe().context("cannot find this program's own file")?;
-    let words = ["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name];
-    let command: Vec<OsString> = [own.into_os_string()].into_iter().chain(words.map(OsString::from)).collect();
+    let words = ["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"];
+    let mut command: Vec<OsString> = [own.into_os_string()].into_iter().chain(words.map(OsString::from)).collect();
+    command.push(bed.spm()?.into());
     let log = bed.dir.join("facts.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;

@@ -45,6 +45,9 @@ pub(crate) struct Topology {
     /// HMAT rows; none where there is no HMAT.
     #[serde(default)]
     pub(crate) access: Vec<Access>,
+    /// Ranges that the firmware keeps for special use, MiB in all.
+    #[serde(default)]
+    pub(crate) soft_reserved_mib: u64,
     /// What can be made of the devices; the first one is made when none is asked for.
     #[serde(rename = "mode")]
     pub(crate) modes: Vec<Mode>,
@@ -93,9 +96,12 @@ pub(crate) struct Mode {
     /// Exactly the pmem block devices.
     #[serde(default)]
     pub(crate) pmem: Vec<PmemFact>,
-    /// Names that must be among the CXL devices.
+    /// Exactly the CXL memory devices and regions.
     #[serde(default)]
     pub(crate) cxl: Vec<String>,
+    /// Whether `spm nodes --measure` is tried, which takes a while in an emulator.
+    #[serde(default)]
+    pub(crate) is_measured: bool,
 }
 
 /// A node with memory.
@@ -107,6 +113,9 @@ pub(crate) struct NodeFact {
     pub(crate) mib: u64,
     #[serde(default)]
     pub(crate) cpus: usize,
+    /// What spmem takes it for.
+    #[serde(default = "plain")]
+    pub(crate) class: u8,
 }
 
 /// A dax device.
@@ -120,6 +129,9 @@ pub(crate) struct DaxFact {
     pub(crate) node: Option<u32>,
     /// `device_dax` or `kmem`.
     pub(crate) driver: String,
+    /// What spmem takes it for.
+    #[serde(default = "plain")]
+    pub(crate) class: u8,
 }
 
 /// A pmem block device.
@@ -132,6 +144,10 @@ pub(crate) struct PmemFact {
     /// Whether a file system on it is mounted with `dax`.
     #[serde(default)]
     pub(crate) is_mounted: bool,
+}
+
+const fn plain() -> u8 {
+    1
 }
 
 fn default_machine() -> String {

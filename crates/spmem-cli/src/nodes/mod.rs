@@ -1,0 +1,77 @@
+//! `spm nodes`: the machine's nodes as the kernel has them, what special memory there is besides, and spmem's own nodes.
+//!
+//! The straight line: [`Machine::read`] (sysfs) -> [`list`] (nodes of the kernel, of devices, of spmem) -> with
+//! `--measure`, [`measure`] -> [`table`], [`json`] or [`svg`]. What was odd goes to stderr and costs no exit status. The habits
+//! are those of `cxl list`: JSON is an array of objects, sizes are bytes, `-u` is for people.
+
+mod json;
+mod list;
+mod measure;
+mod svg;
+mod table;
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::Context;
+use spmem_core::mm::MemoryManager;
+use spmem_node::machine::Machine;
+
+use crate::arguments::NodesArguments;
+use crate::config::Config;
+use crate::machine::{self, Ram};
+use crate::remark::remark;
+use list::Listing;
+
+pub use list::NodeLine;
+
+/// Whom sizes are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sizes {
+    /// Integers.
+    Bytes,
+    /// `23.5G`.
+    Human,
+}
+
+/// Prints the nodes on stdout; the picture goes to its file.
+///
+/// # Errors
+/// The configuration is not valid, the picture cannot be written, or stdout does not take the list.
+pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
+    let config = Config::read(options.config.as_deref())?;
+    let ram = Ram::read()?;
+    let frames = machine::set_up_nodes(&config, ram)?;
+    let machine = Machine::read(Path::new("/"), &config.classes);
+    tell_what_was_odd(&machine);
+    let mut listing = Listing::new(machine, frames.mm(), ram);
+    if options.measure {
+        measure::measure(&mut listing);
+    }
+    if let Some(file) = &options.svg {
+        let picture = svg::draw(&listing);
+        std::fs::write(file, picture)
+            .with_context(|| format!("the picture {} cannot be written", file.display()))?;
+    }
+    let sizes = if options.human { Sizes::Human } else { Sizes::Bytes };
+    let text = if options.json {
+        serde_json::to_string_pretty(&json::array(&listing, sizes)).context("the nodes are no JSON")? + "\n"
+    } else {
+        table::all(&listing, sizes, options.verbose)
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the list")
+}
+
+/// The nodes registered with `mm`, lowest first, as the table of `spm nodes` has them.
+pub fn registered_table(mm: &MemoryManager, ram: Ram, sizes: Sizes) -> String {
+    table::nodes(&list::registered(mm, ram), sizes)
+}
+
+fn tell_what_was_odd(machine: &Machine) {
+    for odd in &machine.remarks {
+        remark(format_args!("{odd}; left out"));
+    }
+    for name in &machine.unknown {
+        remark(format_args!("the configuration gives {name} a class, but there is no such node or device"));
+    }
+}

@@ -1,0 +1,109 @@
+//! Memory on a node of the kernel's: mbind(2), and move_pages(2) to see where pages are.
+//!
+//! [`NodeMemory`] is memory that is on one node or not at all. For tools: where a page lands is the kernel's decision, so
+//! it is read back ([`NodeMemory::pages_elsewhere`]), never assumed.
+
+use syscalls::{Sysno, syscall};
+
+use crate::mapping::{Mapping, populate_write};
+use crate::{Errno, PAGE, Result};
+
+/// Only these nodes, from linux/mempolicy.h: libc has no constants for policies.
+const MPOL_BIND: usize = 2;
+/// Numbers of nodes are meant as they are, not within the caller's cpuset.
+const MPOL_F_STATIC_NODES: usize = 1 << 15;
+/// Nodes that a mask has room for, as with `CONFIG_NODES_SHIFT=10`.
+const NODES: usize = 1024;
+/// Of the largest page that is asked for.
+const HUGE: usize = 2 << 20;
+/// Pages asked for in one call.
+const BATCH: usize = 512;
+
+/// Private memory, all of it there, on one node; given back when dropped.
+#[derive(Debug)]
+pub struct NodeMemory {
+    mapping: Mapping,
+    node: u16,
+}
+
+impl NodeMemory {
+    /// `len` bytes (rounded up to pages) of zeros on `node`, in huge pages where the kernel has them.
+    ///
+    /// The caller sees to it that the node has room: the kernel ends processes when a node that is bound to is full.
+    ///
+    /// # Errors
+    /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; `ENOMEM`; as mbind(2).
+    pub fn new(len: usize, node: u16) -> Result<Self> {
+        let mut mask = [0_u64; NODES / 64];
+        *mask.get_mut(usize::from(node) / 64).ok_or(Errno::EINVAL)? = 1 << (node % 64);
+        let mapping = Mapping::aligned(len, HUGE, c"spmem node")?;
+        let (start, len) = (mapping.start(), mapping.len());
+        // The kernel takes one bit fewer than it is told.
+        let mode = MPOL_BIND | MPOL_F_STATIC_NODES;
+        // SAFETY: the range is ours, the mask is read only.
+        unsafe { syscall!(Sysno::mbind, start, len, mode, mask.as_ptr(), NODES + 1, 0) }?;
+        // Fewer misses of the TLB, where it can be had; nothing depends on it.
+        // SAFETY: advice about our own range.
+        let _ = unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_HUGEPAGE) };
+        populate_write(start, len)?;
+        Ok(Self { mapping, node })
+    }
+
+    /// The node that it was asked for.
+    pub fn node(&self) -> u16 {
+        self.node
+    }
+
+    /// All of it.
+    pub fn words(&mut self) -> &mut [u64] {
+        let len = self.mapping.len();
+        let bytes = self.mapping.bytes_mut(0, len);
+        // SAFETY: every bit pattern is a u64, and the other way round.
+        let (before, words, after) = unsafe { bytes.align_to_mut::<u64>() };
+        debug_assert!(before.is_empty() && after.is_empty(), "a mapping is pages");
+        words
+    }
+
+    /// How many pages are not on the node, of how many: (0, all of them) is what was asked for.
+    ///
+    /// # Errors
+    /// As move_pages(2).
+    pub fn pages_elsewhere(&self) -> Result<(usize, usize)> {
+        let pages = self.mapping.len() / PAGE;
+        let mut elsewhere = 0;
+        for first in (0..pages).step_by(BATCH) {
+            let count = BATCH.min(pages - first);
+            let places: [usize; BATCH] =
+                core::array::from_fn(|index| self.mapping.start() + (first + index.min(count - 1)) * PAGE);
+            let mut nodes = [-1_i32; BATCH];
+            // No target: nothing moves, the kernel writes `count` numbers.
+            let (from, to) = (places.as_ptr(), nodes.as_mut_ptr());
+            // SAFETY: both arrays have room for `count`.
+            unsafe { syscall!(Sysno::move_pages, 0, count, from, 0, to, 0) }?;
+            elsewhere += nodes[..count].iter().filter(|&&node| node != i32::from(self.node)).count();
+        }
+        Ok((elsewhere, pages))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_node_0_is_on_node_0_and_of_a_node_that_is_not_there_is_refused() {
+        let mut memory = NodeMemory::new(3 * PAGE, 0).expect("every machine has node 0");
+        assert_eq!(memory.words().len(), 3 * PAGE / 8);
+        memory.words().fill(7);
+        assert_eq!(memory.pages_elsewhere(), Ok((0, 3)));
+        assert_eq!(NodeMemory::new(PAGE, 1023).map(|memory| memory.node()), Err(Errno::EINVAL));
+        assert_eq!(NodeMemory::new(PAGE, 5000).map(|memory| memory.node()), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn pages_on_another_node_are_counted() {
+        let memory = NodeMemory::new(2 * PAGE, 0).expect("every machine has node 0");
+        let claimed = NodeMemory { node: 1, ..memory };
+        assert_eq!(claimed.pages_elsewhere(), Ok((2, 2)));
+    }
+}
