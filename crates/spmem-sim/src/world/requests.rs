@@ -7,7 +7,7 @@ use spmem_core::mm::{AllocError, Block};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Errno, Policy, PolicyError};
 use spmem_core::units::{DomainId, NodeId, Order};
-use spmem_core::wall::{Mobility, Pass, Reason, Request};
+use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request};
 
 use super::refusals::Asked;
 use super::{Applied, Outcome, World, mask_of, refused};
@@ -99,16 +99,18 @@ impl World {
         let grants = shown(&self.grants, &request.grants);
         let given = self.mm.alloc(&Request { grants: &grants, ..asked.core }, order);
         match given {
-            Err(AllocError::Refused(refusal)) => {
-                let is_right =
-                    choice.allowed().is_empty() || matches!(refusal.reason, Reason::TooManyGrants { .. });
-                hold("R8", is_right, || format!("{refusal}, but {choice:?} are allowed"))?;
-                self.check_refusal(&asked, Rights::ALLOC, refusal)?;
-                self.follow(&asked, refusal)?;
-                refused(refusal)
-            }
+            Err(AllocError::Refused(refusal)) => self.note_refused(&asked, &choice, refusal),
             given => self.note_given(number, order, &asked, &choice, turn, &room, given, ask.is_movable),
         }
+    }
+
+    /// R8, R11: the wall refuses where nothing is allowed, and what it says is true and helps.
+    fn note_refused(&mut self, asked: &Asked, choice: &Choice, refusal: Refusal) -> Applied {
+        let is_right = choice.allowed().is_empty() || matches!(refusal.reason, Reason::TooManyGrants { .. });
+        hold("R8", is_right, || format!("{refusal}, but {choice:?} are allowed"))?;
+        self.check_refusal(asked, Rights::ALLOC, refusal)?;
+        self.follow(asked, refusal)?;
+        refused(refusal)
     }
 
     /// The nodes that could give a block of an order.
@@ -183,14 +185,7 @@ impl World {
                 self.tasks.insert(number, Task { pass, request, is_movable, domain, made, bound, turn });
                 Ok(Outcome::Done)
             }
-            Err(refusal) => {
-                let is_right =
-                    choice.allowed().is_empty() || matches!(refusal.reason, Reason::TooManyGrants { .. });
-                hold("R8", is_right, || format!("{refusal}, but {choice:?} are allowed"))?;
-                self.check_refusal(&asked, Rights::ALLOC, refusal)?;
-                self.follow(&asked, refusal)?;
-                refused(refusal)
-            }
+            Err(refusal) => self.note_refused(&asked, &choice, refusal),
         }
     }
 
