@@ -33,7 +33,7 @@ const MAX_CHANGES: usize = 1 << 13;
 const USUAL_CHANGES: usize = 1 << 10;
 
 /// Children that can be put off: one for each thread that forks by a raw system call, and one of fork(3)'s.
-const MAX_BORN: usize = 64;
+const MAX_BORN: usize = 512;
 /// How long settling waits for a moment in which nothing changes, ns, before more is read, ...
 const LOOK_NS: u64 = 500_000;
 /// ... at first without giving up the processor.

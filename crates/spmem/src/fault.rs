@@ -18,6 +18,7 @@ use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Copy, Entry};
+use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru;
@@ -36,15 +37,29 @@ const RETRY_NS: u64 = 50_000;
 const MAX_READS: usize = 16;
 /// Longer than any wait.
 const FOREVER_NS: u64 = 1 << 60;
-/// Faults that can wait; a thread has at most one, and one more is served at once.
-const MAX_WAITING: usize = 1024;
+/// Faults that can wait: a thread has one, or a few where signals interrupt it. Address space, most of it never touched.
+const MAX_WAITING: usize = 1 << 16;
 
 /// A fault that could not be served yet.
 #[derive(Clone, Copy)]
 struct Waiting {
     address: usize,
     is_write: bool,
+    tid: u32,
+    /// Its page was away then. It may come with another one; the thread goes on, and this waits for nobody.
+    was_away: bool,
     since_ns: u64,
+}
+
+impl Waiting {
+    fn page(&self) -> usize {
+        self.address & !(PAGE - 1)
+    }
+
+    /// Whether this is the same thread again, after a signal.
+    fn is_again(&self, before: &Self) -> bool {
+        self.tid == before.tid && self.page() == before.page()
+    }
 }
 
 /// What became of a fault.
@@ -97,14 +112,17 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
 impl Server {
     fn run(&mut self, uffd: &Uffd) -> ! {
         let runtime = self.runtime;
-        let mut waiting = [Waiting { address: 0, is_write: false, since_ns: 0 }; MAX_WAITING];
-        let mut count = 0;
+        // All at once: nothing is allocated while a fork may be copying the heap.
+        let mut waiting = Vec::new();
+        if waiting.try_reserve_exact(MAX_WAITING).is_err() {
+            process::abort();
+        }
         let mut is_settled = true;
         let listener = runtime.listener.load(Relaxed);
         let mut read_before = None;
         loop {
             let mut entries = [Poll::readable(uffd.raw()), Poll::readable(listener)];
-            let is_idle = count == 0 && is_settled && read_before.is_none();
+            let is_idle = waiting.is_empty() && is_settled && read_before.is_none();
             let _ = poll(&mut entries, if is_idle { FOREVER_NS } else { RETRY_NS });
             let is_orphan;
             let ward = {
@@ -129,15 +147,16 @@ impl Server {
                         Event::Fault { address, is_write, tid } => {
                             self.follower.note(tid);
                             let now = clock::now_ns();
-                            let fault = Waiting { address, is_write, since_ns: now };
-                            if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
-                                // One a thread: more threads than this all wait for memory.
+                            let was_away = space.table.get(address).is_away();
+                            let fault = Waiting { address, is_write, tid, was_away, since_ns: now };
+                            if let Some(before) = waiting.iter_mut().find(|before| fault.is_again(before)) {
+                                before.is_write |= is_write;
+                            } else if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
                                 assert!(
-                                    count < MAX_WAITING,
+                                    waiting.len() < MAX_WAITING,
                                     "more than {MAX_WAITING} threads wait for their pages"
                                 );
-                                waiting[count] = fault;
-                                count += 1;
+                                waiting.push(fault);
                             }
                         }
                         Event::Fork { child: descriptor } => {
@@ -151,15 +170,9 @@ impl Server {
                     }
                 }
                 is_settled = self.settle(space, uffd);
-                let mut kept = 0;
-                for index in 0..count {
-                    let fault = waiting[index];
-                    if !is_settled || !self.try_serve(space, uffd, fault, clock::now_ns()) {
-                        waiting[kept] = fault;
-                        kept += 1;
-                    }
+                if is_settled {
+                    waiting.retain(|&fault| !self.try_serve(space, uffd, fault, clock::now_ns()));
                 }
-                count = kept;
                 is_orphan = entries[1].is_ready() && space.changes.are_all_served();
                 space.changes.ward.take()
             };
@@ -183,7 +196,10 @@ impl Server {
     fn try_serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, fault: Waiting, now: u64) -> bool {
         let runtime = self.runtime;
         let waited = now.saturating_sub(fault.since_ns);
-        let page = fault.address & !(PAGE - 1);
+        let page = fault.page();
+        if fault.was_away && !space.table.get(page).is_away() {
+            return wake(uffd, page) == Served::Yes;
+        }
         let admission = Admission {
             room_pages: runtime.room_pages.load(Relaxed),
             patience_ns: runtime.patience_ns.load(Relaxed),
