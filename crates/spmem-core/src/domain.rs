@@ -13,6 +13,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::frames::FramesError;
 use crate::nodemask::NodeMask;
 use crate::registry::Registry;
 use crate::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId};
@@ -152,12 +153,22 @@ impl Domains {
         }
     }
 
-    /// Counts frames as used by a domain.
-    pub(crate) fn charge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+    /// Makes what is kept of a domain's use of a node, before anything of it is taken.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn prepare(&mut self, id: DomainId, node: NodeId) -> Result<(), FramesError> {
         let domain = self.get_mut(id).expect("a domain is not removed between admission and allocation");
-        if domain.used.len() <= node.index() {
+        if let Some(missing @ 1..) = (node.index() + 1).checked_sub(domain.used.len()) {
+            domain.used.try_reserve_exact(missing).map_err(|_| FramesError::NoMetadata)?;
             domain.used.resize(node.index() + 1, 0);
         }
+        Ok(())
+    }
+
+    /// Counts frames as used by a domain, prepared for before.
+    pub(crate) fn charge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+        let domain = self.get_mut(id).expect("a domain is not removed between admission and allocation");
         domain.used[node.index()] += frames;
     }
 
