@@ -31,7 +31,7 @@ pub enum DomainError {
         /// As given.
         domain: DomainId,
     },
-    /// A name is 1 to [`MAX_NAME`] bytes without `/`, and neither `.` nor `..`.
+    /// A name is 1 to [`MAX_NAME`] bytes without `/` or a line's end (as in cgroup(7)), and neither `.` nor `..`.
     BadName,
     /// The parent has a child of that name.
     Exists {
@@ -61,7 +61,10 @@ impl fmt::Display for DomainError {
         match self {
             Self::Unknown { domain } => write!(f, "there is no domain {domain}"),
             Self::BadName => {
-                write!(f, "a domain's name is 1 to {MAX_NAME} bytes without '/', and neither '.' nor '..'")
+                write!(
+                    f,
+                    "a domain's name is 1 to {MAX_NAME} bytes without '/' or a line's end, and neither '.' nor '..'"
+                )
             }
             Self::Exists { domain } => write!(f, "domain {domain} has that name already"),
             Self::TooDeep => write!(f, "a domain can lie {MAX_DEPTH} levels below the root"),
@@ -212,7 +215,7 @@ impl Domain {
 }
 
 fn is_name(name: &str) -> bool {
-    (1..=MAX_NAME).contains(&name.len()) && !name.contains('/') && name != "." && name != ".."
+    (1..=MAX_NAME).contains(&name.len()) && !name.contains(['/', '\n']) && name != "." && name != ".."
 }
 
 impl Registry {
