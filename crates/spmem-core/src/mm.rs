@@ -433,7 +433,8 @@ impl MemoryManager {
 /// Whether the node's reserve stays whole; its free frames and reserve when not.
 fn keeps_reserve(node: &Node, reserve: Reserve, wanted: FrameCount) -> Result<(), (FrameCount, FrameCount)> {
     let min = node.watermarks.min();
-    let is_kept = reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0 + wanted.0));
+    let is_kept =
+        reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0.saturating_add(wanted.0)));
     if is_kept { Ok(()) } else { Err((node.frames.free(), min)) }
 }
 
