@@ -12,7 +12,7 @@ mod deferral;
 
 use alloc::vec::Vec;
 
-use crate::frames::{FrameRange, FramesError};
+use crate::frames::FrameRange;
 use crate::migrate::{Isolated, Move, Stay};
 use crate::mm::{Block, MemoryManager};
 use crate::node::Services;
@@ -130,25 +130,12 @@ impl MemoryManager {
     fn blocks_in(&self, node: NodeId, run: FrameRange) -> (Vec<FrameNumber>, Vec<FrameNumber>) {
         let (mut movable, mut stuck) = (Vec::new(), Vec::new());
         let Some(entry) = self.registry.node(node) else { return (movable, stuck) };
-        let end = u64::from(run.first.0) + run.count.0;
-        let mut at = u64::from(run.first.0);
-        while at < end {
-            let frame = FrameNumber(u32::try_from(at).unwrap_or(u32::MAX));
-            let can_move = entry.pages.get(frame).is_some_and(|page| !page.is_pinned && !page.is_isolated);
-            match entry.frames.allocated_order(frame) {
-                Ok(order) => {
-                    if can_move {
-                        movable.push(frame)
-                    } else {
-                        stuck.push(frame)
-                    }
-                    at += order.frames().0;
-                }
-                Err(FramesError::NotFirst { .. }) => {
-                    stuck.push(frame);
-                    at += 1;
-                }
-                Err(_) => at += 1,
+        for block in entry.frames.in_use(run) {
+            let page = entry.pages.get(block.first).filter(|_| run.contains(block.first));
+            if page.is_some_and(|page| !page.is_pinned && !page.is_isolated) {
+                movable.push(block.first);
+            } else {
+                stuck.push(block.first);
             }
         }
         (movable, stuck)

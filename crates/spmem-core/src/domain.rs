@@ -13,6 +13,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::frames::FramesError;
 use crate::nodemask::NodeMask;
 use crate::registry::Registry;
 use crate::units::{DomainId, FrameCount, MAX_DOMAINS, NodeId};
@@ -30,7 +31,7 @@ pub enum DomainError {
         /// As given.
         domain: DomainId,
     },
-    /// A name is 1 to [`MAX_NAME`] bytes without `/`, and neither `.` nor `..`.
+    /// A name is 1 to [`MAX_NAME`] bytes without `/` or a line's end (as in cgroup(7)), and neither `.` nor `..`.
     BadName,
     /// The parent has a child of that name.
     Exists {
@@ -60,7 +61,10 @@ impl fmt::Display for DomainError {
         match self {
             Self::Unknown { domain } => write!(f, "there is no domain {domain}"),
             Self::BadName => {
-                write!(f, "a domain's name is 1 to {MAX_NAME} bytes without '/', and neither '.' nor '..'")
+                write!(
+                    f,
+                    "a domain's name is 1 to {MAX_NAME} bytes without '/' or a line's end, and neither '.' nor '..'"
+                )
             }
             Self::Exists { domain } => write!(f, "domain {domain} has that name already"),
             Self::TooDeep => write!(f, "a domain can lie {MAX_DEPTH} levels below the root"),
@@ -152,12 +156,22 @@ impl Domains {
         }
     }
 
-    /// Counts frames as used by a domain.
-    pub(crate) fn charge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+    /// Makes what is kept of a domain's use of a node, before anything of it is taken.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn prepare(&mut self, id: DomainId, node: NodeId) -> Result<(), FramesError> {
         let domain = self.get_mut(id).expect("a domain is not removed between admission and allocation");
-        if domain.used.len() <= node.index() {
+        if let Some(missing @ 1..) = (node.index() + 1).checked_sub(domain.used.len()) {
+            domain.used.try_reserve_exact(missing).map_err(|_| FramesError::NoMetadata)?;
             domain.used.resize(node.index() + 1, 0);
         }
+        Ok(())
+    }
+
+    /// Counts frames as used by a domain, prepared for before.
+    pub(crate) fn charge(&mut self, id: DomainId, node: NodeId, frames: u64) {
+        let domain = self.get_mut(id).expect("a domain is not removed between admission and allocation");
         domain.used[node.index()] += frames;
     }
 
@@ -201,7 +215,7 @@ impl Domain {
 }
 
 fn is_name(name: &str) -> bool {
-    (1..=MAX_NAME).contains(&name.len()) && !name.contains('/') && name != "." && name != ".."
+    (1..=MAX_NAME).contains(&name.len()) && !name.contains(['/', '\n']) && name != "." && name != ".."
 }
 
 impl Registry {

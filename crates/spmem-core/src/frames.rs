@@ -25,8 +25,8 @@
 //! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and a quarter a frame, 0.03 % of the memory.
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
-//! Holes: a frame that two threads free in the same instant through caches is found out only when the second of them
-//! reaches its zone. An allocation looks at each full range before the one it comes from. A contiguous
+//! Holes: a block that two threads free in the same instant, at least one of them through a cache, may be taken from both:
+//! then it can be given out twice, and is found out only where one of the two reaches its zone while it is free there. An allocation looks at each full range before the one it comes from. A contiguous
 //! range lies in one range that was added, even where two of them touch.
 
 #![allow(

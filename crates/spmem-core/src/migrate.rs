@@ -140,7 +140,8 @@ impl core::error::Error for Stay {}
 impl MemoryManager {
     /// The holder, or somebody who watches, says that a block was used.
     pub fn note_used(&mut self, block: &Block) {
-        if let Some(node) = self.registry.node_mut(block.node) {
+        let is_own = self.is_own(block);
+        if let Some(node) = self.registry.node_mut(block.node).filter(|_| is_own) {
             node.pages.on_used(block.frame);
         }
     }
@@ -388,10 +389,11 @@ impl MemoryManager {
     /// The holder has copied: gives the old block back for the new one.
     ///
     /// # Errors
-    /// Both again, when the block is not the one that was to move.
+    /// Both again, when the block is not the one that was to move, or another manager planned it.
     pub fn complete(&mut self, mut moved: Move, mut old: Block) -> Result<Block, (Move, Block)> {
         let isolated = &moved.from;
-        if (old.node, old.frame) != (isolated.node, isolated.page.frame) || !self.is_own(&old) {
+        let is_own = isolated.registry == self.registry.id() && self.is_own(&old);
+        if (old.node, old.frame) != (isolated.node, isolated.page.frame) || !is_own {
             return Err((moved, old));
         }
         self.release(isolated);

@@ -338,7 +338,7 @@ impl MemoryManager {
         }
     }
 
-    /// Watermark and charge, for so many frames of a node: the slot of the grant charged, or [`UNCHARGED`].
+    /// Watermark, what counts the domain's use, and charge, for so many frames of a node: the slot of the grant charged, or [`UNCHARGED`].
     fn enter(&mut self, pass: &Pass, frames: FrameCount, node: NodeId) -> Result<u16, AllocError> {
         let entry = self.registry.node(node).expect("an allowed node is registered");
         keeps_reserve(entry, pass.reserve, frames).map_err(|(free, min)| AllocError::ReserveOnly {
@@ -346,6 +346,10 @@ impl MemoryManager {
             free,
             min,
         })?;
+        if let Some(domain) = pass.domain() {
+            let prepared = self.registry.domains.prepare(domain, node);
+            prepared.map_err(|cause| AllocError::Exhausted { node, cause })?;
+        }
         let needs_grant = self.registry.spm().contains(node);
         if needs_grant { self.charge_for(pass, frames.bytes(), node) } else { Ok(UNCHARGED) }
     }
@@ -429,7 +433,8 @@ impl MemoryManager {
 /// Whether the node's reserve stays whole; its free frames and reserve when not.
 fn keeps_reserve(node: &Node, reserve: Reserve, wanted: FrameCount) -> Result<(), (FrameCount, FrameCount)> {
     let min = node.watermarks.min();
-    let is_kept = reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0 + wanted.0));
+    let is_kept =
+        reserve == Reserve::Use || min.0 == 0 || node.frames.has_free(FrameCount(min.0.saturating_add(wanted.0)));
     if is_kept { Ok(()) } else { Err((node.frames.free(), min)) }
 }
 

@@ -329,12 +329,12 @@ impl Registry {
             reserve: request.reserve,
             mobility: request.mobility,
         };
-        match pass.work_out(self) {
-            Ok(()) => Ok(pass),
-            Err(Refusal { node, reason: Reason::NeedsGrant { .. } }) if let Some(cause) = foreign => {
+        match (pass.work_out(self), foreign) {
+            (Ok(()), _) => Ok(pass),
+            (Err(Refusal { node, reason: Reason::NeedsGrant { .. } }), Some(cause)) => {
                 Err(Refusal { node, reason: Reason::BadGrant { cause } })
             }
-            Err(refusal) => Err(refusal),
+            (Err(refusal), _) => Err(refusal),
         }
     }
 

@@ -114,12 +114,12 @@ impl Watermarks {
 
     /// Where reclaim starts, the boost included.
     pub const fn low(&self) -> FrameCount {
-        FrameCount(self.low.0 + self.boost.0)
+        FrameCount(self.low.0.saturating_add(self.boost.0))
     }
 
     /// Where reclaim stops, the boost included.
     pub const fn high(&self) -> FrameCount {
-        FrameCount(self.high.0 + self.boost.0)
+        FrameCount(self.high.0.saturating_add(self.boost.0))
     }
 
     /// Raises low and high by so many frames more, up to [`BOOST_MAX_PER_MILLE`] of high. Without a high mark nothing

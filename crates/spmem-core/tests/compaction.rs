@@ -227,3 +227,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_run_is_emptied_however_far_beyond_the_node_it_reaches() {
+    let mut machine = Machine::new(ALL);
+    let blocks: Vec<_> =
+        [0, 3, 9].iter().map(|&order| machine.alloc(order, Mobility::Unmovable).unwrap()).collect();
+    for (first, count) in [(0, u64::MAX), (0, u64::MAX / 2), (u32::MAX, u64::MAX), (4095, 1 << 32)] {
+        let run = FrameRange { first: FrameNumber(first), count: FrameCount(count) };
+        let emptying = machine.mm.plan_emptying(NodeId::ONE, run).unwrap();
+        assert!(emptying.moves.is_empty() && !emptying.has_poison);
+        let mut stuck = emptying.stuck;
+        stuck.sort_unstable();
+        let mut within: Vec<_> = blocks.iter().copied().filter(|&first| run.contains(first)).collect();
+        within.sort_unstable();
+        assert_eq!(stuck, within);
+        assert_eq!(machine.mm.in_use(NodeId::ONE, run).len(), within.len());
+    }
+}
+
+#[test]
+fn a_block_that_begins_before_a_run_is_named_once_by_its_first_frame() {
+    let mut machine = Machine::new(ALL);
+    let first = machine.alloc(9, Mobility::Movable).unwrap();
+    let run = FrameRange { first: FrameNumber(first.0 + 100), count: FrameCount(200) };
+    let emptying = machine.mm.plan_emptying(NodeId::ONE, run).unwrap();
+    assert_eq!((emptying.moves.len(), emptying.stuck), (0, vec![first]));
+    machine.check();
+}

@@ -297,7 +297,7 @@ proptest! {
 #[test]
 fn names_that_no_path_can_hold_are_refused() {
     let mut mm = MemoryManager::new();
-    for name in ["", ".", "..", "a/b", &"x".repeat(MAX_NAME + 1)] {
+    for name in ["", ".", "..", "a/b", "a\nb", &"x".repeat(MAX_NAME + 1)] {
         let error = mm.registry_mut().create_domain(DomainId::ROOT, name).unwrap_err();
         assert_eq!(error, DomainError::BadName, "{name}");
     }

@@ -155,3 +155,37 @@ fn the_reserve_is_kept_to_the_frame_however_free_frames_are_spread() {
         }
     }
 }
+
+#[test]
+fn a_batch_of_all_that_can_be_counted_ends_with_the_node() {
+    let mut machine = Machine::new();
+    let mut pass = machine.mm.registry().admit(&Request::of(DomainId::ROOT)).unwrap();
+    let mut blocks = vec![machine.mm.alloc(&Request::of(DomainId::ROOT), Order::ZERO).unwrap()];
+    let over = machine.mm.alloc_batch(&mut pass, usize::MAX, &mut blocks).unwrap_err();
+    assert!(matches!(over, AllocError::Exhausted { node: NodeId::ZERO, .. }), "{over}");
+    assert_eq!(blocks.len() as u64, FRAMES.0);
+}
+
+#[test]
+fn marks_that_no_node_can_reach_keep_all_of_it() {
+    let mut machine = Machine::new();
+    let most = FrameCount(u64::MAX);
+    let marks = Watermarks::new(most, most, most).unwrap();
+    machine.mm.registry_mut().set_watermarks(&machine.owners[0], marks).unwrap();
+    let refused = AllocError::ReserveOnly { node: NodeId::ZERO, free: FRAMES, min: most };
+    assert_eq!(machine.mm.alloc(&Request::of(DomainId::ROOT), Order::ZERO), Err(refused));
+    let marks = Watermarks::new(FrameCount(0), FrameCount(0), most).unwrap();
+    machine.mm.registry_mut().set_watermarks(&machine.owners[0], marks).unwrap();
+    let policy = Policy::bind(NodeId::ZERO.into());
+    let all: Vec<_> = (0..FRAMES.0)
+        .map(|_| machine.mm.alloc(&Request { policy, ..Request::of(DomainId::ROOT) }, Order::ZERO).unwrap())
+        .collect();
+    for (at, block) in all.into_iter().enumerate() {
+        if at % 2 == 0 {
+            machine.mm.free(block).unwrap();
+        }
+    }
+    // There are frames, but no block so large: the marks are raised, as far as they can be.
+    assert!(machine.mm.alloc(&Request { policy, ..Request::of(DomainId::ROOT) }, Order::HUGE).is_err());
+    assert_eq!(machine.mm.shortage(NodeId::ZERO), FrameCount(0), "it has no RECLAIM");
+}

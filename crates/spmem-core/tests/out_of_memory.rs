@@ -172,7 +172,7 @@ fn a_block_whose_records_cannot_be_made_is_refused_and_the_next_one_is_given() {
 
 #[test]
 fn records_that_were_made_in_vain_go_with_their_range() {
-    for failures in 0..5 {
+    for failures in 0..6 {
         let mut machine = Machine::new();
         let bytes = machine.mm.stats(NodeId::ONE).unwrap().metadata;
         let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
@@ -247,4 +247,38 @@ fn to_look_for_cold_blocks_takes_one_allocation() {
     let _blocks: Vec<Block> = (0..100).map(|_| machine.alloc()).collect();
     let (taken, failed) = failing(1, Fails::All, || machine.mm.take_cold(NodeId::ZERO, 64));
     assert_eq!((taken.unwrap().len(), failed), (64, 0));
+}
+
+#[test]
+fn what_a_domain_uses_is_counted_or_nothing_is_given() {
+    // Frames by node, up to node 1: a size that nothing else has here.
+    const USES: Fails = Fails::OfSize(16);
+    let mut machine = Machine::new();
+    let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
+    let grant = machine.mm.registry_mut().grant(&[&machine.owners[1]], terms).unwrap();
+    let job = machine.mm.registry_mut().create_domain(DomainId::ROOT, "job").unwrap();
+    let shown = [&grant];
+    let request = Request::on(job, NodeId::ONE, &shown);
+    let no_memory = AllocError::Exhausted { node: NodeId::ONE, cause: FramesError::NoMetadata };
+    let before = machine.known();
+
+    let (block, failed) = failing(0, USES, || machine.mm.alloc(&request, Order::HUGE));
+    assert_eq!((block, failed), (Err(no_memory), 1));
+    let (run, failed) = failing(0, USES, || machine.mm.alloc_contiguous(&request, FrameCount(9)));
+    assert_eq!((run, failed), (Err(no_memory), 1));
+    let mut pass = machine.mm.registry().admit(&request).unwrap();
+    let mut into = Vec::with_capacity(9);
+    let (batch, failed) = failing(0, USES, || machine.mm.alloc_batch(&mut pass, 9, &mut into));
+    assert_eq!((batch, failed, into.len()), (Err(no_memory), 1, 0));
+    assert_eq!(machine.known(), before);
+    assert_eq!(machine.mm.registry().grant_info(&grant).unwrap().used, Bytes(0), "R12");
+
+    let block = machine.mm.alloc(&Request { domain: Some(job), ..Machine::movable() }, Order::ZERO).unwrap();
+    let before = machine.known();
+    let isolated = machine.mm.take(&block, Mover::Holder(&[])).unwrap();
+    let (planned, failed) = failing(0, USES, || machine.mm.plan_demotion(isolated, &[&machine.demote]));
+    assert_eq!((planned, failed), (Err(Stay::NoRoom { cause: no_memory }), 1));
+    assert_eq!(machine.known(), before, "it stays where it is, and can be taken again");
+    machine.mm.free(block).unwrap();
+    machine.mm.registry_mut().remove_domain(job).unwrap();
 }

@@ -404,6 +404,10 @@ fn a_move_of_one_manager_is_no_move_of_another() {
     let (planned, their_block) = mine.mm.complete(planned, their_block).unwrap_err();
     theirs.mm.free(their_block).unwrap();
     let planned = theirs.mm.call_off(planned).unwrap_err();
+    let their_block = theirs.alloc(DomainId::ROOT, 0, 0).unwrap();
+    assert_eq!(their_block.first_frame(), my_block.first_frame());
+    let (planned, their_block) = theirs.mm.complete(planned, their_block).unwrap_err();
+    theirs.mm.free(their_block).unwrap();
     let new = mine.mm.complete(planned, my_block).unwrap();
     mine.mm.free(new).unwrap();
     assert!((0..6).all(|node| mine.mm.stats(id(node)).unwrap().used.0 == 0));
@@ -426,4 +430,25 @@ fn a_block_is_put_back_by_its_own_manager_only() {
     let block = mine.alloc(DomainId::ROOT, 0, 0).unwrap();
     let isolated = mine.mm.take(&block, Mover::Holder(&[])).unwrap();
     theirs.mm.put_back(isolated);
+}
+
+#[test]
+fn a_use_of_one_managers_block_makes_no_block_of_another_young() {
+    let (mut mine, mut theirs) = (Machine::new(), Machine::new());
+    let (my_block, their_block) =
+        (mine.alloc(DomainId::ROOT, 0, 0).unwrap(), theirs.alloc(DomainId::ROOT, 0, 0).unwrap());
+    assert_eq!(their_block.first_frame(), my_block.first_frame());
+    let _other = mine.alloc(DomainId::ROOT, 0, 0).unwrap();
+    // Looking for cold blocks ages what is there.
+    for cold in mine.mm.take_cold(NodeId::ZERO, 1).unwrap() {
+        mine.mm.put_back(cold);
+    }
+    let age = |machine: &Machine| {
+        machine.mm.registry().pages(NodeId::ZERO).unwrap().get(my_block.first_frame()).unwrap().age
+    };
+    assert_eq!(age(&mine), 1);
+    mine.mm.note_used(&their_block);
+    assert_eq!(age(&mine), 1);
+    mine.mm.note_used(&my_block);
+    assert_eq!(age(&mine), 0);
 }

@@ -178,7 +178,7 @@ impl Range {
     fn poisoned_in(&self, run: FrameRange) -> impl Iterator<Item = FrameNumber> + '_ {
         let begins = u64::from(self.span.first.0);
         let first = u64::from(run.first.0).saturating_sub(begins);
-        let end = (u64::from(run.first.0) + run.count.0).saturating_sub(begins).min(self.span.count.0);
+        let end = u64::from(run.first.0).saturating_add(run.count.0).saturating_sub(begins).min(self.span.count.0);
         const ROWS: usize = ZONE_FRAMES / ROW_FRAMES;
         let rows = first as usize / ROW_FRAMES..(end as usize).div_ceil(ROW_FRAMES);
         let rows = rows.filter(|row| Zone::reads_poison(self.zone_words(row / ROWS)));

@@ -41,7 +41,8 @@ impl Range {
     fn in_use(&self, part: FrameRange) -> impl Iterator<Item = InUse> + '_ {
         let base = u64::from(self.span.first.0);
         let start = u64::from(part.first.0).saturating_sub(base);
-        let end = (u64::from(part.first.0) + part.count.0).saturating_sub(base).min(self.span.count.0) as usize;
+        let end = u64::from(part.first.0).saturating_add(part.count.0).saturating_sub(base).min(self.span.count.0)
+            as usize;
         let mut at = start as usize;
         core::iter::from_fn(move || {
             while at < end {

@@ -139,7 +139,7 @@ impl MemoryManager {
     /// # Panics
     /// When the pass is another manager's.
     pub fn alloc_batch(&mut self, pass: &mut Pass, count: usize, into: &mut Vec<Block>) -> Result<(), AllocError> {
-        let end = into.len() + count;
+        let end = into.len().saturating_add(count);
         while into.len() < end {
             into.push(self.alloc_with(pass, Order::ZERO)?);
             // Turns are taken frame by frame, and what moves comes from the top.

@@ -85,11 +85,12 @@ impl Promotion {
 
     fn fill(&mut self, now: Time) {
         let gained = u128::from(self.rate.0) * u128::from(now.since(self.filled)) / SECOND_NS;
-        // Time that brought less than a byte counts on.
+        // Time that brought less than a byte counts on: it is filled up to when the last whole one had come.
         if gained > 0 {
+            let took = (gained * SECOND_NS).div_ceil(u128::from(self.rate.0));
+            self.filled = self.filled.after(u64::try_from(took).unwrap_or(u64::MAX));
             let gained = u64::try_from(gained).unwrap_or(u64::MAX);
             self.left.0 = self.left.0.saturating_add(gained).min(self.rate.0);
-            self.filled = now;
         }
     }
 
@@ -123,6 +124,23 @@ mod tests {
             }
         }
         assert!((9 << 20..=10 << 20).contains(&up), "{up}: nine seconds, and one that was saved up");
+    }
+
+    #[test]
+    fn a_rate_is_kept_to_the_byte_however_often_it_is_asked_for() {
+        const SECOND: u64 = 1_000_000_000;
+        let (rate, start) = (Bytes(1 << 20), 10 * SECOND);
+        for every_ns in [100, 953, 954, 1907, 1_000_000] {
+            let mut promotion = Promotion::new(rate, Time(start));
+            // What was saved up comes up at once.
+            while promotion.consider(Order::ZERO, 0, Time(start)) == Verdict::Promote {}
+            let mut up = 0_u64;
+            for at in (start..start + 2 * SECOND).step_by(every_ns) {
+                up += u64::from(promotion.consider(Order::ZERO, 0, Time(at)) == Verdict::Promote) * 4096;
+            }
+            let most = 2 * rate.0;
+            assert!((most - 2 * 4096..=most).contains(&up), "asked every {every_ns} ns: {up} of {most}");
+        }
     }
 
     #[test]
