@@ -4,6 +4,7 @@ use crate::area::{Area, Ballast};
 use crate::harness::{Case, Ctx, Outcome, all, ensure, join, threads};
 use crate::model::{PAGE, Rng};
 use crate::sys;
+use std::panic::resume_unwind;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::new("threads-shared", "atomic counters in cold pages lose no increment", shared),
     Case::new("threads-herd", "threads that fault on one page together all see it right", herd),
+    Case::new("threads-crowd", "1500 threads that wait for cold pages at once all get theirs", crowd),
     Case::new("threads-monotonic", "no reader ever sees an older value than before", monotonic),
     Case::new("threads-race-write", "a write racing with eviction is never lost", race_write),
     Case::new("sweep-sequential", "pages swept in order keep their bytes", |ctx| sweep(ctx, false)),
@@ -136,6 +138,28 @@ fn herd(ctx: &Ctx) -> Outcome {
         area.check_all("after the herd")?;
     }
     Ok(())
+}
+
+fn crowd(ctx: &Ctx) -> Outcome {
+    const COUNT: usize = 1500;
+    let area = Area::filled(ctx.seed, COUNT)?;
+    let mut ballast = Ballast::new(ctx)?;
+    let (barrier, gate) = (Barrier::new(COUNT + 1), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let wait = |page| {
+            barrier.wait();
+            while !gate.load(Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            area.check(page)
+        };
+        let all: Vec<_> = (0..COUNT).map(|page| scope.spawn(move || wait(page))).collect();
+        barrier.wait();
+        let swept = ballast.sweep();
+        gate.store(true, Relaxed);
+        let outcomes = all.into_iter().map(|thread| thread.join().unwrap_or_else(|cause| resume_unwind(cause)));
+        outcomes.fold(swept, |before, outcome| before.and(outcome))
+    })
 }
 
 /// One thread raises a counter in each page; others must never see it fall: a stale copy that comes back would show.
