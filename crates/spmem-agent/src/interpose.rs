@@ -6,7 +6,8 @@
 //! | `pthread_mutex_init` | a robust mutex must stay in place: the kernel unlocks it for a thread that dies |
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
 //! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): moved piece by piece |
-//! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words first; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
+//! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words afterwards; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
+//! | `process_madvise` | the same for this process's own pidfd |
 
 use crate::RUNTIME;
 use core::arch::naked_asm;
@@ -140,7 +141,7 @@ pub unsafe extern "C" fn pthread_mutex_init(
     // SAFETY: the caller's arguments.
     let result = unsafe { next(mutex, attributes) };
     let mut robust = 0;
-    if result == 0 && !attributes.is_null() && RUNTIME.is_managed() {
+    if result == 0 && !attributes.is_null() {
         // SAFETY: initialised attributes, which the C library has just accepted.
         unsafe { libc::pthread_mutexattr_getrobust(attributes, &raw mut robust) };
     }
@@ -384,22 +385,91 @@ pub unsafe extern "C" fn madvise(start: *mut c_void, len: usize, advice: c_int) 
         libc::MADV_FREE if RUNTIME.is_managed() => libc::MADV_DONTNEED,
         other => other,
     };
-    if advice == MADV_GUARD_INSTALL && RUNTIME.is_managed() {
-        // SAFETY: the caller's arguments; installing guards drops the same pages.
-        unsafe { next(start, len, libc::MADV_DONTNEED) };
-    }
     // SAFETY: the caller's arguments.
     let result = unsafe { next(start, len, advice) };
-    if advice == libc::MADV_WIPEONFORK && result == 0 && RUNTIME.is_managed() {
+    if advice == MADV_GUARD_INSTALL && RUNTIME.is_managed() {
+        let cause = errno();
+        // SAFETY: the caller's arguments.
+        unsafe { drop_guarded(next, start, len, result) };
+        if result != 0 {
+            return fail(cause);
+        }
+    }
+    // Before the runtime is attached as well: other constructors may come first.
+    if advice == libc::MADV_WIPEONFORK && result == 0 {
         let from = start.addr() & !(PAGE - 1);
         let to = (start.addr() + len).next_multiple_of(PAGE);
-        RUNTIME.exclude(from, to);
-        // What is away comes back, to stay.
-        for page in (from..to).step_by(PAGE) {
-            // SAFETY: madvise(2) accepted the range, so it is mapped; the program may have made it unreadable, which
-            // for memory to be wiped makes no sense.
-            unsafe { core::ptr::with_exposed_provenance::<u8>(page).read_volatile() };
+        if !RUNTIME.keep_in_place(from, to) {
+            // What is away cannot come back, so a child would have it.
+            // SAFETY: the caller's arguments.
+            unsafe { next(start, len, libc::MADV_KEEPONFORK) };
+            return fail(libc::ENOMEM);
         }
     }
     result
 }
+
+/// Says in words, MADV_DONTNEED, that pages are gone where guards have been installed: the kernel says nothing. Guards
+/// outlive it. Where the call failed in between, the mappings before that one have their guards.
+unsafe fn drop_guarded(next: Madvise, start: *mut c_void, len: usize, result: c_int) {
+    if result == 0 {
+        // SAFETY: nothing but guards is there.
+        unsafe { next(start, len, libc::MADV_DONTNEED) };
+        return;
+    }
+    let Ok(maps) = Maps::open_by_path() else { return };
+    let Some(end) = start.addr().checked_add(len) else { return };
+    let mut at = start.addr();
+    while let Ok(Some(vma)) = maps.at_or_above(at) {
+        let (from, to) = (vma.start.max(at), vma.end.min(end));
+        if from >= to {
+            return;
+        }
+        let piece = core::ptr::with_exposed_provenance_mut(from);
+        // SAFETY: the caller asked for guards here.
+        if unsafe { next(piece, to - from, MADV_GUARD_INSTALL) } != 0 {
+            return;
+        }
+        // SAFETY: nothing but guards is there.
+        unsafe { next(piece, to - from, libc::MADV_DONTNEED) };
+        at = to;
+    }
+}
+
+/// Stands in front of process_madvise(2).
+///
+/// # Safety
+/// As process_madvise(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn process_madvise(
+    process: c_int,
+    vector: *const libc::iovec,
+    count: usize,
+    advice: c_int,
+    flags: libc::c_uint,
+) -> isize {
+    let is_ours =
+        matches!(advice, libc::MADV_FREE | libc::MADV_WIPEONFORK | MADV_GUARD_INSTALL) && count <= MAX_VECTOR;
+    // Nobody may give this advice to another process: what takes it for no range at all is this one.
+    let asked = if is_ours { 0 } else { count };
+    // SAFETY: the caller's arguments.
+    let result =
+        unsafe { libc::syscall(libc::SYS_process_madvise, process, vector, asked, advice, flags) } as isize;
+    if !is_ours || result < 0 {
+        return result;
+    }
+    let mut done = 0;
+    for index in 0..count {
+        // SAFETY: the caller's vector has this many entries.
+        let range = unsafe { vector.wrapping_add(index).read() };
+        // SAFETY: the caller's range.
+        if unsafe { madvise(range.iov_base, range.iov_len, advice) } != 0 {
+            return if done > 0 { done } else { -1 };
+        }
+        done += range.iov_len.cast_signed();
+    }
+    done
+}
+
+/// Most entries of a vector (include/uapi/linux/uio.h, `UIO_MAXIOV`).
+const MAX_VECTOR: usize = 1024;
