@@ -7,6 +7,7 @@
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
 //! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): moved piece by piece |
 //! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words afterwards; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
+//! | `shmat` | SHM_REMAP unmaps what is there without a word to userfaultfd, so it is unmapped in words first |
 //! | `process_madvise` | the same for this process's own pidfd |
 
 use crate::RUNTIME;
@@ -20,6 +21,7 @@ type Start = extern "C" fn(*mut c_void) -> *mut c_void;
 type PthreadCreate = unsafe extern "C" fn(*mut c_void, *const c_void, Start, *mut c_void) -> c_int;
 type MutexInit = unsafe extern "C" fn(*mut libc::pthread_mutex_t, *const libc::pthread_mutexattr_t) -> c_int;
 type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, ...) -> *mut c_void;
+type Shmat = unsafe extern "C" fn(c_int, *const c_void, c_int) -> *mut c_void;
 type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
 
 /// include/uapi/asm-generic/mman-common.h (6.13+).
@@ -30,6 +32,7 @@ static MUTEX_INIT: Next = Next::new(c"pthread_mutex_init");
 static MLOCKALL: Next = Next::new(c"mlockall");
 static MREMAP: Next = Next::new(c"mremap");
 static MADVISE: Next = Next::new(c"madvise");
+static SHMAT: Next = Next::new(c"shmat");
 
 /// The function of this name that would have been called without this object.
 struct Next {
@@ -56,7 +59,7 @@ impl Next {
 
 /// Looks the functions up while the dynamic linker's data is certainly there.
 pub fn resolve() {
-    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE] {
+    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE, &SHMAT] {
         next.find();
     }
 }
@@ -473,3 +476,46 @@ pub unsafe extern "C" fn process_madvise(
 
 /// Most entries of a vector (include/uapi/linux/uio.h, `UIO_MAXIOV`).
 const MAX_VECTOR: usize = 1024;
+
+/// Stands in front of shmat(2).
+///
+/// # Safety
+/// As shmat(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn shmat(id: c_int, at: *const c_void, flags: c_int) -> *mut c_void {
+    let next = SHMAT.find();
+    // SAFETY: the address is that of the C library's shmat.
+    let next: Shmat = unsafe { core::mem::transmute::<usize, Shmat>(next) };
+    if flags & libc::SHM_REMAP != 0 && !at.is_null() && RUNTIME.is_managed() {
+        // Whatever can be refused is tried elsewhere first: then nothing is lost.
+        let elsewhere = flags & !(libc::SHM_REMAP | libc::SHM_RND);
+        // SAFETY: at a place that the kernel picks nothing is.
+        let trial = unsafe { next(id, core::ptr::null(), elsewhere) };
+        if trial == libc::MAP_FAILED {
+            return trial;
+        }
+        // SAFETY: just attached.
+        unsafe { libc::shmdt(trial) };
+        if let Some(len) = segment_len(id) {
+            let is_rounded = flags & libc::SHM_RND != 0;
+            let from = if is_rounded { at.addr() & !(PAGE - 1) } else { at.addr() };
+            let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            // SAFETY: the caller gives up what is mapped there. An address that is no page's is refused, here and below.
+            unsafe { libc::mmap(core::ptr::with_exposed_provenance_mut(from), len, libc::PROT_NONE, how, -1, 0) };
+        }
+    }
+    // SAFETY: the caller's arguments.
+    unsafe { next(id, at, flags) }
+}
+
+/// Bytes of a System V shared memory segment, as pages.
+fn segment_len(id: c_int) -> Option<usize> {
+    let mut status = core::mem::MaybeUninit::<libc::shmid_ds>::uninit();
+    // SAFETY: writes the structure, whole.
+    if unsafe { libc::shmctl(id, libc::IPC_STAT, status.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: written by the kernel.
+    let status = unsafe { status.assume_init() };
+    Some(status.shm_segsz.next_multiple_of(PAGE))
+}
