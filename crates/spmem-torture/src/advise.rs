@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
         "WIPEONFORK pages are zero in a child, DONTFORK pages absent, others right",
         wipe,
     ),
-    Case::new("madvise-wipe-many", "a thousand WIPEONFORK pages are zero in a child", wipe_many),
+    Case::new("madvise-wipe-many", "300 WIPEONFORK pages apart are zero in a child", wipe_many),
     Case::new("madvise-wipe-vector", "process_madvise of oneself: wiped in a child, guarded", wipe_vector),
     Case::new("madvise-wipe-early", "WIPEONFORK given by a constructor", wipe_early),
     Case::new("madvise-wipe-bounds", "WIPEONFORK of 32 GiB and of memory nobody may read", wipe_bounds).warm(),
@@ -335,7 +335,7 @@ fn guard(ctx: &Ctx) -> Outcome {
 
 /// Every second page: no two ranges touch.
 fn wipe_many(ctx: &Ctx) -> Outcome {
-    const COUNT: usize = 1000;
+    const COUNT: usize = 300;
     let mut area = Area::filled(ctx.seed, COUNT * 2)?;
     for page in (0..area.len()).step_by(2) {
         sys::advise(area.addr(page), 1, libc::MADV_WIPEONFORK)?;

@@ -255,6 +255,11 @@ impl Runtime {
     /// some cannot come: the program may not read them.
     pub fn keep_in_place(&self, start: usize, end: usize) -> bool {
         self.exclude(start, end);
+        // A small range is not worth stopping the reclaimers.
+        let is_small = end - start <= CHUNK;
+        if self.stage() != Stage::Active || is_small && mapping::populate_read(start, end - start).is_ok() {
+            return true;
+        }
         let mut at = start;
         while let Some((from, to)) = self.next_away(at, end) {
             if mapping::populate_read(from, to - from).is_err() {
