@@ -6,7 +6,9 @@
 //! | `pthread_mutex_init` | a robust mutex must stay in place: the kernel unlocks it for a thread that dies |
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
 //! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): moved piece by piece |
-//! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words first; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
+//! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words afterwards; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
+//! | `shmat` | SHM_REMAP unmaps what is there without a word to userfaultfd, so it is unmapped in words first |
+//! | `process_madvise` | the same for this process's own pidfd |
 
 use crate::RUNTIME;
 use core::arch::naked_asm;
@@ -19,6 +21,7 @@ type Start = extern "C" fn(*mut c_void) -> *mut c_void;
 type PthreadCreate = unsafe extern "C" fn(*mut c_void, *const c_void, Start, *mut c_void) -> c_int;
 type MutexInit = unsafe extern "C" fn(*mut libc::pthread_mutex_t, *const libc::pthread_mutexattr_t) -> c_int;
 type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, ...) -> *mut c_void;
+type Shmat = unsafe extern "C" fn(c_int, *const c_void, c_int) -> *mut c_void;
 type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
 
 /// include/uapi/asm-generic/mman-common.h (6.13+).
@@ -29,6 +32,7 @@ static MUTEX_INIT: Next = Next::new(c"pthread_mutex_init");
 static MLOCKALL: Next = Next::new(c"mlockall");
 static MREMAP: Next = Next::new(c"mremap");
 static MADVISE: Next = Next::new(c"madvise");
+static SHMAT: Next = Next::new(c"shmat");
 
 /// The function of this name that would have been called without this object.
 struct Next {
@@ -55,7 +59,7 @@ impl Next {
 
 /// Looks the functions up while the dynamic linker's data is certainly there.
 pub fn resolve() {
-    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE] {
+    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE, &SHMAT] {
         next.find();
     }
 }
@@ -140,7 +144,7 @@ pub unsafe extern "C" fn pthread_mutex_init(
     // SAFETY: the caller's arguments.
     let result = unsafe { next(mutex, attributes) };
     let mut robust = 0;
-    if result == 0 && !attributes.is_null() && RUNTIME.is_managed() {
+    if result == 0 && !attributes.is_null() {
         // SAFETY: initialised attributes, which the C library has just accepted.
         unsafe { libc::pthread_mutexattr_getrobust(attributes, &raw mut robust) };
     }
@@ -384,22 +388,134 @@ pub unsafe extern "C" fn madvise(start: *mut c_void, len: usize, advice: c_int) 
         libc::MADV_FREE if RUNTIME.is_managed() => libc::MADV_DONTNEED,
         other => other,
     };
-    if advice == MADV_GUARD_INSTALL && RUNTIME.is_managed() {
-        // SAFETY: the caller's arguments; installing guards drops the same pages.
-        unsafe { next(start, len, libc::MADV_DONTNEED) };
-    }
     // SAFETY: the caller's arguments.
     let result = unsafe { next(start, len, advice) };
-    if advice == libc::MADV_WIPEONFORK && result == 0 && RUNTIME.is_managed() {
+    if advice == MADV_GUARD_INSTALL && RUNTIME.is_managed() {
+        let cause = errno();
+        // SAFETY: the caller's arguments.
+        unsafe { drop_guarded(next, start, len, result) };
+        if result != 0 {
+            return fail(cause);
+        }
+    }
+    // Before the runtime is attached as well: other constructors may come first.
+    if advice == libc::MADV_WIPEONFORK && result == 0 {
         let from = start.addr() & !(PAGE - 1);
         let to = (start.addr() + len).next_multiple_of(PAGE);
-        RUNTIME.exclude(from, to);
-        // What is away comes back, to stay.
-        for page in (from..to).step_by(PAGE) {
-            // SAFETY: madvise(2) accepted the range, so it is mapped; the program may have made it unreadable, which
-            // for memory to be wiped makes no sense.
-            unsafe { core::ptr::with_exposed_provenance::<u8>(page).read_volatile() };
+        if !RUNTIME.keep_in_place(from, to) {
+            // What is away cannot come back, so a child would have it.
+            // SAFETY: the caller's arguments.
+            unsafe { next(start, len, libc::MADV_KEEPONFORK) };
+            return fail(libc::ENOMEM);
         }
     }
     result
+}
+
+/// Says in words, MADV_DONTNEED, that pages are gone where guards have been installed: the kernel says nothing. Guards
+/// outlive it. Where the call failed in between, the mappings before that one have their guards.
+unsafe fn drop_guarded(next: Madvise, start: *mut c_void, len: usize, result: c_int) {
+    if result == 0 {
+        // SAFETY: nothing but guards is there.
+        unsafe { next(start, len, libc::MADV_DONTNEED) };
+        return;
+    }
+    let Ok(maps) = Maps::open_by_path() else { return };
+    let Some(end) = start.addr().checked_add(len) else { return };
+    let mut at = start.addr();
+    while let Ok(Some(vma)) = maps.at_or_above(at) {
+        let (from, to) = (vma.start.max(at), vma.end.min(end));
+        if from >= to {
+            return;
+        }
+        let piece = core::ptr::with_exposed_provenance_mut(from);
+        // SAFETY: the caller asked for guards here.
+        if unsafe { next(piece, to - from, MADV_GUARD_INSTALL) } != 0 {
+            return;
+        }
+        // SAFETY: nothing but guards is there.
+        unsafe { next(piece, to - from, libc::MADV_DONTNEED) };
+        at = to;
+    }
+}
+
+/// Stands in front of process_madvise(2).
+///
+/// # Safety
+/// As process_madvise(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn process_madvise(
+    process: c_int,
+    vector: *const libc::iovec,
+    count: usize,
+    advice: c_int,
+    flags: libc::c_uint,
+) -> isize {
+    let is_ours =
+        matches!(advice, libc::MADV_FREE | libc::MADV_WIPEONFORK | MADV_GUARD_INSTALL) && count <= MAX_VECTOR;
+    // Nobody may give this advice to another process: what takes it for no range at all is this one.
+    let asked = if is_ours { 0 } else { count };
+    // SAFETY: the caller's arguments.
+    let result =
+        unsafe { libc::syscall(libc::SYS_process_madvise, process, vector, asked, advice, flags) } as isize;
+    if !is_ours || result < 0 {
+        return result;
+    }
+    let mut done = 0;
+    for index in 0..count {
+        // SAFETY: the caller's vector has this many entries.
+        let range = unsafe { vector.wrapping_add(index).read() };
+        // SAFETY: the caller's range.
+        if unsafe { madvise(range.iov_base, range.iov_len, advice) } != 0 {
+            return if done > 0 { done } else { -1 };
+        }
+        done += range.iov_len.cast_signed();
+    }
+    done
+}
+
+/// Most entries of a vector (include/uapi/linux/uio.h, `UIO_MAXIOV`).
+const MAX_VECTOR: usize = 1024;
+
+/// Stands in front of shmat(2).
+///
+/// # Safety
+/// As shmat(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn shmat(id: c_int, at: *const c_void, flags: c_int) -> *mut c_void {
+    let next = SHMAT.find();
+    // SAFETY: the address is that of the C library's shmat.
+    let next: Shmat = unsafe { core::mem::transmute::<usize, Shmat>(next) };
+    if flags & libc::SHM_REMAP != 0 && !at.is_null() && RUNTIME.is_managed() {
+        // Whatever can be refused is tried elsewhere first: then nothing is lost.
+        let elsewhere = flags & !(libc::SHM_REMAP | libc::SHM_RND);
+        // SAFETY: at a place that the kernel picks nothing is.
+        let trial = unsafe { next(id, core::ptr::null(), elsewhere) };
+        if trial == libc::MAP_FAILED {
+            return trial;
+        }
+        // SAFETY: just attached.
+        unsafe { libc::shmdt(trial) };
+        if let Some(len) = segment_len(id) {
+            let is_rounded = flags & libc::SHM_RND != 0;
+            let from = if is_rounded { at.addr() & !(PAGE - 1) } else { at.addr() };
+            let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            // SAFETY: the caller gives up what is mapped there. An address that is no page's is refused, here and below.
+            unsafe { libc::mmap(core::ptr::with_exposed_provenance_mut(from), len, libc::PROT_NONE, how, -1, 0) };
+        }
+    }
+    // SAFETY: the caller's arguments.
+    unsafe { next(id, at, flags) }
+}
+
+/// Bytes of a System V shared memory segment, as pages.
+fn segment_len(id: c_int) -> Option<usize> {
+    let mut status = core::mem::MaybeUninit::<libc::shmid_ds>::uninit();
+    // SAFETY: writes the structure, whole.
+    if unsafe { libc::shmctl(id, libc::IPC_STAT, status.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: written by the kernel.
+    let status = unsafe { status.assume_init() };
+    Some(status.shm_segsz.next_multiple_of(PAGE))
 }

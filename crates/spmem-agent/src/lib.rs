@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`heap`] | the allocator of agent threads: its own mappings, never the program's heap |
 //! | [`interpose`] | the C library's functions that this object stands in front of |
+//! | [`memory`] | `memcpy` and its kind, so that agent threads run none of the program's |
 //!
 //! Symbols are bound when the object is loaded (RELRO, `now`): agent threads never enter the dynamic linker, whose
 //! data may be away.
@@ -22,6 +23,7 @@ extern crate alloc;
 
 mod heap;
 mod interpose;
+mod memory;
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use spmem::runtime::Runtime;
@@ -82,8 +84,8 @@ fn variable(environment: *const *const c_char, name: &CStr) -> Option<&'static C
     }
 }
 
-/// The data of the C library, the dynamic linker and this object stays in place: agent threads run code of theirs
-/// (`memcpy`), and forked children do before anybody could serve them.
+/// The data of the C library, the dynamic linker and this object stays in place: forked children run code of
+/// theirs before anybody could serve them.
 fn exclude_libraries() {
     // SAFETY: the callback only reads what it is given.
     unsafe { libc::dl_iterate_phdr(Some(exclude_library), core::ptr::null_mut()) };

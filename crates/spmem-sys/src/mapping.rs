@@ -270,6 +270,17 @@ pub fn populate_write(start: usize, len: usize) -> Result<()> {
     Ok(())
 }
 
+/// madvise(MADV_POPULATE_READ): makes each page of a program's range present, contents unchanged. May fault: hold no
+/// lock that the fault handler needs.
+///
+/// # Errors
+/// As madvise(2): `EFAULT` where the program may not read.
+pub fn populate_read(start: usize, len: usize) -> Result<()> {
+    // SAFETY: populating changes no byte.
+    unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_POPULATE_READ) }?;
+    Ok(())
+}
+
 fn unmap(start: usize, len: usize) {
     if len > 0 {
         // SAFETY: the range was mapped by this module and nothing refers to it any more.

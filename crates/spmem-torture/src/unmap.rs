@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     Case::new("unmap-under-readers", "unmapping one range while threads fault in its neighbour", under_readers),
     Case::new("map-churn", "the same address mapped and unmapped a thousand times is zero each time", churn),
     Case::new("unmap-many", "one munmap over many mappings, cold and hot", many),
+    Case::new("unmap-shmat", "SHM_REMAP over cold pages, and new memory there later", shmat),
 ];
 
 fn whole(ctx: &Ctx) -> Outcome {
@@ -245,6 +246,44 @@ fn many(ctx: &Ctx) -> Outcome {
         sys::map(area.addr(from), to - from, RW, ANON | libc::MAP_FIXED_NOREPLACE)?;
         area.zeroed(from..to);
         area.check_all("one munmap over many mappings")?;
+        sys::unmap(area.base, area.len())?;
+    }
+    Ok(())
+}
+
+fn shmat(ctx: &Ctx) -> Outcome {
+    let mut ballast = Ballast::new(ctx)?;
+    let quarter = ctx.pages() / 4;
+    for round in ctx.rounds(2) {
+        let mut area = Area::at(sys::anon_huge(4 * quarter)?, ctx.seed + round, 4 * quarter);
+        area.write_all();
+        ballast.sweep()?;
+        ballast.sweep()?;
+        let at = area.addr(quarter);
+        // SAFETY: the range is ours, and given up.
+        let found = unsafe {
+            let id = libc::shmget(libc::IPC_PRIVATE, quarter * PAGE, libc::IPC_CREAT | 0o600);
+            let found = libc::shmat(id, at as *const _, libc::SHM_REMAP);
+            libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut());
+            found
+        };
+        if found as usize != at {
+            crate::harness::skip!("shmat: {}", std::io::Error::last_os_error());
+        }
+        area.zeroed(quarter..2 * quarter);
+        area.check_all("around a shared segment")?;
+        (quarter..2 * quarter).for_each(|page| area.write(page));
+        ballast.sweep()?;
+        area.check_all("with a shared segment inside")?;
+        // SAFETY: attached above.
+        sys::ok("shmdt", unsafe { libc::shmdt(found) }.into())?;
+        sys::map(at, quarter, sys::RW, sys::ANON | libc::MAP_FIXED)?;
+        area.zeroed(quarter..2 * quarter);
+        area.check_all("new memory where a shared segment was")?;
+        (quarter..2 * quarter).for_each(|page| area.write(page));
+        ballast.sweep()?;
+        ballast.sweep()?;
+        area.check_all("pages written where a shared segment was")?;
         sys::unmap(area.base, area.len())?;
     }
     Ok(())

@@ -63,6 +63,7 @@ fn main() {
             }
         }
     }
+    trials.push(trial("own-memory-functions".into(), move || run_own_memory_functions(settings)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if conclusion.num_ignored > 0 {
         println!("{} cases were skipped, not passed", conclusion.num_ignored);
@@ -147,6 +148,27 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
         Completion::Completed => judge_report(case, &report, settings.budget_bytes(per_cent)),
         skipped => Ok(skipped),
     }
+}
+
+/// A program that defines `memcpy` itself, in front of the C library's: it must not be run by agent threads.
+fn run_own_memory_functions(settings: &Settings) -> Result<Completion, Failed> {
+    if let Err(reason) = userfaultfd() {
+        return Ok(Completion::ignored_with(reason));
+    }
+    let place = Place::new("own-memory-functions");
+    let (source, program) = (place.path("program.c"), place.path("program"));
+    std::fs::write(&source, include_str!("own_memory_functions.c"))?;
+    let built = Command::new("cc").args(["-O1", "-rdynamic", "-o"]).arg(&program).arg(&source).status();
+    if !built.is_ok_and(|status| status.success()) {
+        return Ok(Completion::ignored_with("no C compiler"));
+    }
+    let report = place.path("report.json");
+    let budget: u64 = 16 << 20;
+    let mut command = Command::new(spm()?);
+    command.args(["run", "--sysram", &budget.to_string(), "--json"]).arg(&report).arg("--").arg(&program);
+    let case = Case { name: "own-memory-functions".into(), is_cold: true };
+    judge(watch::run(command, &place.path("output"), settings.limit))?;
+    judge_report(&case, &report, budget)
 }
 
 fn judge(watched: Watched) -> Result<Completion, Failed> {

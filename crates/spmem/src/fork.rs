@@ -251,6 +251,58 @@ impl Runtime {
     }
 
     /// Keeps reclaimers from touching anything, and waits until none does.
+    /// Never lets pages of `[start, end)` leave, and brings back those that are away. Called by program threads. False if
+    /// some cannot come: the program may not read them.
+    pub fn keep_in_place(&self, start: usize, end: usize) -> bool {
+        self.exclude(start, end);
+        // A small range is not worth stopping the reclaimers.
+        let is_small = end - start <= CHUNK;
+        if self.stage() != Stage::Active || is_small && mapping::populate_read(start, end - start).is_ok() {
+            return true;
+        }
+        let mut at = start;
+        while let Some((from, to)) = self.next_away(at, end) {
+            if mapping::populate_read(from, to - from).is_err() {
+                return false;
+            }
+            at = to;
+        }
+        true
+    }
+
+    /// The first part of `[start, end)`, within one chunk, in which pages are away.
+    fn next_away(&self, start: usize, end: usize) -> Option<(usize, usize)> {
+        if !self.is_own() || self.stage() != Stage::Active {
+            return None;
+        }
+        let mask = process::set_signal_mask(u64::MAX);
+        self.fork_turn.take();
+        self.pause_reclaimers();
+        // As before a fork: nothing leaves, so this stack cannot fault under the lock.
+        let mut stack = [0_u8; 2 * PAGE];
+        core::hint::black_box(&mut stack);
+        let found = {
+            let space = self.space.lock();
+            let table = space.as_ref().map(|space| &space.table);
+            table.and_then(|table| {
+                let mut at = start;
+                while at < end {
+                    let chunk = table.next_chunk(at, end)?.max(at);
+                    let stop = ((chunk / CHUNK + 1) * CHUNK).min(end);
+                    if table.has_away(chunk, stop) {
+                        return Some((chunk, stop));
+                    }
+                    at = stop;
+                }
+                None
+            })
+        };
+        self.resume_reclaimers();
+        self.fork_turn.give();
+        process::set_signal_mask(mask);
+        found
+    }
+
     pub(crate) fn pause_reclaimers(&self) {
         // SeqCst, with `working`: either a reclaimer sees this, or we see it work.
         self.is_paused.store(true, Ordering::SeqCst);

@@ -2,7 +2,7 @@
 //!
 //! A pin and a sweep that is under way are kept apart by [`Runtime::pin`]'s protocol with `leaving`. No lock.
 
-#![allow(unsafe_code, reason = "refers to the pins, a mapping that is never unmapped, and reads what is pinned")]
+#![allow(unsafe_code, reason = "reads what is pinned")]
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,26 +10,76 @@ use spmem_sys::{PAGE, mapping, process, thread};
 
 use crate::runtime::{MAX_PINS, Runtime};
 
+/// Addresses, in the order in which they were pinned. There before [`Runtime::attach`]: constructors of other objects
+/// may run first.
+static PINS: [AtomicU64; MAX_PINS] = [const { AtomicU64::new(0) }; MAX_PINS];
+
 impl Runtime {
-    /// Never lets pages of this range leave. For memory that agent threads or the kernel must find in place.
+    /// Never lets pages of this range leave. For memory that agent threads or the kernel must find in place. Takes no lock.
+    ///
+    /// A range that touches a known one widens it. Once there is no room for another, the nearest one is widened over
+    /// what lies between: more stays than was asked for, never less.
     pub fn exclude(&self, start: usize, end: usize) {
+        let start = start.max(1);
+        if start >= end {
+            return;
+        }
+        if !self.widen(start, end, 0) && !self.add_excluded(start, end) {
+            self.widen(start, end, usize::MAX);
+        }
+        self.wait_for_sweep();
+    }
+
+    /// Widens the nearest known range that is at most `reach` bytes away.
+    fn widen(&self, start: usize, end: usize, reach: usize) -> bool {
+        let mut nearest = None;
+        for (index, (from, to)) in self.excluded.iter().enumerate() {
+            // An end that is not 0 has its start.
+            let to = to.load(Ordering::SeqCst);
+            let gap = from.load(Ordering::SeqCst).saturating_sub(end).max(start.saturating_sub(to));
+            if to != 0 && gap <= reach && nearest.is_none_or(|(least, _)| gap < least) {
+                nearest = Some((gap, index));
+            }
+        }
+        let Some((_, index)) = nearest else { return false };
+        let (from, to) = &self.excluded[index];
+        from.fetch_min(start, Ordering::SeqCst);
+        to.fetch_max(end, Ordering::SeqCst);
+        true
+    }
+
+    fn add_excluded(&self, start: usize, end: usize) -> bool {
         for (from, to) in &self.excluded {
-            if to.load(Ordering::Relaxed) == 0 {
-                from.store(start, Ordering::Relaxed);
-                to.store(end, Ordering::Release);
-                return;
+            if from.compare_exchange(0, start, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+                to.store(end, Ordering::SeqCst);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Waits until no sweep is under way that began before what never leaves was written down (SeqCst, as `leaving`:
+    /// either the sweep sees that, or we see the sweep).
+    fn wait_for_sweep(&self) {
+        let sweep = self.leaving.load(Ordering::SeqCst);
+        if sweep % 2 == 1 {
+            while self.leaving.load(Ordering::SeqCst) == sweep {
+                process::sleep_ns(20_000);
             }
         }
     }
 
     /// The first range that never leaves and overlaps `[start, end)`: its bounds. Ours count.
     pub(crate) fn excluded_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
-        let listed = self
-            .excluded
+        self.listed_in(start, end).chain(mapping::own_in(start, end)).min()
+    }
+
+    fn listed_in(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize)> {
+        self.excluded
             .iter()
-            .map(|(from, to)| (from.load(Ordering::Relaxed), to.load(Ordering::Acquire)))
-            .filter(|&(from, to)| to > start && from < end);
-        listed.chain(mapping::own_in(start, end)).min()
+            .map(|(from, to)| (to.load(Ordering::SeqCst), from))
+            .filter(move |&(to, from)| to > start && from.load(Ordering::SeqCst) < end)
+            .map(|(to, from)| (from.load(Ordering::SeqCst), to))
     }
 
     /// Never lets the calling thread's control block leave: the kernel clears the thread id in it when the thread
@@ -46,31 +96,22 @@ impl Runtime {
             return;
         }
         let known = self.pins().any(|pin| pin.load(Ordering::Relaxed) == block as u64);
-        let pins = self.pins.load(Ordering::Acquire);
-        if known || pins.is_null() {
+        if known {
             return;
         }
         let index = self.pin_count.fetch_add(1, Ordering::Relaxed);
         if index >= MAX_PINS {
             return;
         }
-        // SAFETY: in bounds of a mapping that is never unmapped.
-        let pin = unsafe { &*pins.wrapping_add(index) };
-        // SeqCst, with `leaving`: either the sweep sees this pin, or we see that a sweep is under way and wait for it.
-        pin.store(block as u64, Ordering::SeqCst);
-        let sweep = self.leaving.load(Ordering::SeqCst);
-        if sweep % 2 == 1 {
-            while self.leaving.load(Ordering::SeqCst) == sweep {
-                process::sleep_ns(20_000);
-            }
-        }
+        PINS[index].store(block as u64, Ordering::SeqCst);
+        self.wait_for_sweep();
         // Bring back what may have left in between.
         // SAFETY: mapped, says the caller.
         unsafe { core::ptr::with_exposed_provenance::<u8>(block).read_volatile() };
     }
 
-    /// The first range within `[start, end)` that belongs to a thread's control block, or to the static thread-local
-    /// storage just below one. With more threads than can be told apart, everything does.
+    /// The first range within `[start, end)` that never leaves, or that belongs to a thread's control block or to the
+    /// static thread-local storage just below one. With more threads than can be told apart, everything does.
     pub(crate) fn pinned_in(&self, start: usize, end: usize) -> Option<(usize, usize)> {
         if self.pin_count.load(Ordering::SeqCst) > MAX_PINS {
             return Some((start, end));
@@ -79,13 +120,11 @@ impl Runtime {
             .map(|pin| usize::try_from(pin.load(Ordering::SeqCst)).unwrap_or(0) & !(PAGE - 1))
             .map(|page| (page.saturating_sub(PAGE), page + 2 * PAGE))
             .filter(|&(from, to)| to > start && from < end)
+            .chain(self.listed_in(start, end))
             .min()
     }
 
     fn pins(&self) -> impl Iterator<Item = &'static AtomicU64> {
-        let pins = self.pins.load(Ordering::Acquire);
-        let count = if pins.is_null() { 0 } else { self.pin_count.load(Ordering::SeqCst).min(MAX_PINS) };
-        // SAFETY: in bounds of a mapping that is never unmapped and only holds atomics.
-        (0..count).map(move |index| unsafe { &*pins.wrapping_add(index) })
+        PINS[..self.pin_count.load(Ordering::SeqCst).min(MAX_PINS)].iter()
     }
 }

@@ -10,7 +10,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "starts raw threads and refers to mappings that are never unmapped: the control page, the pins"
+    reason = "starts raw threads and refers to a mapping that is never unmapped: the control page"
 )]
 
 use crate::control::{Control, Slot};
@@ -46,7 +46,7 @@ pub type Cram = Store<GrantedFrames, Frames>;
 
 /// Bytes of an agent thread's stack.
 const STACK: usize = 256 << 10;
-/// Excluded ranges: the C library's and the dynamic linker's own data, ours, thread control blocks.
+/// Excluded ranges that are told apart: the C library's and the dynamic linker's own data, ours, what is wiped on fork.
 pub const MAX_EXCLUDED: usize = 256;
 /// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
 pub const MAX_PINS: usize = 1 << 16;
@@ -120,7 +120,6 @@ pub struct Runtime {
     pub(crate) pause: Event,
     pub(crate) fork_turn: fork::Turn,
     pub(crate) excluded: [(AtomicUsize, AtomicUsize); MAX_EXCLUDED],
-    pub(crate) pins: AtomicPtr<AtomicU64>,
     pub(crate) pin_count: AtomicUsize,
     /// Counts unmaps and moves: what was registered may be something else now.
     pub(crate) unmaps: AtomicU32,
@@ -174,7 +173,6 @@ impl Runtime {
             pause: Event::new(),
             fork_turn: fork::Turn::new(),
             excluded: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; MAX_EXCLUDED],
-            pins: AtomicPtr::new(core::ptr::null_mut()),
             pin_count: AtomicUsize::new(0),
             unmaps: AtomicU32::new(0),
             leaving: AtomicU32::new(0),
@@ -245,8 +243,6 @@ impl Runtime {
             name.0[..spm_name.len()].copy_from_slice(spm_name);
             name.1 = spm_name.len();
         }
-        let pins = Mapping::new(MAX_PINS * 8, c"spmem pins")?;
-        self.pins.store(pins.leak().cast(), Ordering::Release);
         self.pin_thread();
         self.set_stage(Stage::Watched);
         self.device.store(device.as_ref().map_or(-1, Fd::raw), Ordering::Relaxed);
