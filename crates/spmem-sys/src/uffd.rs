@@ -48,6 +48,7 @@ const WAKE: u32 = ior(0x02, 16);
 const COPY: u32 = iowr(0x03, 40);
 const ZEROPAGE: u32 = iowr(0x04, 32);
 const MOVE: u32 = iowr(0x05, 40);
+const WRITEPROTECT: u32 = iowr(0x06, 24);
 const POISON: u32 = iowr(0x08, 32);
 const _: () = assert!(API == 0xc018_aa3f && REGISTER == 0xc020_aa00 && COPY == 0xc028_aa03 && MOVE == 0xc028_aa05);
 const MODE_MISSING: u64 = 1;
@@ -246,6 +247,14 @@ impl Uffd {
     pub fn is_changing(&self) -> bool {
         // An empty range is refused with EINVAL, but only after this.
         self.zero(0, 0).stopped == Some(Errno::EAGAIN)
+    }
+
+    /// Whether any process still uses the address space.
+    pub fn has_users(&self) -> bool {
+        // Lifting a write protection where nothing is registered for it changes nothing, whatever is at the address; an
+        // address space without users is refused before that (`userfaultfd_writeprotect`, mmget_not_zero).
+        const SOMEWHERE: u64 = 1 << 30;
+        self.ioctl(WRITEPROTECT, &mut [SOMEWHERE, PAGE as u64, 0]) != Err(Errno::ESRCH)
     }
 
     /// Whether the page of `address` is registered; `inaccessible` is the address of a page of our own that nobody may read.

@@ -19,6 +19,11 @@ pub const CASES: &[Case] = &[
         stopped_in_fork,
     ),
     Case::new("siblings-killed", "siblings killed in the middle of their faults harm nobody", siblings),
+    Case::new(
+        "creator-killed",
+        "a child that shares the memory of a killed process reads no wrong byte (it may be killed, too)",
+        creator_killed,
+    ),
     Case::new("sibling-leaves-late", "memory of a killed process does not appear in a new one", recycled),
 ];
 
@@ -204,5 +209,46 @@ fn recycled(ctx: &Ctx) -> Outcome {
         })?;
         process::succeed("process made after another was killed", child)?;
     }
+    Ok(())
+}
+
+/// What the child of [`creator_killed`] looks at.
+struct Shared {
+    area: Area,
+    verdict: i32,
+}
+
+extern "C" fn share(argument: *mut libc::c_void) -> i32 {
+    process::nap(300);
+    // SAFETY: the creator's stack frame, which stays as it was when the creator was killed.
+    let shared = unsafe { &*argument.cast::<Shared>() };
+    let is_right = (0..shared.area.len()).all(|page| shared.area.is_right(page));
+    let byte = [if is_right { b'k' } else { b'w' }];
+    // SAFETY: one byte of ours.
+    unsafe { libc::write(shared.verdict, byte.as_ptr().cast(), 1) };
+    0
+}
+
+/// What was compressed is lost with the process that served it: then the child must die of it and not read zeros.
+fn creator_killed(ctx: &Ctx) -> Outcome {
+    const STACK: usize = 64;
+    let (verdict, to_us) = sys::pipe()?;
+    let creator = process::fork(|| {
+        let mut shared = Shared { area: Area::filled(ctx.seed, ctx.pages())?, verdict: to_us };
+        Ballast::new(ctx)?.sweep()?;
+        let top = sys::anon(STACK)? + STACK * 4096;
+        let argument = (&raw mut shared).cast();
+        // SAFETY: the child runs on a stack of its own, and this frame is left by nobody: the process is killed in it.
+        let child = unsafe { libc::clone(share, top as *mut _, libc::CLONE_VM | libc::SIGCHLD, argument) };
+        sys::ok("clone", child.into())?;
+        process::kill(std::process::id() as i32, libc::SIGKILL)
+    })?;
+    sys::close(to_us);
+    process::ends("creator", creator, End::Signal(libc::SIGKILL))?;
+    let mut byte = 0_u8;
+    // SAFETY: one byte of ours.
+    let got = unsafe { libc::read(verdict, (&raw mut byte).cast(), 1) };
+    sys::close(verdict);
+    ensure!(got == 0 || byte == b'k', "the child that shares the memory of a killed process read wrong bytes");
     Ok(())
 }

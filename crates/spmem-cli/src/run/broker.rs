@@ -1,8 +1,8 @@
 //! Broker: what `spm` does for the agents of its tree (`spmem::protocol`).
 //!
 //! [`Broker::accept`] and [`Broker::serve`] are called by the supervisor when epoll(7) says that a socket is ready;
-//! neither ever waits. It hands out the control page, enables userfaultfds and holds them until their process is gone:
-//! were the program to close its own, missing pages would otherwise turn into zeros.
+//! neither ever waits. It hands out the control page, enables userfaultfds and holds them until nobody uses their memory
+//! ([`super::orphans`]): were the program to close its own, missing pages would otherwise turn into zeros.
 //!
 //! A connection ends with the process image. [`Broker::sweep`] tells an exec from an exit: a process that lives on
 //! without the agent in its memory became something that cannot be managed and is counted. A child of vfork(2) or
@@ -33,6 +33,7 @@ use spmem_sys::uffd::Uffd;
 
 use super::encoder::Encoder;
 use super::kernel::{self, Userfaultfd};
+use super::orphans::Orphans;
 use super::proc;
 use super::shared::{self, ControlPage};
 
@@ -76,6 +77,8 @@ pub struct Broker {
     waiting: Vec<Waiting>,
     /// Those that were counted as unmanaged and may have children.
     unmanaged: Vec<Process>,
+    /// What processes have left that others still use.
+    orphans: Orphans,
     next_scan: Instant,
     /// Whether the command itself came under management.
     has_greeted: bool,
@@ -153,6 +156,7 @@ impl Broker {
             connected: HashMap::new(),
             waiting: Vec::new(),
             unmanaged: Vec::new(),
+            orphans: Orphans::default(),
             next_scan: Instant::now(),
             has_greeted: false,
         })
@@ -213,6 +217,7 @@ impl Broker {
     /// few milliseconds; looks through all slots now and then, since a forked child has one before it connects.
     pub fn sweep(&mut self, control: &Control, epoll: BorrowedFd<'_>) {
         let now = Instant::now();
+        self.orphans.sweep();
         if self.is_paused {
             let listener = EventData::new_u64(super::supervise::BROKER);
             self.is_paused = epoll::modify(epoll, &self.listener, listener, EventFlags::IN).is_err();
@@ -398,8 +403,23 @@ impl Broker {
         if connection.encoder.is_some() { 0 } else { libc::EAGAIN }
     }
 
+    /// `spm` is about to end: memory that its processes have left and that others still use is looked after by somebody else.
+    pub fn leave(mut self, control: &ControlPage) {
+        let tokens: Vec<u64> = self.connections.keys().copied().collect();
+        for token in tokens {
+            self.serve(token, control);
+        }
+        self.orphans.leave();
+    }
+
     fn hang_up(&mut self, token: u64, control: &Control) {
-        let Some(Connection { process: Some(process), .. }) = self.connections.remove(&token) else { return };
+        let Some(connection) = self.connections.remove(&token) else { return };
+        let Connection { socket, process: Some(process), held, child, .. } = connection else { return };
+        // The agent's threads have a table of descriptors of their own: it is closed when the last of them has ended.
+        let is_unserved = proc::has_hung_up(&socket);
+        self.orphans.take(process.pid, held, is_unserved);
+        // A child that was not handed over ends itself; one that was reads its events itself. Neither may see zeros.
+        self.orphans.take(process.pid, child, false);
         // The last look at what it had: its slot may be gone with the next line.
         control.observe();
         let pid = process.pid;

@@ -10,6 +10,7 @@ mod agent_file;
 mod broker;
 mod encoder;
 mod kernel;
+mod orphans;
 mod proc;
 mod program;
 mod report;
@@ -166,7 +167,11 @@ pub fn execute(
         Supervisor { command, inherited: &inherited, control: job.control, broker: broker.as_mut(), on_tick };
     let exit_code = supervisor.run()?;
     let elapsed = start.elapsed();
-    if !broker.is_some_and(|broker| broker.has_greeted()) {
+    let has_greeted = broker.as_ref().is_some_and(Broker::has_greeted);
+    if let Some(broker) = broker {
+        broker.leave(job.control);
+    }
+    if !has_greeted {
         job.control.counters.unmanaged_processes.fetch_add(1, Relaxed);
         if is_managed {
             remark(format_args!(

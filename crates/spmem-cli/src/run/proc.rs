@@ -16,6 +16,13 @@ pub fn has_exited(pidfd: &OwnedFd) -> bool {
     matches!(rustix::event::poll(&mut entry, Some(&at_once)), Ok(1))
 }
 
+/// Whether the other end of `socket` is closed by all who had it.
+pub fn has_hung_up(socket: &OwnedFd) -> bool {
+    let mut entry = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut entry, Some(&at_once)), Ok(1)) && entry[0].revents().contains(PollFlags::HUP)
+}
+
 /// Reads which executable `pid` runs; none once it is exiting.
 pub fn read_image(pid: u32) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/exe")).ok()

@@ -7,12 +7,13 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use spmem::control::{Control, Histogram, UNLIMITED};
 
@@ -47,6 +48,11 @@ impl Outputs {
             Some(path) if path.as_os_str() == "-" => Some(Target::Stdout),
             Some(path) => Some(Target::open(path)?),
         };
+        if let (Some(table), Some(json)) = (&table, &json)
+            && table.would_overwrite(json)
+        {
+            bail!("--report and --json name the same file; give each a file of its own");
+        }
         Ok(Self { table, json })
     }
 
@@ -55,20 +61,23 @@ impl Outputs {
     /// # Errors
     /// A file cannot be written after all.
     pub fn write(self, summary: &Summary) -> anyhow::Result<()> {
-        if let Some(target) = self.json {
+        let json = self.json.map_or(Ok(()), |target| {
             let mut text = serde_json::to_string_pretty(summary).context("the report is no JSON")?;
             text.push('\n');
-            target.write(&text)?;
-        }
-        match self.table {
-            Some(target) => target.write(&summary.table()),
-            None => Ok(()),
+            target.write(&text)
+        });
+        // The one is wanted even where the other fails.
+        let table = self.table.map_or(Ok(()), |target| target.write(&summary.table()));
+        match (json, table) {
+            (Err(json), Err(table)) => bail!("{json:#}; {table:#}"),
+            (json, table) => json.and(table),
         }
     }
 }
 
 impl Target {
-    /// Not truncated yet: a run that is refused leaves the last report alone.
+    /// Not truncated yet: a run that is refused leaves the last report alone. A file that is our stdout or stderr (also as
+    /// /dev/stdout) holds what the command says, so it is written there, behind all that.
     fn open(path: &Path) -> anyhow::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
@@ -76,7 +85,19 @@ impl Target {
             .truncate(false)
             .open(path)
             .with_context(|| format!("the report {} cannot be written", path.display()))?;
+        if is_same(&file, rustix::stdio::stdout()) {
+            return Ok(Self::Stdout);
+        }
+        if is_same(&file, rustix::stdio::stderr()) {
+            return Ok(Self::Stderr);
+        }
         Ok(Self::File { path: path.to_owned(), file })
+    }
+
+    /// Whether one of the two would cut off what the other has written.
+    fn would_overwrite(&self, other: &Self) -> bool {
+        let (Self::File { file, .. }, Self::File { file: other, .. }) = (self, other) else { return false };
+        file.metadata().is_ok_and(|metadata| metadata.is_file()) && is_same(file, other)
     }
 
     fn write(self, text: &str) -> anyhow::Result<()> {
@@ -94,6 +115,13 @@ impl Target {
                     .with_context(|| format!("the report {} cannot be written", path.display()))
             }
         }
+    }
+}
+
+fn is_same(one: impl AsFd, other: impl AsFd) -> bool {
+    match (rustix::fs::fstat(one), rustix::fs::fstat(other)) {
+        (Ok(one), Ok(other)) => (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino),
+        _ => false,
     }
 }
 

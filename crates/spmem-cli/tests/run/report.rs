@@ -117,3 +117,40 @@ fn the_table_goes_to_stderr_or_into_the_file() {
     let table = std::fs::read_to_string(&file).unwrap();
     assert!(table.starts_with("spm: true: exit status 0") && !table.contains('x'.to_string().repeat(9).as_str()));
 }
+
+/// The shell redirects, so that `spm` and its command share the descriptor.
+fn redirected(options: &str, redirection: &str) -> (String, Option<i32>, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("log");
+    std::fs::write(&file, "before\n").unwrap();
+    let mut sh = std::process::Command::new("sh");
+    let rest = if crate::harness::can_manage() { "" } else { "--best-effort" };
+    let line = format!("\"$0\" run {rest} {options} -- sh -c 'echo said; echo said >&2' {redirection}");
+    sh.args(["-c", &line, env!("CARGO_BIN_EXE_spm")]).current_dir(directory.path());
+    let output = finish(sh);
+    let outputs = [output.stdout, output.stderr].concat();
+    (std::fs::read_to_string(&file).unwrap(), output.status.code(), String::from_utf8_lossy(&outputs).into_owned())
+}
+
+#[test]
+fn a_report_to_the_commands_own_output_cuts_nothing_off() {
+    let (log, ..) = redirected("--json /dev/stdout", "> log");
+    assert!(log.starts_with("said\n{") && log.ends_with("}\n"), "{log}");
+    let (log, ..) = redirected("--json log", ">> log");
+    assert!(log.starts_with("before\nsaid\n{"), "{log}");
+    let (log, ..) = redirected("--report=/dev/stderr", "2>> log");
+    assert!(log.starts_with("before\nsaid\nspm: "), "{log}");
+}
+
+#[test]
+fn both_reports_in_one_file_are_refused_before_the_start() {
+    let (log, code, said) = redirected("--json log --report=./log", "");
+    assert_eq!((log.as_str(), code), ("before\n", Some(125)));
+    assert!(said.contains("same file") && !said.contains("said"), "{said}");
+}
+
+#[test]
+fn one_report_that_fails_leaves_the_other() {
+    let (.., said) = redirected("--json /dev/full --report", "");
+    assert!(said.contains("/dev/full cannot be written") && said.contains("exit status 0 after"), "{said}");
+}
