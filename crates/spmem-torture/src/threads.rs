@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::new("threads-shared", "atomic counters in cold pages lose no increment", shared),
     Case::new("threads-herd", "threads that fault on one page together all see it right", herd),
-    Case::new("threads-crowd", "1500 threads that wait for cold pages at once all get theirs", crowd),
+    Case::new("threads-crowd", "1040 threads that wait for cold pages at once all get theirs", crowd),
     Case::new("threads-monotonic", "no reader ever sees an older value than before", monotonic),
     Case::new("threads-race-write", "a write racing with eviction is never lost", race_write),
     Case::new("sweep-sequential", "pages swept in order keep their bytes", |ctx| sweep(ctx, false)),
@@ -141,22 +141,20 @@ fn herd(ctx: &Ctx) -> Outcome {
 }
 
 fn crowd(ctx: &Ctx) -> Outcome {
-    const COUNT: usize = 1500;
+    const COUNT: usize = 1040;
     let area = Area::filled(ctx.seed, COUNT)?;
     let mut ballast = Ballast::new(ctx)?;
-    let (barrier, gate) = (Barrier::new(COUNT + 1), AtomicBool::new(false));
+    let (ready, go) = (Barrier::new(COUNT + 1), Barrier::new(COUNT + 1));
     std::thread::scope(|scope| {
         let wait = |page| {
-            barrier.wait();
-            while !gate.load(Relaxed) {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-            }
+            ready.wait();
+            go.wait();
             area.check(page)
         };
         let all: Vec<_> = (0..COUNT).map(|page| scope.spawn(move || wait(page))).collect();
-        barrier.wait();
+        ready.wait();
         let swept = ballast.sweep();
-        gate.store(true, Relaxed);
+        go.wait();
         let outcomes = all.into_iter().map(|thread| thread.join().unwrap_or_else(|cause| resume_unwind(cause)));
         outcomes.fold(swept, |before, outcome| before.and(outcome))
     })
