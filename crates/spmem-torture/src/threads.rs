@@ -4,7 +4,6 @@ use crate::area::{Area, Ballast};
 use crate::harness::{Case, Ctx, Outcome, all, ensure, join, threads};
 use crate::model::{PAGE, Rng};
 use crate::sys;
-use std::panic::resume_unwind;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -19,7 +18,6 @@ pub const CASES: &[Case] = &[
     ),
     Case::new("threads-shared", "atomic counters in cold pages lose no increment", shared),
     Case::new("threads-herd", "threads that fault on one page together all see it right", herd),
-    Case::new("threads-crowd", "1040 threads that wait for cold pages at once all get theirs", crowd),
     Case::new("threads-monotonic", "no reader ever sees an older value than before", monotonic),
     Case::new("threads-race-write", "a write racing with eviction is never lost", race_write),
     Case::new("sweep-sequential", "pages swept in order keep their bytes", |ctx| sweep(ctx, false)),
@@ -138,26 +136,6 @@ fn herd(ctx: &Ctx) -> Outcome {
         area.check_all("after the herd")?;
     }
     Ok(())
-}
-
-fn crowd(ctx: &Ctx) -> Outcome {
-    const COUNT: usize = 1040;
-    let area = Area::filled(ctx.seed, COUNT)?;
-    let mut ballast = Ballast::new(ctx)?;
-    let (ready, go) = (Barrier::new(COUNT + 1), Barrier::new(COUNT + 1));
-    std::thread::scope(|scope| {
-        let wait = |page| {
-            ready.wait();
-            go.wait();
-            area.check(page)
-        };
-        let all: Vec<_> = (0..COUNT).map(|page| scope.spawn(move || wait(page))).collect();
-        ready.wait();
-        let swept = ballast.sweep();
-        go.wait();
-        let outcomes = all.into_iter().map(|thread| thread.join().unwrap_or_else(|cause| resume_unwind(cause)));
-        outcomes.fold(swept, |before, outcome| before.and(outcome))
-    })
 }
 
 /// One thread raises a counter in each page; others must never see it fall: a stale copy that comes back would show.
