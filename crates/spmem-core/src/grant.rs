@@ -109,6 +109,11 @@ impl Terms {
         Self { expires, ..self }
     }
 
+    /// Whether they have ended; those without an end never do.
+    pub(crate) fn is_over(&self, now: Time) -> bool {
+        self.expires <= now && self.expires != Time::NEVER
+    }
+
     /// Where these terms go beyond `other`.
     fn wider_than(&self, other: &Self) -> Option<Wider> {
         if !other.rights.contains(self.rights) {
@@ -300,7 +305,7 @@ impl Registry {
 
     /// Terms that are over already make no grant.
     fn check_time(&self, terms: Terms) -> Result<(), GrantError> {
-        if terms.expires > self.now() { Ok(()) } else { Err(GrantError::Expired { at: terms.expires }) }
+        if !terms.is_over(self.now()) { Ok(()) } else { Err(GrantError::Expired { at: terms.expires }) }
     }
 
     /// Ends a grant and all narrowed from it; the owner of any of its nodes may. When this returns nothing new can

@@ -346,6 +346,17 @@ fn a_grant_of_another_registry_is_refused() {
 }
 
 #[test]
+fn a_grant_without_an_end_outlives_the_last_moment_that_can_be_told() {
+    let mut model = Model::new();
+    model.grant(&[1], all(100_000));
+    assert_eq!(model.mm.registry_mut().advance(Time::NEVER), []);
+    model.alloc(0, 1, 0);
+    model.grant(&[1], all(100_000));
+    model.alloc(1, 1, 0);
+    assert_eq!(model.held.len(), 2);
+}
+
+#[test]
 fn released_records_are_used_again() {
     let mut model = Model::new();
     for _ in 0..10_000 {

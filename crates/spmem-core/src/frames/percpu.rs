@@ -25,9 +25,8 @@ impl Slot {
         if self.is_taken.compare_exchange(false, true, Acquire, Relaxed).is_err() {
             return None;
         }
-        let result = work(&self.cache);
-        self.is_taken.store(false, Release);
-        Some(result)
+        let _taken = Taken(&self.is_taken);
+        Some(work(&self.cache))
     }
 
     fn with<T>(&self, relax: fn(), mut work: impl FnMut(&Cache) -> T) -> T {
@@ -40,6 +39,15 @@ impl Slot {
                 relax();
             }
         }
+    }
+}
+
+/// A slot that somebody works on, also where that ends in a panic.
+struct Taken<'a>(&'a AtomicBool);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Release);
     }
 }
 

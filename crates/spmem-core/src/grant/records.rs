@@ -128,7 +128,7 @@ impl Grants {
             if record.state != State::Live {
                 continue;
             }
-            if record.terms.expires <= now {
+            if record.terms.is_over(now) {
                 record.state = State::Expired;
                 expired.push(GrantId { slot, generation: record.generation });
             } else {

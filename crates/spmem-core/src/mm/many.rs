@@ -155,6 +155,10 @@ impl MemoryManager {
         let Some(&Block { node, charged, domain, registry, .. }) = into.last() else { return };
         let mut frames = [FrameNumber(0); BATCH];
         let frames = &mut frames[..wanted.min(BATCH)];
+        // Before anything is taken: nothing has to be given back where the heap fails.
+        if into.try_reserve(frames.len()).is_err() {
+            return;
+        }
         let all = FrameCount(frames.len() as u64);
         let Ok(charged_now) = self.enter(pass, all, node) else { return };
         if charged_now != charged {
