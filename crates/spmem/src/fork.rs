@@ -21,7 +21,7 @@
 use crate::changes;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
-use crate::space::Space;
+use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use spmem_sys::fd::{Fd, close_all_but};
@@ -250,7 +250,6 @@ impl Runtime {
         self.fork_turn.give();
     }
 
-    /// Keeps reclaimers from touching anything, and waits until none does.
     /// Never lets pages of `[start, end)` leave, and brings back those that are away. Called by program threads. False if
     /// some cannot come: the program may not read them.
     pub fn keep_in_place(&self, start: usize, end: usize) -> bool {
@@ -281,10 +280,11 @@ impl Runtime {
         // As before a fork: nothing leaves, so this stack cannot fault under the lock.
         let mut stack = [0_u8; 2 * PAGE];
         core::hint::black_box(&mut stack);
-        let found = {
+        let (found, is_quiet) = {
             let space = self.space.lock();
+            let is_quiet = space.as_ref().is_some_and(|space| space.mode == Mode::Quiet);
             let table = space.as_ref().map(|space| &space.table);
-            table.and_then(|table| {
+            let found = table.and_then(|table| {
                 let mut at = start;
                 while at < end {
                     let chunk = table.next_chunk(at, end)?.max(at);
@@ -295,14 +295,20 @@ impl Runtime {
                     at = stop;
                 }
                 None
-            })
+            });
+            (found, is_quiet)
         };
-        self.resume_reclaimers();
+        // A fork that has given its turn up may still have a child to nurse: it would be given what is younger than the fork.
+        // Whoever ends that time, under the lock, lets reclaimers go on.
+        if !is_quiet {
+            self.resume_reclaimers();
+        }
         self.fork_turn.give();
         process::set_signal_mask(mask);
         found
     }
 
+    /// Keeps reclaimers from touching anything, and waits until none does.
     pub(crate) fn pause_reclaimers(&self) {
         // SeqCst, with `working`: either a reclaimer sees this, or we see it work.
         self.is_paused.store(true, Ordering::SeqCst);
