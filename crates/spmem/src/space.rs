@@ -144,7 +144,8 @@ impl<B: Backend> Space<B> {
                     continue;
                 }
                 let new = page - from + to;
-                self.table.find_or_add(new).set(new, entry);
+                self.table.find_or_add(new);
+                self.table.set(new, entry);
                 if let Copy::Holding(slot) = entry.copy() {
                     self.holding.set_owner(slot, new);
                 }

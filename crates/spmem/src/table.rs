@@ -2,7 +2,8 @@
 //!
 //! A page that never left has no word or the word 0. The kernel's page tables say what is present; these words say
 //! where a missing page's contents are, and which copy of a present page is still kept. Everything here is reached
-//! under the space's lock. 8 bytes a page and 1 bit for "registered".
+//! under the space's lock. 8 bytes a page, in rows of 64 pages that exist once one of them has a word, and 2 bits for
+//! "registered" and "discarded".
 //!
 //! | kind | `is_away` | meaning |
 //! |---|---|---|
@@ -32,6 +33,9 @@ const PAYLOAD: u64 = (1 << 48) - 1;
 const KIND_SHIFT: u32 = 48;
 const AWAY: u64 = 1 << 50;
 const AGE_SHIFT: u32 = 51;
+/// Pages of a row. Fewer would make sparse memory cheaper and each chunk larger: 8 bytes a row.
+const ROW: usize = 64;
+const ROWS: usize = CHUNK_PAGES / ROW;
 const DISCARDED: u64 = 1 << 54;
 const REFUSED: u64 = 1 << 55;
 
@@ -112,10 +116,14 @@ impl Entry {
     }
 }
 
+type Row = [Entry; ROW];
+
 /// The pages of one 2 MiB-aligned range of addresses.
 pub struct Chunk {
-    entries: [Entry; CHUNK_PAGES],
-    registered: [u64; CHUNK_PAGES / 64],
+    rows: [Option<Box<Row>>; ROWS],
+    /// A bit a page. Pages that are about to be dropped have no word: there can be very many of them at once.
+    discarded: [u64; ROWS],
+    registered: [u64; ROWS],
     /// First address.
     pub start: usize,
     /// Pages that are away.
@@ -132,8 +140,9 @@ impl Chunk {
     /// A chunk nobody has left yet.
     pub fn new(start: usize) -> Self {
         Self {
-            entries: [Entry::default(); CHUNK_PAGES],
-            registered: [0; CHUNK_PAGES / 64],
+            rows: [const { None }; ROWS],
+            discarded: [0; ROWS],
+            registered: [0; ROWS],
             start,
             away: 0,
             kept: 0,
@@ -144,16 +153,34 @@ impl Chunk {
 
     /// The entry of the page of `address`, which lies in this chunk.
     pub fn get(&self, address: usize) -> Entry {
-        self.entries[page_index(address)]
+        let page = page_index(address);
+        if self.discarded[page / ROW] >> (page % ROW) & 1 != 0 {
+            return Entry::discarded();
+        }
+        self.rows[page / ROW].as_ref().map_or(Entry::default(), |row| row[page % ROW])
     }
 
-    /// Replaces it and keeps the counts; what it was.
-    pub fn set(&mut self, address: usize, entry: Entry) -> Entry {
-        let old = core::mem::replace(&mut self.entries[page_index(address)], entry);
+    /// Whether `entry` needs a row that does not exist yet.
+    fn lacks_row(&self, address: usize, entry: Entry) -> bool {
+        !entry.is_empty() && !entry.is_discarded() && self.rows[page_index(address) / ROW].is_none()
+    }
+
+    /// Replaces the entry, whose row exists if it needs one, and keeps the counts; what it was.
+    fn set(&mut self, address: usize, entry: Entry) -> Entry {
+        let (page, old) = (page_index(address), self.get(address));
+        let (bits, bit) = (&mut self.discarded[page / ROW], 1 << (page % ROW));
+        *bits = if entry.is_discarded() { *bits | bit } else { *bits & !bit };
+        if let Some(row) = &mut self.rows[page / ROW] {
+            row[page % ROW] = if entry.is_discarded() { Entry::default() } else { entry };
+        }
         self.away = self.away + u32::from(entry.is_away()) - u32::from(old.is_away());
         self.kept = self.kept + u32::from(is_kept(entry)) - u32::from(is_kept(old));
         self.refused = self.refused + u32::from(entry.is_refused()) - u32::from(old.is_refused());
         old
+    }
+
+    fn count_rows(&self) -> usize {
+        self.rows.iter().flatten().count()
     }
 
     /// Whether all pages of a range in this chunk are registered with the userfaultfd.
@@ -203,20 +230,24 @@ type Branch = [Option<Box<Leaf>>; BRANCH];
 /// All chunks, found by address in three steps.
 pub struct Table {
     top: Vec<Option<Box<Branch>>>,
+    #[allow(clippy::vec_box, reason = "grown under the lock that faults wait for: boxes are soon copied")]
     chunks: Vec<Box<Chunk>>,
+    /// Of all chunks.
+    rows: usize,
     spare: Spare,
 }
 
 /// What is added to a table without allocating.
 #[derive(Default)]
+#[allow(clippy::vec_box, reason = "boxes are what goes into the table: boxing there would allocate")]
 struct Spare {
     chunks: Vec<Box<Chunk>>,
-    #[allow(clippy::vec_box, reason = "boxes are what goes into the table: boxing there would allocate")]
+    rows: Vec<Box<Row>>,
     leaves: Vec<Box<Leaf>>,
     branches: Vec<Box<Branch>>,
 }
 
-/// Chunks, leaves and branches that can be added in a quiet time without allocating.
+/// Chunks, leaves and branches that can be added in a quiet time without allocating. Of rows, as many as those chunks have.
 const QUIET_SPARES: [usize; 3] = [64, 8, 2];
 
 impl Default for Table {
@@ -228,7 +259,7 @@ impl Default for Table {
 impl Table {
     /// A table without chunks.
     pub fn new() -> Self {
-        Self { top: Vec::new(), chunks: Vec::new(), spare: Spare::default() }
+        Self { top: Vec::new(), chunks: Vec::new(), rows: 0, spare: Spare::default() }
     }
 
     /// Bytes this table takes.
@@ -238,7 +269,8 @@ impl Table {
         let leaves = (leaves + self.spare.leaves.len()) * size_of::<Leaf>();
         let branches = (branches.count() + self.spare.branches.len()) * size_of::<Branch>();
         let chunks = (self.chunks.len() + self.spare.chunks.len()) * size_of::<Chunk>();
-        (chunks + leaves + branches + size_of_val(&self.top[..])) as u64
+        let rows = (self.rows + self.spare.rows.len()) * size_of::<Row>();
+        (chunks + rows + leaves + branches + size_of_val(&self.top[..])) as u64
     }
 
     /// Pages that are in their place because they could not leave. O(chunks).
@@ -277,7 +309,14 @@ impl Table {
     /// # Panics
     /// When the chunk does not exist: an entry is made together with its chunk.
     pub fn set(&mut self, address: usize, entry: Entry) -> Entry {
-        self.find_mut(address).expect("the page has an entry, so its chunk exists").set(address, entry)
+        let number = self.number(address).expect("the page has an entry, so its chunk exists");
+        let chunk = &mut self.chunks[number];
+        if chunk.lacks_row(address, entry) {
+            let row = self.spare.rows.pop().unwrap_or_else(|| Box::new([Entry::default(); ROW]));
+            chunk.rows[page_index(address) / ROW] = Some(row);
+            self.rows += 1;
+        }
+        chunk.set(address, entry)
     }
 
     /// How many chunks there are; they are numbered from 0.
@@ -338,7 +377,8 @@ impl Table {
         let [chunks, leaves, branches] = QUIET_SPARES;
         self.chunks.reserve(chunks);
         self.make_top();
-        let Spare { chunks: spare_chunks, leaves: spare_leaves, branches: spare_branches } = &mut self.spare;
+        let Spare { chunks: spare_chunks, rows, leaves: spare_leaves, branches: spare_branches } = &mut self.spare;
+        rows.resize_with(chunks * ROWS, || Box::new([Entry::default(); ROW]));
         spare_chunks.resize_with(chunks, || Box::new(Chunk::new(0)));
         spare_leaves.resize_with(leaves, || Box::new([0; LEAF]));
         spare_branches.resize_with(branches, || Box::new([const { None }; BRANCH]));
@@ -351,8 +391,10 @@ impl Table {
 
     /// Counts anew: after a fork, counts and entries may be of different times.
     pub fn recount(&mut self) {
+        self.rows = self.chunks.iter().map(|chunk| chunk.count_rows()).sum();
         for chunk in &mut self.chunks {
-            let count = |is: fn(Entry) -> bool| chunk.entries.iter().filter(|&&entry| is(entry)).count() as u32;
+            let words = || chunk.rows.iter().flatten().flat_map(|row| row.iter());
+            let count = |is: fn(Entry) -> bool| words().filter(|&&entry| is(entry)).count() as u32;
             let counts = (count(Entry::is_away), count(is_kept), count(Entry::is_refused));
             (chunk.away, chunk.kept, chunk.refused) = counts;
         }
@@ -398,7 +440,7 @@ fn leaf_of(branch: &Branch, address: usize) -> Option<&Leaf> {
     branch[address / (CHUNK * LEAF) % BRANCH].as_deref()
 }
 
-const _: () = assert!(size_of::<Chunk>() <= 9 * CHUNK_PAGES, "at most 9 bytes a page");
+const _: () = assert!(size_of::<Chunk>() + ROWS * size_of::<Row>() <= 9 * CHUNK_PAGES, "at most 9 bytes a page");
 
 #[cfg(test)]
 mod tests {
@@ -425,7 +467,8 @@ mod tests {
         let mut table = Table::new();
         let starts = [3 * CHUNK, 5 * CHUNK, 7 << 40, (1 << 47) - CHUNK];
         for start in starts {
-            table.find_or_add(start + 77).set(start, Entry::away(Copy::Stored(1), Age::COLDEST));
+            table.find_or_add(start + 77);
+            table.set(start, Entry::away(Copy::Stored(1), Age::COLDEST));
         }
         assert_eq!(table.chunks_in(0, 1 << 47).collect::<Vec<_>>(), starts);
         assert_eq!(table.chunks_in(5 * CHUNK + 9, 5 * CHUNK + 10).collect::<Vec<_>>(), [5 * CHUNK]);
@@ -442,16 +485,79 @@ mod tests {
         for number in 0..QUIET_SPARES[0] {
             // Eight chunks in each of eight leaves, of two branches.
             let leaf = (number / 8 % 4 + number / 32 * BRANCH) * CHUNK * LEAF;
-            table.find_or_add(leaf + number % 8 * CHUNK);
+            let chunk = leaf + number % 8 * CHUNK;
+            table.find_or_add(chunk);
+            for page in (chunk..chunk + CHUNK).step_by(PAGE) {
+                table.set(page, Entry::away(Copy::Stored(1), Age::COLDEST));
+            }
         }
         assert_eq!((table.chunks.capacity(), table.metadata_bytes()), (capacity, before));
-        let left = (table.spare.chunks.len(), table.spare.leaves.len(), table.spare.branches.len());
-        assert_eq!(left, (0, 0, 0), "nothing but the spares was used");
+        let Spare { chunks, rows, leaves, branches } = &table.spare;
+        assert_eq!(
+            [chunks.len(), rows.len(), leaves.len(), branches.len()],
+            [0; 4],
+            "nothing but the spares was used"
+        );
         table.end_quiet();
         table.quieten();
         table.end_quiet();
         assert_eq!(table.metadata_bytes(), before, "spares are given back");
         assert_eq!(table.chunks_in(0, ADDRESS_END).count(), QUIET_SPARES[0]);
+    }
+
+    #[test]
+    fn a_table_tells_of_each_page_what_it_was_told_last() {
+        let mut table = Table::new();
+        let entries = |n: u64| match n % 5 {
+            0 => Entry::default(),
+            1 => Entry::discarded(),
+            2 => Entry::refused(Copy::Stored(n)),
+            3 => Entry::present(Copy::Holding(n as u32), Age::COLDEST),
+            _ => Entry::away(Copy::Stored(n), Age::COLDEST),
+        };
+        let mut told = std::collections::BTreeMap::new();
+        let mut random = 1_u64;
+        for n in 0..40_000 {
+            random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(n);
+            let page = (random >> 40) as usize % (3 * CHUNK_PAGES) * PAGE;
+            table.find_or_add(page);
+            let old = table.set(page, entries(random >> 20));
+            assert!(old == told.insert(page, entries(random >> 20)).unwrap_or_default());
+        }
+        for recounted in [false, true] {
+            for chunk in [0, CHUNK, 2 * CHUNK] {
+                let of =
+                    |is: fn(Entry) -> bool| told.range(chunk..chunk + CHUNK).filter(|told| is(*told.1)).count();
+                let found = table.find(chunk).expect("pages were told of");
+                assert!((chunk..chunk + CHUNK).step_by(PAGE).all(|page| found.get(page) == told[&page]));
+                let counts = [found.away, found.kept, found.refused].map(|count| count as usize);
+                assert_eq!(counts, [of(Entry::is_away), of(is_kept), of(Entry::is_refused)]);
+            }
+            if !recounted {
+                table.recount();
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_here_and_there_takes_a_row_and_a_discarded_one_none() {
+        let mut table = Table::new();
+        let gib = |table: &mut Table| {
+            for chunk in 0..512 {
+                table.find_or_add(chunk * CHUNK);
+            }
+            table.metadata_bytes()
+        };
+        let empty = gib(&mut table);
+        for page in (0..512 * CHUNK).step_by(PAGE) {
+            table.set(page, Entry::discarded());
+        }
+        assert_eq!(table.metadata_bytes(), empty, "discarded pages have no word");
+        for chunk in 0..512 {
+            table.set(chunk * CHUNK + 9 * PAGE, Entry::away(Copy::Stored(1), Age::COLDEST));
+        }
+        let a_page = table.metadata_bytes() / 512;
+        assert!(a_page < 800, "{a_page} bytes for a page of each chunk");
     }
 
     #[test]
