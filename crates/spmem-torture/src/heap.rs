@@ -111,7 +111,7 @@ fn mixed(ctx: &Ctx, count: usize) -> Outcome {
         let mut rng = ctx.rng(id as u64);
         let (mut bricks, mut held) = (Vec::<Brick>::new(), 0usize);
         for _ in ctx.rounds(2) {
-            for _ in 0..6000 / count {
+            for _ in 0..2000 / count {
                 let is_full = held > target;
                 if bricks.is_empty() || (!is_full && !rng.one_in(3)) {
                     let len = size(&mut rng);

@@ -13,7 +13,7 @@ const LIMIT_SECONDS: u64 = 1800;
 pub(super) fn sqlite(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
     let program = packages::need("sqlite3", "sqlite3")?;
     let script = bed.dir.join("sqlite.sql");
-    fs::write(&script, sources::sql_script(scale.pick(5_000_000, 300_000)))?;
+    fs::write(&script, sources::sql_script(scale.pick(5_000_000, 200_000)))?;
     let mut job = Job::new("sqlite", program).args(["-batch", "-bail", ":memory:"]).limit_seconds(LIMIT_SECONDS);
     job.stdin = Some(script);
     Ok(Outcome::of(bed.run(side, &job)?))
@@ -22,7 +22,7 @@ pub(super) fn sqlite(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Out
 /// numpy: sorting, grouping, matrix products.
 pub(super) fn numpy(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
     let python = packages::need_numpy(&bed.cache)?;
-    let (rows, matrix) = scale.pick((12_000_000, 3000), (1_500_000, 1000));
+    let (rows, matrix) = scale.pick((12_000_000, 3000), (1_000_000, 800));
     let job = Job::new("numpy", python)
         .args(["-c", include_str!("../../programs/columns.py"), &rows.to_string(), &matrix.to_string()])
         .limit_seconds(LIMIT_SECONDS);
@@ -34,7 +34,7 @@ pub(super) fn sort(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outco
     let program = packages::need("sort", "coreutils")?;
     let input = bed.dir.join("sort.input");
     if !input.exists() {
-        sources::write_lines(&input, scale.pick(3_500_000, 600_000))?;
+        sources::write_lines(&input, scale.pick(3_500_000, 400_000))?;
     }
     let job = Job::new("sort", program)
         .args(["--buffer-size=4G", "--parallel=2", "--key=3", "sort.input"])
@@ -55,7 +55,7 @@ pub(super) fn compiler(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<O
 
 /// Threads over a shared hash map: a program of this tree.
 pub(super) fn threads(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
-    let (keys, operations) = scale.pick(("400000", "1000000"), ("70000", "150000"));
+    let (keys, operations) = scale.pick(("400000", "1000000"), ("50000", "100000"));
     let words = ["shared-map", "--threads", "4", "--keys", keys, "--operations", operations].map(String::from);
     let job = Job::own("threads", &words)?.limit_seconds(LIMIT_SECONDS);
     Ok(Outcome::of(bed.run(side, &job)?))
