@@ -15,7 +15,9 @@
 #![allow(clippy::cast_possible_truncation, reason = "page numbers and descriptors of a test program are small")]
 
 mod advise;
+mod advise_guard;
 mod advise_thp;
+mod advise_wipe;
 mod area;
 mod descriptors;
 mod exec;
@@ -59,6 +61,8 @@ const THEMES: &[&[Case]] = &[
     remap::CASES,
     protect::CASES,
     advise::CASES,
+    advise_wipe::CASES,
+    advise_guard::CASES,
     advise_thp::CASES,
     lock::CASES,
     io::CASES,
