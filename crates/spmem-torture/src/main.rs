@@ -37,6 +37,7 @@ mod neighbours;
 mod process;
 mod protect;
 mod raw_clone;
+mod raw_crowd;
 mod remap;
 mod signals;
 mod stacks;
@@ -57,6 +58,7 @@ const THEMES: &[&[Case]] = &[
     fork_busy::CASES,
     exec::CASES,
     raw_clone::CASES,
+    raw_crowd::CASES,
     unmap::CASES,
     remap::CASES,
     protect::CASES,
