@@ -3,7 +3,8 @@
 //! Such a thread has no thread-local storage of its own (it sees its creator's), no libc state, and, when started
 //! with [`Table::Private`], a descriptor table of its own: what the program closes or leaks is not its concern. Its root
 //! and working directory are its own as well, so that it finds /proc after the program has called chroot(2). The
-//! code it runs may use `core` and this crate, nothing else.
+//! code it runs may use `core` and this crate, nothing else. A tracer that follows the creator's threads (`strace -f`) does
+//! not get this one with them: it would stop whoever is to bring back the memory that it reads.
 
 use crate::{Result, process};
 use core::arch::asm;
@@ -33,7 +34,8 @@ pub unsafe fn spawn(
     entry: extern "C" fn(usize) -> !,
     argument: usize,
 ) -> Result<u32> {
-    let mut flags = libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+    let mut flags =
+        libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM | libc::CLONE_UNTRACED;
     if table == Table::Shared {
         flags |= libc::CLONE_FILES;
     }

@@ -15,7 +15,9 @@
 #![allow(clippy::cast_possible_truncation, reason = "page numbers and descriptors of a test program are small")]
 
 mod advise;
+mod advise_guard;
 mod advise_thp;
+mod advise_wipe;
 mod area;
 mod descriptors;
 mod exec;
@@ -35,6 +37,7 @@ mod neighbours;
 mod process;
 mod protect;
 mod raw_clone;
+mod raw_crowd;
 mod remap;
 mod signals;
 mod stacks;
@@ -55,10 +58,13 @@ const THEMES: &[&[Case]] = &[
     fork_busy::CASES,
     exec::CASES,
     raw_clone::CASES,
+    raw_crowd::CASES,
     unmap::CASES,
     remap::CASES,
     protect::CASES,
     advise::CASES,
+    advise_wipe::CASES,
+    advise_guard::CASES,
     advise_thp::CASES,
     lock::CASES,
     io::CASES,

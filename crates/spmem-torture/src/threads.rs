@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     ),
     Case::new("threads-shared", "atomic counters in cold pages lose no increment", shared),
     Case::new("threads-herd", "threads that fault on one page together all see it right", herd),
+    Case::new("threads-crowd", "1100 threads that wait for cold pages at once all get theirs", crowd),
     Case::new("threads-monotonic", "no reader ever sees an older value than before", monotonic),
     Case::new("threads-race-write", "a write racing with eviction is never lost", race_write),
     Case::new("sweep-sequential", "pages swept in order keep their bytes", |ctx| sweep(ctx, false)),
@@ -136,6 +137,31 @@ fn herd(ctx: &Ctx) -> Outcome {
         area.check_all("after the herd")?;
     }
     Ok(())
+}
+
+fn crowd(ctx: &Ctx) -> Outcome {
+    const COUNT: usize = 1100;
+    const EACH: usize = 8;
+    let area = Area::filled(ctx.seed, COUNT * EACH)?;
+    let mut ballast = Ballast::new(ctx)?;
+    let (ready, go) = (Barrier::new(COUNT + 1), Barrier::new(COUNT + 1));
+    let wait = |number: usize| {
+        ready.wait();
+        go.wait();
+        area.check_order("a crowd's pages", number * EACH..(number + 1) * EACH)
+    };
+    std::thread::scope(|scope| {
+        let wait = &wait;
+        let start = |number| {
+            let small = std::thread::Builder::new().stack_size(64 << 10);
+            small.spawn_scoped(scope, move || wait(number)).expect("a thread of a crowd")
+        };
+        let crowd: Vec<_> = (0..COUNT).map(start).collect();
+        ready.wait();
+        let swept = ballast.sweep();
+        go.wait();
+        all(crowd.into_iter().map(join).chain([swept]))
+    })
 }
 
 /// One thread raises a counter in each page; others must never see it fall: a stale copy that comes back would show.

@@ -64,6 +64,7 @@ fn main() {
         }
     }
     trials.push(trial("own-memory-functions".into(), move || run_own_memory_functions(settings)));
+    trials.push(trial("under-strace".into(), move || run_under_strace(settings)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if conclusion.num_ignored > 0 {
         println!("{} cases were skipped, not passed", conclusion.num_ignored);
@@ -167,6 +168,27 @@ fn run_own_memory_functions(settings: &Settings) -> Result<Completion, Failed> {
     let mut command = Command::new(spm()?);
     command.args(["run", "--sysram", &budget.to_string(), "--json"]).arg(&report).arg("--").arg(&program);
     let case = Case { name: "own-memory-functions".into(), is_cold: true };
+    judge(watch::run(command, &place.path("output"), settings.limit))?;
+    judge_report(&case, &report, budget)
+}
+
+/// A tracer that follows all threads and reads what system calls are given, out of cold pages.
+fn run_under_strace(settings: &Settings) -> Result<Completion, Failed> {
+    if let Err(reason) = userfaultfd() {
+        return Ok(Completion::ignored_with(reason));
+    }
+    let place = Place::new("under-strace");
+    let trace = place.path("trace");
+    let is_there = Command::new("strace").args(["-f", "-o"]).arg(&trace).arg("true").output();
+    if !is_there.is_ok_and(|output| output.status.success()) {
+        return Ok(Completion::ignored_with("no strace that may trace"));
+    }
+    let (report, budget) = (place.path("report.json"), settings.budget_bytes(10));
+    let case = Case { name: "io-pipe".into(), is_cold: true };
+    let mut command = Command::new(spm()?);
+    command.args(["run", "--sysram", &budget.to_string(), "--json"]).arg(&report);
+    command.args(["--", "strace", "-f", "-s", "64", "-e", "trace=read,write", "-o"]).arg(&trace);
+    command.arg(TORTURE).args(settings.case_arguments(&case));
     judge(watch::run(command, &place.path("output"), settings.limit))?;
     judge_report(&case, &report, budget)
 }

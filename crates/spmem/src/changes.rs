@@ -208,17 +208,17 @@ pub(crate) fn note(
         return;
     }
     if space.changes.read.len() == MAX_CHANGES {
-        doubt(space, "too many changes of the address space at once");
+        doubt(runtime, space, "too many changes of the address space at once");
     }
     space.changes.read.push(event);
 }
 
 /// Takes a child that was forked.
-pub(crate) fn note_birth(space: &mut Space<Cram>, child: Uffd, is_announced: bool) {
+pub(crate) fn note_birth(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd, is_announced: bool) {
     let read = space.changes.read.len();
     space.changes.born.push(Born { child, is_announced, read });
     if space.changes.born.len() == MAX_BORN {
-        doubt(space, "too many children forked at once");
+        doubt(runtime, space, "too many children forked at once");
     }
 }
 
@@ -251,7 +251,7 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
             for event in space.changes.read.iter().take(TOLD) {
                 crate::complain(format_args!("spm:   read: {event:x?}\n"));
             }
-            doubt(space, "ranges were moved and unmapped by several threads at once")
+            doubt(runtime, space, "ranges were moved and unmapped by several threads at once")
         }
     }
     while let Some(Born { child, is_announced, read }) = space.changes.born.pop() {
@@ -259,6 +259,7 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
         let since = find_raced(runtime, space, &child, ordered, (all, read));
         if !since.is_lost {
             populate(runtime, space, &child, since);
+            runtime.release(&child);
         }
         if is_announced {
             fork::end_quiet(runtime, space);
@@ -296,9 +297,9 @@ pub(crate) fn is_quiet_soon(uffd: &Uffd) -> bool {
 }
 
 /// Ends the process: going on might hand out wrong bytes. So might its children, which it can serve no more.
-fn doubt(space: &Space<Cram>, what: &str) -> ! {
+fn doubt(runtime: &Runtime, space: &Space<Cram>, what: &str) -> ! {
     for born in &space.changes.born {
-        condemn(space, &born.child, &space.changes.read);
+        condemn(runtime, space, &born.child, &space.changes.read);
     }
     crate::complain(format_args!(
         "spm: process {}: {what}, in an order that cannot be told; the process is ended\n",

@@ -11,14 +11,18 @@
 //! 4. [`Runtime::after_fork_in_child`] starts a monitor; [`adopt`] connects to the parent's handler and is given the userfaultfd, and what
 //!    the child unmapped meanwhile. From then on the child is a process like any other.
 //!
+//! `spm` is given each child's userfaultfd as soon as the fork's event is read: should this process be killed, the child's
+//! missing pages are still missing, and who touches one gets SIGBUS.
+//!
 //! A fork that nobody announced (a raw system call) gets all its pages at once ([`crate::populate`]) and runs unmanaged.
 //! So does a child that cannot be told from such a one, that forks before it serves itself, or that was forked while other
 //! threads moved ranges: its copy of the entries may be torn.
 //!
-//! Known hole: a parent killed in the microseconds between reading the event and handing the descriptor to `spm`
+//! Known hole: a parent killed in the microsecond between reading the event and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
 
 use crate::changes;
+use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
 use crate::space::{Mode, Space};
@@ -341,7 +345,9 @@ pub(crate) fn on_fork(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd) {
     // A raw fork of another thread may be taken for the one that was announced: `nurse` sees it when the other comes.
     let is_announced =
         turn.state.compare_exchange(ANNOUNCED, NURSING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-    changes::note_birth(space, child, is_announced);
+    // From here on the child's missing pages survive this process.
+    runtime.entrust(&child, if is_announced { Heir::Child } else { Heir::Spm });
+    changes::note_birth(runtime, space, child, is_announced);
 }
 
 /// The child that was announced has all its pages, or is somebody else's to serve: this process goes on.

@@ -9,6 +9,7 @@ use spmem_sys::{Errno, PAGE, clock, process};
 use crate::fault::{Served, Server};
 use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
 use crate::populate::{Since, give, populate};
+use crate::protocol::Heir;
 use crate::runtime::Runtime;
 
 /// How long an event of the parent's own waits for the child to serve itself, ns; then the child gets all its pages.
@@ -18,8 +19,6 @@ const EVENT_PATIENCE_NS: u64 = 1_000_000_000;
 /// are not: whoever causes one waits these milliseconds. While changes are put off, faults wait likewise. An event that was
 /// read and is still to be taken is given back.
 pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) -> Option<Event> {
-    // From here on the child's missing pages survive this process.
-    runtime.entrust(Some(&child));
     let listener = runtime.listener.load(Ordering::Relaxed);
     let mut since = Since::default();
     let may_read = runtime.space.lock().as_ref().is_some_and(|space| !space.changes.is_put_off());
@@ -59,7 +58,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                     let page = address & !(PAGE - 1);
                     serve_child(runtime, &child, page, since.origin(page));
                 }
-                Ok(event) => since.note(event),
+                Ok(event) => since.note(runtime, event),
                 Err(_) => {}
             }
         }
@@ -72,12 +71,13 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     };
     if let Some(space) = runtime.space.lock().as_mut() {
         if is_to_be_populated {
+            runtime.entrust(&child, Heir::Spm);
             populate(runtime, space, &child, since);
         }
         end_quiet(runtime, space);
     }
+    runtime.release(&child);
     drop(child);
-    runtime.entrust(None);
     own_event
 }
 
@@ -122,13 +122,14 @@ mod tests {
 
     #[test]
     fn a_child_is_handed_over_with_all_that_has_happened_to_it_or_not_at_all() {
+        static RUNTIME: Runtime = Runtime::new();
         let mut since = Since::default();
         for page in 0..MAX_EVENTS {
             assert!(can_be_handed_over(&since));
-            since.note(Event::Unmap { start: page * PAGE, end: (page + 1) * PAGE });
+            since.note(&RUNTIME, Event::Unmap { start: page * PAGE, end: (page + 1) * PAGE });
         }
         assert!(can_be_handed_over(&since), "as many as can be passed on");
-        since.note(Event::Unmap { start: 0, end: PAGE });
+        since.note(&RUNTIME, Event::Unmap { start: 0, end: PAGE });
         assert!(!can_be_handed_over(&since));
     }
 }

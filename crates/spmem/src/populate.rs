@@ -10,6 +10,7 @@
 //! Hole: a child whose threads move and unmap the same places within these milliseconds (see [`changes`]).
 
 use crate::changes;
+use crate::protocol::Heir;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{ADDRESS_END, CHUNK, Copy};
@@ -77,12 +78,13 @@ impl Since {
     }
 
     /// Takes an event that was read from the child's userfaultfd.
-    pub(crate) fn note(&mut self, event: Event) {
+    pub(crate) fn note(&mut self, runtime: &Runtime, event: Event) {
         match event {
             // Its page is given soon, or its range let go.
             Event::Fault { .. } => {}
             Event::Fork { child } => {
                 let uffd = Uffd::from_fd(Fd::from_raw(child));
+                runtime.entrust(&uffd, Heir::Spm);
                 self.born.push(Child { uffd, raced: self.raced.clone(), changes: self.changes.clone() });
             }
             change => self.changes.push(change),
@@ -97,6 +99,7 @@ pub(crate) fn populate(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, sin
     while let Some(child) = born.pop() {
         let since = Since { raced: child.raced, changes: child.changes, ..Since::default() };
         born.append(&mut populate_one(runtime, space, &child.uffd, since));
+        runtime.release(&child.uffd);
     }
 }
 
@@ -118,14 +121,16 @@ pub(crate) fn find_raced(
         .filter(|event| !matches!(event, Event::Remove { .. }) || read[..read_before].contains(event))
         .copied()
         .collect();
-    let inaccessible = runtime.guard_start.load(Ordering::Relaxed);
-    let Some(count) = find_moment(space, child, &mut since, &before, read, inaccessible) else {
+    let Some(count) = find_moment(runtime, space, child, &mut since, &before, read) else {
         crate::complain(format_args!(
             "spm: process {}: forked amid changes of its address space, in an order that cannot be told; users of the \
              child's missing pages get SIGBUS\n",
             process::pid()
         ));
-        condemn(space, child, &before);
+        condemn(runtime, space, child, &before);
+        for born in since.born.drain(..) {
+            condemn(runtime, space, &born.uffd, &[before.as_slice(), &born.changes].concat());
+        }
         since.is_lost = true;
         return since;
     };
@@ -135,12 +140,12 @@ pub(crate) fn find_raced(
 
 /// How many of `raced` had happened when the child was forked; `None` when that cannot be told and makes a difference.
 fn find_moment(
+    runtime: &Runtime,
     space: &Space<Cram>,
     child: &Uffd,
     since: &mut Since,
     raced: &[Event],
     read: &[Event],
-    inaccessible: usize,
 ) -> Option<usize> {
     let mut pages: Vec<usize> = Vec::new();
     for (start, end) in raced.iter().filter_map(|&event| changes::departure(event)) {
@@ -155,8 +160,7 @@ fn find_moment(
         Event::Remap { from, len, .. } => read.contains(&Event::Unmap { start: from, end: from + len }),
         event => matches!(event, Event::Unmap { .. }),
     };
-    let is_possible =
-        find_possible_moments(raced, leaves_empty, |page| may_be_ours(child, since, page, inaccessible));
+    let is_possible = find_possible_moments(raced, leaves_empty, |page| may_be_ours(runtime, child, since, page));
     pick_moment(pages, raced, &is_possible)
 }
 
@@ -216,21 +220,22 @@ fn pick_moment(pages: Vec<usize>, raced: &[Event], is_possible: &[bool]) -> Opti
 }
 
 /// Whether the page was registered in the child when it was forked, as far as can be told.
-fn may_be_ours(child: &Uffd, since: &mut Since, page: usize, inaccessible: usize) -> bool {
+fn may_be_ours(runtime: &Runtime, child: &Uffd, since: &mut Since, page: usize) -> bool {
+    let inaccessible = runtime.guard_start.load(Ordering::Relaxed);
     loop {
         let Some(at) = changes::destination(&since.changes, page) else { return true };
         match child.is_registered(at, inaccessible) {
             Ok(is_ours) => return is_ours,
-            Err(_) => read_on(child, since),
+            Err(_) => read_on(runtime, child, since),
         }
     }
 }
 
 /// The child has changed something, which is to be read first.
-fn read_on(child: &Uffd, since: &mut Since) {
+fn read_on(runtime: &Runtime, child: &Uffd, since: &mut Since) {
     let _ = poll(&mut [Poll::readable(child.raw())], 1_000_000);
     if let Ok(event) = child.read() {
-        since.note(event);
+        since.note(runtime, event);
     }
 }
 
@@ -262,30 +267,33 @@ fn give_all(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, since: &mut Si
 }
 
 /// The child, to which some of `raced` has happened, is not to be given its pages any more: wherever one may be, its user
-/// gets SIGBUS.
-pub(crate) fn condemn(space: &Space<Cram>, child: &Uffd, raced: &[Event]) {
+/// gets SIGBUS. So does whoever touches any other page that is missing there, as long as `spm` runs.
+pub(crate) fn condemn(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, raced: &[Event]) {
     for chunk in space.table.chunks_in(0, ADDRESS_END) {
         for origin in (chunk..chunk + CHUNK).step_by(PAGE).filter(|&page| space.table.get(page).is_away()) {
-            poison(child, origin);
+            poison(runtime, child, origin);
             let mut place = origin;
             for event in raced {
                 if let Some(page) = changes::destination(core::slice::from_ref(event), place)
                     && page != place
                 {
-                    poison(child, page);
+                    poison(runtime, child, page);
                     place = page;
                 }
             }
         }
     }
+    runtime.entrust(child, Heir::SpmNow);
 }
 
-fn poison(child: &Uffd, page: usize) {
+fn poison(runtime: &Runtime, child: &Uffd, page: usize) {
     for _ in 0..MEMORY_TRIES {
         if child.poison(page).stopped != Some(Errno::EAGAIN) {
             return;
         }
-        let _ = child.read();
+        if let Ok(Event::Fork { child }) = child.read() {
+            runtime.entrust(&Uffd::from_fd(Fd::from_raw(child)), Heir::SpmNow);
+        }
     }
 }
 
@@ -294,7 +302,7 @@ fn give_at_last(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, since: &mu
     let mut tries = 0;
     while let Some(page) = since.place(origin) {
         match give(runtime, space, child, page, Some(origin)) {
-            Some(Errno::EAGAIN) => read_on(child, since),
+            Some(Errno::EAGAIN) => read_on(runtime, child, since),
             Some(Errno::ENOMEM) => {
                 tries += 1;
                 if tries > MEMORY_TRIES && matches!(child.poison(page).stopped, None | Some(Errno::EEXIST)) {

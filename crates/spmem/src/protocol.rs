@@ -9,13 +9,13 @@
 //! |---|---|---|
 //! | `Hello` | `value` 1: a forked child, which is managed even without a connection | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
-//! | `Child` | the userfaultfd of a forked child that its parent serves; `spm` holds it in place of an earlier one. None: the child stands alone | no reply |
+//! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number stands alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
 
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
 /// First word of every message; the low digits are the version.
-pub const MAGIC: u64 = 0x5350_4d50_524f_0001;
+pub const MAGIC: u64 = 0x5350_4d50_524f_0002;
 
 /// What a message asks.
 #[repr(u32)]
@@ -29,6 +29,36 @@ pub enum Kind {
     Encoder = 3,
     /// Hold a forked child's userfaultfd, or let go of it. No reply.
     Child = 4,
+}
+
+/// Who answers the faults of a forked child when the parent that serves it ends. The upper half of `value`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heir {
+    /// The child: it ends itself, or serves itself already.
+    Child = 0,
+    /// `spm`: nobody in the child knows.
+    Spm = 1,
+    /// `spm`, from now on.
+    SpmNow = 2,
+}
+
+impl Heir {
+    /// With the number of the child's userfaultfd, as `value` carries it.
+    pub const fn with(self, number: i32) -> u64 {
+        (self as u64) << 32 | number.cast_unsigned() as u64
+    }
+
+    /// The number and the heir that `value` carries; `None` for no heir that there is.
+    pub const fn read(value: u64) -> Option<(u32, Self)> {
+        let number = (value & 0xffff_ffff) as u32;
+        match value >> 32 {
+            0 => Some((number, Self::Child)),
+            1 => Some((number, Self::Spm)),
+            2 => Some((number, Self::SpmNow)),
+            _ => None,
+        }
+    }
 }
 
 /// One message, either way.
@@ -45,7 +75,7 @@ pub struct Message {
     pub pid: u32,
     /// Unused, zero.
     pub pad: u32,
-    /// `Userfault`: UFFDIO_API feature bits wanted. `Hello`: whether it is managed already.
+    /// `Userfault`: UFFDIO_API feature bits wanted. `Hello`: whether it is managed already. `Child`: see [`Heir::with`].
     pub value: u64,
 }
 
@@ -75,5 +105,18 @@ impl Message {
             pad: 0,
             value: word(24),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_travels_with_its_heir() {
+        for heir in [Heir::Child, Heir::Spm, Heir::SpmNow] {
+            assert_eq!(Heir::read(heir.with(513)), Some((513, heir)));
+        }
+        assert_eq!(Heir::read(3 << 32), None);
     }
 }

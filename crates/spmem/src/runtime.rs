@@ -20,7 +20,7 @@ use crate::fault;
 use crate::fork;
 use crate::frames::{Frames, lend_metadata};
 use crate::holding::Holding;
-use crate::protocol::{Kind, MAGIC, Message};
+use crate::protocol::{Heir, Kind, MAGIC, Message};
 use crate::reclaim;
 use crate::recorder::{Happening, Record};
 use crate::space::Space;
@@ -422,12 +422,21 @@ impl Runtime {
         self.ask_spm(Kind::Userfault, features, &[uffd.raw()]).map(|_| ())
     }
 
-    /// Gives `spm` the userfaultfd of a forked child to hold, in place of an earlier one; `None`: the child stands alone.
-    /// Does not wait: should `spm` be stopped, the message keeps the descriptor.
-    pub(crate) fn entrust(&self, child: Option<&Uffd>) {
-        let fds = child.map(Uffd::raw);
+    /// Gives `spm` the userfaultfd of a forked child to hold, until [`Runtime::release`]. Does not wait: should `spm` be
+    /// stopped, the message keeps the descriptor.
+    pub(crate) fn entrust(&self, child: &Uffd, heir: Heir) {
         // Nothing else holds it if that fails, and nothing else could.
-        let _ = self.with_socket(|socket| socket.send_now(&request(Kind::Child, 0).to_bytes(), fds.as_slice()));
+        self.tell_spm(heir.with(child.raw()), &[child.raw()]);
+    }
+
+    /// The child stands alone, or has got all its pages. To be called before its userfaultfd is closed here: the number is
+    /// another's then.
+    pub(crate) fn release(&self, child: &Uffd) {
+        self.tell_spm(Heir::Child.with(child.raw()), &[]);
+    }
+
+    fn tell_spm(&self, value: u64, fds: &[i32]) {
+        let _ = self.with_socket(|socket| socket.send_now(&request(Kind::Child, value).to_bytes(), fds));
     }
 
     fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {

@@ -2,15 +2,19 @@
 //!
 //! [`install`] gives the path. The directory is world-readable and may have been made by somebody else, so nothing in
 //! it is trusted: owner and mode are checked, the bytes are compared at every start, and a file is only ever replaced
-//! by rename. Hole: a child in another mount namespace or root directory does not see the path and runs unmanaged.
+//! by rename. Agents of other builds are removed when nobody uses them any more ([`sweep`]).
+//! Holes: a child in another mount namespace or root directory does not see the path and runs unmanaged. So do programs that are
+//! executed by a process that was started a day ago by another build, if it is in another pid namespace than this `spm`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::bail;
-use rustix::fs::StatVfsMountFlags;
+use rustix::fs::{FlockOperation, StatVfsMountFlags};
 
 /// The agent's object file.
 static AGENT: &[u8] = include_bytes!(env!("SPMEM_AGENT_OBJECT"));
@@ -20,6 +24,8 @@ const NAME: &str = concat!("agent-", env!("SPMEM_AGENT_HASH"), ".so");
 const ROOTS: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 /// Directory names tried in each root, in case somebody else took the first.
 const NAMES_EACH: u32 = 4;
+/// An agent that no run was started with for so long is removed, unless a process still has it.
+const UNUSED: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Makes sure that the agent lies in a file that only we can change, and gives its path.
 ///
@@ -55,11 +61,54 @@ fn install_in(directory: &Path, uid: u32) -> io::Result<PathBuf> {
     if rustix::fs::statvfs(directory)?.f_flag.contains(StatVfsMountFlags::NOEXEC) {
         return Err(refusal("is mounted noexec"));
     }
+    // A sweep and this do not cross: the file is there, and marked as used, or not looked at yet.
+    let lock = File::open(directory)?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     let path = directory.join(NAME);
     if !is_intact(&path, uid) {
         write(directory, &path)?;
     }
+    // When it was used last; a sweep that fails leaves files behind, no more.
+    let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+    let _ = sweep(directory, Path::new("/proc"));
     Ok(path)
+}
+
+/// Removes agents of other builds that no run was started with for [`UNUSED`] and that no process has mapped or would preload
+/// into what it executes. Where that cannot be told of each process, none is removed.
+fn sweep(directory: &Path, proc: &Path) -> io::Result<()> {
+    let mut unused = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_agent = name.as_bytes().starts_with(b"agent-") && name.as_bytes().ends_with(b".so");
+        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+        if is_agent && name != NAME && age > UNUSED {
+            unused.push(entry.path());
+        }
+    }
+    if unused.is_empty() {
+        return Ok(());
+    }
+    for process in fs::read_dir(proc)? {
+        let process = process?;
+        if !process.file_name().as_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        for file in ["maps", "environ"] {
+            let text = match fs::read(process.path().join(file)) {
+                Ok(text) => text,
+                // It has ended.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => continue,
+                Err(error) => return Err(error),
+            };
+            unused.retain(|path| {
+                let name = path.file_name().unwrap_or_default().as_bytes();
+                !text.windows(name.len()).any(|part| part == name)
+            });
+        }
+    }
+    unused.iter().try_for_each(fs::remove_file)
 }
 
 fn is_intact(path: &Path, uid: u32) -> bool {
@@ -122,6 +171,37 @@ mod tests {
         install_in(&directory, uid()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755);
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn agents_of_other_builds_go_when_nobody_has_them_any_more() {
+        let root = tempfile::tempdir().unwrap();
+        let (directory, proc) = (root.path().join("d"), root.path().join("proc"));
+        let own = install_in(&directory, uid()).unwrap();
+        let make = |name: &str, age: Duration| {
+            let path = directory.join(name);
+            File::create(&path).unwrap().set_modified(SystemTime::now() - age).unwrap();
+            path
+        };
+        let process = |pid: &str, maps: &str, environ: &str| {
+            fs::create_dir_all(proc.join(pid)).unwrap();
+            fs::write(proc.join(pid).join("maps"), maps).unwrap();
+            fs::write(proc.join(pid).join("environ"), environ).unwrap();
+        };
+        let (young, mapped) = (make("agent-1.so", UNUSED / 2), make("agent-2.so", UNUSED * 2));
+        let (preloaded, unused) = (make("agent-3.so", UNUSED * 2), make("agent-4.so", UNUSED * 2));
+        let other = make("notes", UNUSED * 2);
+        process("12", "7f00-7f01 r-xp 0 fe:00 9 /tmp/d/agent-2.so\n", "HOME=/\0");
+        process("13", "", "LD_PRELOAD=/tmp/d/agent-3.so\0HOME=/\0");
+        fs::create_dir_all(proc.join("sys")).unwrap();
+        // What cannot be read may have any of them.
+        fs::create_dir_all(proc.join("14/maps")).unwrap();
+        assert!(sweep(&directory, &proc).is_err());
+        assert!(unused.exists());
+        fs::remove_dir_all(proc.join("14")).unwrap();
+        sweep(&directory, &proc).unwrap();
+        assert!([own, young, mapped, preloaded, other].iter().all(|path| path.exists()));
+        assert!(!unused.exists());
     }
 
     #[test]

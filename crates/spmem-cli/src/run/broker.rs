@@ -28,7 +28,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, Resource};
 use spmem::control::Control;
-use spmem::protocol::{Kind, MAGIC, Message};
+use spmem::protocol::{Heir, Kind, MAGIC, Message};
 use spmem_sys::uffd::Uffd;
 
 use super::encoder::Encoder;
@@ -47,6 +47,8 @@ const DESCRIPTORS_OTHER: u64 = 32;
 const MAX_REFUSED: usize = 8;
 /// Most userfaultfds of its own that a process may have held.
 const MAX_HELD: usize = 64;
+/// Most children's that a process may have held: each thread may have forked one by a raw system call.
+const MAX_CHILDREN: usize = 1024;
 /// How often slots, and the children of those that are known, are looked through for processes without a connection, ...
 const SCAN_PERIOD: Duration = Duration::from_millis(200);
 /// ... but never so often that it takes more than one part in so many of the time.
@@ -90,14 +92,14 @@ struct Connection {
     process: Option<Process>,
     /// Second holder of what the program could close.
     held: Vec<Uffd>,
-    /// That of the forked child that the process serves.
-    child: Option<Uffd>,
+    /// Those of forked children that the process serves, by their numbers there.
+    children: HashMap<u32, (Uffd, Heir)>,
     encoder: Option<Encoder>,
 }
 
 impl Connection {
     fn new(socket: OwnedFd) -> Self {
-        Self { socket, process: None, held: Vec::new(), child: None, encoder: None }
+        Self { socket, process: None, held: Vec::new(), children: HashMap::new(), encoder: None }
     }
 }
 
@@ -296,9 +298,7 @@ impl Broker {
         control: &ControlPage,
     ) -> Result<(), Errno> {
         if request.kind == Kind::Child as u32 {
-            if let Some(connection) = self.connections.get_mut(&token).filter(|known| known.process.is_some()) {
-                connection.child = descriptor.map(kernel::adopt);
-            }
+            self.hold_child(token, request.value, descriptor);
             return Ok(());
         }
         let mut reply = Message { errno: 0, pad: 0, value: 0, ..request };
@@ -390,6 +390,26 @@ impl Broker {
         0
     }
 
+    /// Becomes second holder of a forked child's userfaultfd, or lets go of it.
+    fn hold_child(&mut self, token: u64, value: u64, descriptor: Option<OwnedFd>) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let (Some(process), Some((number, heir))) = (&connection.process, Heir::read(value)) else { return };
+        let children = &mut connection.children;
+        match descriptor.map(kernel::adopt) {
+            None => {
+                children.remove(&number);
+            }
+            Some(child) if heir == Heir::SpmNow => {
+                children.remove(&number);
+                self.orphans.take(process.pid, [child], true);
+            }
+            Some(child) if children.len() < MAX_CHILDREN => {
+                children.insert(number, (child, heir));
+            }
+            Some(_) => {}
+        }
+    }
+
     /// Gives the process an encoder. 0, or an errno.
     fn hire(&mut self, token: u64, memory: Option<OwnedFd>, seed: u64) -> i32 {
         let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
@@ -414,12 +434,15 @@ impl Broker {
 
     fn hang_up(&mut self, token: u64, control: &Control) {
         let Some(connection) = self.connections.remove(&token) else { return };
-        let Connection { socket, process: Some(process), held, child, .. } = connection else { return };
+        let Connection { socket, process: Some(process), held, children, .. } = connection else { return };
         // The agent's threads have a table of descriptors of their own: it is closed when the last of them has ended.
         let is_unserved = proc::has_hung_up(&socket);
         self.orphans.take(process.pid, held, is_unserved);
-        // A child that was not handed over ends itself; one that was reads its events itself. Neither may see zeros.
-        self.orphans.take(process.pid, child, false);
+        // A child that was not handed over ends itself; one that was reads its events itself. One that waits to be given its
+        // pages does neither. None may see zeros.
+        for (child, heir) in children.into_values() {
+            self.orphans.take(process.pid, [child], is_unserved && heir == Heir::Spm);
+        }
         // The last look at what it had: its slot may be gone with the next line.
         control.observe();
         let pid = process.pid;

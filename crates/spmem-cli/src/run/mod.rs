@@ -8,6 +8,7 @@
 
 mod agent_file;
 mod broker;
+mod elf;
 mod encoder;
 mod kernel;
 mod orphans;

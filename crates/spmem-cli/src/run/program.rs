@@ -11,11 +11,13 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, StatVfsMountFlags};
 use rustix::process::{getegid, getgid, getuid};
+
+use super::elf::Header;
 
 /// `#!` lines that are followed; the kernel gives up earlier (`exec_binprm` in fs/exec.c).
 const SCRIPT_DEPTH: usize = 5;
@@ -23,11 +25,8 @@ const SCRIPT_DEPTH: usize = 5;
 const SCRIPT_LINE: usize = 256;
 /// Where execvp(3) looks without a PATH.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
-
-#[cfg(target_arch = "x86_64")]
-const MACHINE: u16 = 62;
-#[cfg(target_arch = "aarch64")]
-const MACHINE: u16 = 183;
+/// Symbols of the runtimes of gcc's and clang's -fsanitize=address and -fsanitize=leak.
+const SANITIZERS: [&str; 2] = ["__asan_init", "__lsan_init"];
 
 /// Why no file can be executed for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +53,11 @@ pub enum Obstacle {
     Static { program: PathBuf },
     /// Runs with other rights than its caller's, so the loader ignores LD_PRELOAD (ld.so(8), secure execution).
     Privileged { program: PathBuf, by: &'static str },
+    /// It loads the command proper itself.
+    Loader { program: PathBuf },
+    /// Built with AddressSanitizer or LeakSanitizer. The runtime ends the program unless it is loaded before everything else;
+    /// linked in, it stops all threads, the agent's too, and waits for memory that these would bring back.
+    Sanitized { program: PathBuf },
     /// Another word size or processor than this `spm`'s.
     Foreign { program: PathBuf, is: String },
 }
@@ -69,6 +73,16 @@ impl fmt::Display for Obstacle {
             Self::Privileged { program, by } => write!(
                 f,
                 "{} is {by}, so the dynamic loader ignores LD_PRELOAD; start spm as the user that it would become",
+                program.display()
+            ),
+            Self::Loader { program } => write!(
+                f,
+                "{} is a dynamic loader, and what it would load is not looked at; name the program itself, without it",
+                program.display()
+            ),
+            Self::Sanitized { program } => write!(
+                f,
+                "{} is built with -fsanitize=address or leak, whose runtime does not go with the agent; use a build without",
                 program.display()
             ),
             Self::Foreign { program, is } => write!(
@@ -163,43 +177,17 @@ fn check_elf(program: &Path, file: &File, head: &[u8]) -> Option<Obstacle> {
         Err(is) => return Some(Obstacle::Foreign { program, is }),
     };
     if !header.has_interpreter(file) {
-        return Some(Obstacle::Static { program });
+        // Linked to start without a loader, a program has no name for others to ask for.
+        return Some(if header.has_name(file) {
+            Obstacle::Loader { program }
+        } else {
+            Obstacle::Static { program }
+        });
+    }
+    if header.mentions(file, &SANITIZERS) {
+        return Some(Obstacle::Sanitized { program });
     }
     privilege(file).map(|by| Obstacle::Privileged { program, by })
-}
-
-/// The words of an ELF-64 header that matter here (elf(5)).
-struct Header {
-    table: u64,
-    entry_size: u16,
-    entries: u16,
-}
-
-impl Header {
-    fn read(head: &[u8]) -> Result<Self, String> {
-        const CLASS_64: u8 = 2;
-        const LITTLE_ENDIAN: u8 = 1;
-        let short = |at: usize| head.get(at..at + 2).map_or(0, |b| u16::from_le_bytes([b[0], b[1]]));
-        match (head.get(4), head.get(5)) {
-            (Some(&CLASS_64), Some(&LITTLE_ENDIAN)) if short(18) == MACHINE => {}
-            (Some(&CLASS_64), Some(&LITTLE_ENDIAN)) => {
-                return Err(format!("machine {} (ELF e_machine)", short(18)));
-            }
-            (Some(&CLASS_64), _) => return Err("big-endian processors".to_owned()),
-            _ => return Err("32-bit processors".to_owned()),
-        }
-        let table = head.get(32..40).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
-        Ok(Self { table, entry_size: short(54), entries: short(56) })
-    }
-
-    fn has_interpreter(&self, file: &File) -> bool {
-        const PT_INTERP: u32 = 3;
-        (0..self.entries).any(|index| {
-            let at = self.table.saturating_add(u64::from(index) * u64::from(self.entry_size));
-            let mut kind = [0; 4];
-            file.read_exact_at(&mut kind, at).is_ok() && u32::from_le_bytes(kind) == PT_INTERP
-        })
-    }
 }
 
 /// What makes the loader enter secure execution (AT_SECURE; `cap_bprm_creds_from_file` in security/commoncap.c).
@@ -228,6 +216,7 @@ fn privilege(file: &File) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::elf::MACHINE;
     use super::*;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
@@ -281,6 +270,51 @@ mod tests {
         assert_eq!(check(&program, None), Some(Obstacle::Static { program: program.clone() }));
         let dynamic = script(directory.path(), "dynamic", &elf(2, MACHINE, 3), 0o755);
         assert_eq!(check(&dynamic, None), None);
+    }
+
+    /// An ELF with a dynamic section of one entry, and a table of names.
+    fn dynamic_elf(kind: u32, entry: [u64; 2], names: &[u8]) -> Vec<u8> {
+        let mut bytes = elf(2, MACHINE, kind);
+        bytes.resize(512, 0);
+        bytes[56..58].copy_from_slice(&2_u16.to_le_bytes());
+        bytes[58..60].copy_from_slice(&64_u16.to_le_bytes());
+        bytes[60..62].copy_from_slice(&1_u16.to_le_bytes());
+        let mut put = |at: usize, words: &[u64]| {
+            for (index, word) in words.iter().enumerate() {
+                bytes[at + 8 * index..][..8].copy_from_slice(&word.to_le_bytes());
+            }
+        };
+        put(40, &[320]);
+        // PT_DYNAMIC and SHT_STRTAB, with offset and length.
+        put(120, &[2, 256, 0, 0, 16]);
+        put(256, &entry);
+        put(320, &[3 << 32, 0, 0, 512, names.len() as u64]);
+        bytes.extend_from_slice(names);
+        bytes
+    }
+
+    #[test]
+    fn a_dynamic_loader_is_not_taken_for_a_static_program() {
+        let directory = tempfile::tempdir().unwrap();
+        let loader = script(directory.path(), "ld.so", &dynamic_elf(1, [14, 1], b"\0ld.so\0"), 0o755);
+        assert_eq!(check(&loader, None), Some(Obstacle::Loader { program: loader.clone() }));
+        let pie = script(directory.path(), "pie", &dynamic_elf(1, [24, 0], b"\0"), 0o755);
+        assert_eq!(check(&pie, None), Some(Obstacle::Static { program: pie.clone() }));
+        for known in ["/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1"] {
+            if Path::new(known).exists() {
+                assert!(matches!(check(Path::new(known), None), Some(Obstacle::Loader { .. })), "{known}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_with_the_address_sanitizer_is_told_by_its_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let sanitized = dynamic_elf(3, [1, 1], b"\0libasan.so.8\0__asan_init\0");
+        let sanitized = script(directory.path(), "sanitized", &sanitized, 0o755);
+        assert_eq!(check(&sanitized, None), Some(Obstacle::Sanitized { program: sanitized.clone() }));
+        let other = script(directory.path(), "other", &dynamic_elf(3, [1, 1], b"\0no__asan_init\0"), 0o755);
+        assert_eq!(check(&other, None), None);
     }
 
     #[test]

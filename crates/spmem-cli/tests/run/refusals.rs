@@ -25,6 +25,42 @@ fn a_static_program_is_refused_with_reason_and_remedy() {
 }
 
 #[test]
+fn the_dynamic_loader_as_a_command_is_refused_as_what_it_is() {
+    let loader = Path::new("/lib64/ld-linux-x86-64.so.2");
+    if !loader.exists() {
+        println!("skipped: no {} here", loader.display());
+        return;
+    }
+    let mut spm = Command::new(env!("CARGO_BIN_EXE_spm"));
+    spm.args(["run", "--"]).arg(loader).arg("/bin/true");
+    let output = finish(spm);
+    let remark = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{remark}");
+    assert!(remark.contains("dynamic loader") && remark.contains("name the program itself"), "{remark}");
+}
+
+#[test]
+fn a_program_built_with_the_address_sanitizer_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("program.c");
+    std::fs::write(&source, "int main(void) { return 7; }\n").unwrap();
+    for options in [&["-fsanitize=address"][..], &["-fsanitize=address", "-static-libasan"], &["-fsanitize=leak"]]
+    {
+        let program = directory.path().join("program");
+        let built = Command::new("cc").args(options).arg("-o").arg(&program).arg(&source).output();
+        if !built.is_ok_and(|output| output.status.success()) {
+            println!("skipped: no C compiler that takes {options:?}");
+            continue;
+        }
+        let output = spm(&[], &program);
+        let remark = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(125), "{options:?}: {remark}");
+        assert!(remark.contains("-fsanitize=address") && remark.contains("use a build without"), "{remark}");
+        assert_eq!(spm(&["--best-effort"], &program).status.code(), Some(7), "{options:?}");
+    }
+}
+
+#[test]
 fn best_effort_runs_it_unmanaged_and_says_so_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let program = static_program(directory.path());

@@ -1,8 +1,8 @@
 //! Throttling: how fast pages may come in while the budget is used up.
 //!
 //! [`Throttle`] turns each look into *room*, the pages that may come in until the next one, and *patience*, how long a page
-//! waits where there is none. Nothing waits for ever: where reclaim makes progress pages come in at its pace, a little slower;
-//! where it makes none the program goes on over its budget. [`Turnstile`] lets waiting pages pass, one in each patience
+//! waits where there is none. Nothing waits for ever: where the excess grows although reclaim makes progress, pages come in at
+//! its pace, a little slower; where it makes none, or follows whatever comes in, the program goes on over its budget. [`Turnstile`] lets waiting pages pass, one in each patience
 //! however many threads wait. [`Coverage`] says when what could grow comes under the fault handler, and when it is let go.
 //! Pure. Called by the runtime's pressure loop and fault line, and by the simulator.
 
@@ -12,11 +12,11 @@ use super::{BATCH_PAGES, Gate, Marks};
 
 /// Where there is no room, a page comes in once in so long, ns, ...
 pub const PATIENCE_NS: u64 = 20_000_000;
-/// ... until there has been none for so long, ns: then pages come in at the pace at which reclaim makes them free, ...
+/// ... until there has been none to speak of for so long, ns: then pages come in at the pace at which reclaim makes them free, ...
 pub const CROWDED_NS: u64 = 200_000_000;
-/// ... or, where fewer than these became free in that time, ...
+/// ... or, where fewer than these became free in that time or the excess did not grow by as many, ...
 const PROGRESS_PAGES: u64 = 64;
-/// ... once in so long, ns: what cannot shrink goes on.
+/// ... at least once in so long, ns: what cannot shrink goes on.
 const IMPATIENCE_NS: u64 = 200_000;
 /// Growth that does not wait is looked at again after so many pages, ...
 const LEAVE_MIN: u64 = 2 * BATCH_PAGES;
@@ -66,12 +66,14 @@ pub struct Admission {
 /// What is remembered from look to look.
 #[derive(Clone, Debug)]
 pub struct Throttle {
-    /// When there was room last, ns.
+    /// When there was room to speak of last, ns.
     had_room_ns: u64,
     /// Since when progress is counted, ns, ...
     window_ns: u64,
-    /// ... and from how many freed pages on.
+    /// ... and from how many freed pages and bytes used on.
     window_freed: u64,
+    /// See `window_freed`.
+    window_used: Bytes,
     /// Time between two pages at the pace of reclaim, ns.
     pace_ns: u64,
 }
@@ -79,7 +81,7 @@ pub struct Throttle {
 impl Throttle {
     /// Of a process that has room.
     pub const fn new(now_ns: u64) -> Self {
-        Self { had_room_ns: now_ns, window_ns: 0, window_freed: 0, pace_ns: PATIENCE_NS }
+        Self { had_room_ns: now_ns, window_ns: 0, window_freed: 0, window_used: Bytes(0), pace_ns: PATIENCE_NS }
     }
 
     /// What may come in after a look.
@@ -87,25 +89,29 @@ impl Throttle {
         let close = Marks::of(look.limit).close.0;
         let room = (i128::from(close) - i128::from(look.tree_used.0)) / i128::from(PAGE_SIZE);
         let room = i64::try_from(room).unwrap_or(i64::MAX);
-        if room > 0 {
+        // A page now and then is none to many threads that wait.
+        if room >= PROGRESS_PAGES.cast_signed() {
             self.had_room_ns = look.now_ns;
         }
-        self.measure_pace(look.now_ns, look.freed_pages);
+        self.measure_pace(look);
         let is_crowded = look.now_ns.saturating_sub(self.had_room_ns) > CROWDED_NS;
         let patience_ns = if is_crowded { self.pace_ns } else { PATIENCE_NS };
         Admission { room_pages: room.max(excused(look, close)), patience_ns }
     }
 
-    fn measure_pace(&mut self, now_ns: u64, freed_pages: u64) {
-        let since = now_ns.saturating_sub(self.window_ns);
+    fn measure_pace(&mut self, look: &Look) {
+        let since = look.now_ns.saturating_sub(self.window_ns);
         if since <= CROWDED_NS {
             return;
         }
-        let gained = freed_pages.saturating_sub(self.window_freed);
-        let pace = since / gained.max(1);
-        // A little slower than pages leave, so that an excess goes away.
-        self.pace_ns = if gained >= PROGRESS_PAGES { (pace + pace / 4).min(PATIENCE_NS) } else { IMPATIENCE_NS };
-        (self.window_ns, self.window_freed) = (now_ns, freed_pages);
+        let gained = look.freed_pages.saturating_sub(self.window_freed);
+        let grown = look.tree_used.0.saturating_sub(self.window_used.0) / PAGE_SIZE;
+        // A little slower than pages leave, so that an excess goes away. But where each page that comes in drives one out, what
+        // leaves says nothing about what could: the pace would follow itself downwards.
+        let pace = since / gained.max(1) * 5 / 4;
+        let is_outrun = gained >= PROGRESS_PAGES && grown >= PROGRESS_PAGES;
+        self.pace_ns = pace.min(if is_outrun { PATIENCE_NS } else { IMPATIENCE_NS });
+        (self.window_ns, self.window_freed, self.window_used) = (look.now_ns, look.freed_pages, look.tree_used);
     }
 }
 
@@ -248,6 +254,44 @@ mod tests {
         }
         // 1000 pages leave in 10 ms.
         assert!((10_000..20_000).contains(&patience), "{patience} ns");
+    }
+
+    /// Pages leave because others come in, here in lockstep: what stays cannot leave.
+    #[test]
+    fn where_reclaim_follows_what_comes_in_the_pace_does_not_follow_itself_down() {
+        let (mut throttle, mut turnstile) = (Throttle::new(0), Turnstile::default());
+        let (mut now, mut came) = (0, 0);
+        while now < 10_000_000_000 {
+            let admission = throttle.look(&full(now, came));
+            for _ in 0..20 {
+                came += u64::from(turnstile.admits(now, 0, admission));
+                now += 50_000;
+            }
+        }
+        assert!(came > 40_000, "{came} pages in 10 s");
+    }
+
+    #[test]
+    fn a_page_of_room_now_and_then_does_not_make_a_crowd_patient() {
+        let mut throttle = Throttle::new(0);
+        let mut patience = 0;
+        for look in 0..100_u64 {
+            let used = Marks::of(LIMIT).close.0 - look % 10 / 9 * PAGE_SIZE;
+            patience = throttle.look(&Look { tree_used: Bytes(used), ..full(look * 10_000_000, 0) }).patience_ns;
+        }
+        assert_eq!(patience, IMPATIENCE_NS);
+    }
+
+    #[test]
+    fn where_the_excess_grows_pages_come_in_slower_than_they_leave() {
+        let mut throttle = Throttle::new(0);
+        let mut patience = 0;
+        for look in 0..100_u64 {
+            let tree_used = Bytes(LIMIT.0 + look * 50 * PAGE_SIZE);
+            // 20 pages leave in 10 ms.
+            patience = throttle.look(&Look { tree_used, ..full(look * 10_000_000, look * 20) }).patience_ns;
+        }
+        assert!((500_000..1_000_000).contains(&patience), "{patience} ns");
     }
 
     #[test]

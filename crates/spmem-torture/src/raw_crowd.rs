@@ -1,0 +1,101 @@
+//! Processes made without libc, many at a time, or by one that is killed at once.
+
+use crate::area::{Area, Ballast};
+use crate::harness::{Case, Ctx, Outcome, bail, ensure, threads};
+use crate::process::{self, End};
+use crate::sys;
+
+pub const CASES: &[Case] = &[
+    Case::new("raw-crowd", "ten threads that make raw children at once: each sees the cold pages", crowd),
+    Case::new(
+        "raw-orphan",
+        "a raw child whose parent is killed at once sees its pages or SIGBUS, never zeros",
+        orphan,
+    ),
+];
+
+fn raw_clone() -> i32 {
+    // SAFETY: flags without CLONE_VM and no stack: like fork.
+    unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32 }
+}
+
+fn crowd(ctx: &Ctx) -> Outcome {
+    const THREADS: usize = 10;
+    const EACH: usize = 2;
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for _ in ctx.rounds(1) {
+        ballast.sweep()?;
+        threads(THREADS, |_| {
+            let mut children = [0; EACH];
+            for child in &mut children {
+                *child =
+                    process::run_child("raw clone", raw_clone(), || area.check_all("one of many raw children"))?;
+            }
+            children.into_iter().try_for_each(|child| process::succeed("one of many raw children", child))
+        })?;
+        area.check_all("parent of many raw children")?;
+    }
+    Ok(())
+}
+
+/// What a page of the child is allowed to be is what it was; who meets a lost one ends here.
+extern "C" fn on_lost(_: i32) {
+    process::leave(0);
+}
+
+fn orphan(ctx: &Ctx) -> Outcome {
+    // SAFETY: no memory is involved.
+    sys::ok("prctl", unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())?;
+    for round in ctx.rounds(3) {
+        let mut ends = [0; 2];
+        // SAFETY: the array takes two descriptors.
+        sys::ok("pipe", unsafe { libc::pipe(ends.as_mut_ptr()) }.into())?;
+        let parent = process::fork(|| make_orphan(ctx, ends[1]))?;
+        let mut child = 0_i32;
+        // SAFETY: reads a number into one of ours.
+        let read = unsafe { libc::read(ends[0], (&raw mut child).cast(), 4) };
+        ensure!(read == 4, "the parent-to-be of an orphan said nothing");
+        // From the start of the child's life to well into its being given pages.
+        std::thread::sleep(std::time::Duration::from_micros(round % 8 * 300));
+        process::kill(parent, libc::SIGKILL)?;
+        process::ends("the parent of an orphan", parent, End::Signal(libc::SIGKILL))?;
+        match process::wait(child)? {
+            End::Exit(0) | End::Signal(libc::SIGBUS) => {}
+            other => bail!("an orphan by raw clone ended with {other:?}"),
+        }
+        for end in ends {
+            // SAFETY: ours.
+            unsafe { libc::close(end) };
+        }
+    }
+    Ok(())
+}
+
+/// Makes a child by a raw system call that says its number, waits until its parent is dead and then looks at everything.
+fn make_orphan(ctx: &Ctx, out: i32) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    // SAFETY: the handler makes one system call.
+    unsafe { libc::signal(libc::SIGBUS, on_lost as *const () as usize) };
+    // SAFETY: takes no pointer.
+    let parent = unsafe { libc::syscall(libc::SYS_getpid) };
+    let child = raw_clone();
+    process::run_child("raw clone", child, || {
+        // SAFETY: takes no pointer.
+        let own = unsafe { libc::syscall(libc::SYS_getpid) } as i32;
+        // SAFETY: writes a number of ours, on the stack.
+        unsafe { libc::write(out, (&raw const own).cast(), 4) };
+        // SAFETY: takes no pointer.
+        while unsafe { libc::syscall(libc::SYS_getppid) } == parent {
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: 100_000 };
+            // SAFETY: reads the time given.
+            unsafe { libc::syscall(libc::SYS_nanosleep, &raw const pause, 0) };
+        }
+        area.check_all("an orphan by raw clone")
+    })?;
+    loop {
+        process::nap(1000);
+    }
+}
