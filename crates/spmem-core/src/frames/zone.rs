@@ -51,12 +51,15 @@ const POISON: usize = INDEX + ROW_ORDER * ROW_INDEX + (Order::COUNT - ROW_ORDER)
 /// Words of a zone: 70 KiB.
 pub(super) const ZONE_WORDS: usize = (POISON + ROWS).next_multiple_of(8);
 
+/// All that a zone has: with a length that is known no access has to be checked.
+pub(super) type Words = [AtomicU64; ZONE_WORDS];
+
 /// How long the lock is waited for before `relax` is asked.
 const SPINS: u32 = 64;
 
 /// A zone, locked for as long as this lives.
 pub(super) struct Zone<'a> {
-    words: &'a [AtomicU64],
+    words: &'a Words,
 }
 
 impl Drop for Zone<'_> {
@@ -67,13 +70,13 @@ impl Drop for Zone<'_> {
 }
 
 /// Frames in use in a zone, or out of use, a moment ago.
-pub(super) fn read_used(words: &[AtomicU64]) -> u64 {
+pub(super) fn read_used(words: &Words) -> u64 {
     words[USED].load(Relaxed)
 }
 
 impl<'a> Zone<'a> {
     /// Waits for the zone. `relax` is called while somebody else has had it for long, perhaps without a processor.
-    pub(super) fn lock(words: &'a [AtomicU64], relax: fn()) -> Self {
+    pub(super) fn lock(words: &'a Words, relax: fn()) -> Self {
         let mut spins = 0;
         while words[LOCK].compare_exchange(0, 1, Acquire, Relaxed).is_err() {
             while words[LOCK].load(Relaxed) != 0 {
@@ -85,7 +88,7 @@ impl<'a> Zone<'a> {
     }
 
     /// The zone, if nobody has it.
-    pub(super) fn try_lock(words: &'a [AtomicU64]) -> Option<Self> {
+    pub(super) fn try_lock(words: &'a Words) -> Option<Self> {
         let lock = &words[LOCK];
         let is_mine = lock.load(Relaxed) == 0 && lock.compare_exchange(0, 1, Acquire, Relaxed).is_ok();
         // Not `then_some`: a guard that is made is dropped, and lets go of the lock.
@@ -211,12 +214,17 @@ impl<'a> Zone<'a> {
     /// # Panics
     /// When one of them is not in use.
     pub(super) fn put_each(&self, frames: &[u32]) {
-        for &frame in frames {
-            let (row, bit) = (frame as usize / ROW_FRAMES, frame as usize % ROW_FRAMES);
-            let before = self.get(ROW + row);
-            assert!(before >> bit & 1 != 0, "frame {frame} of a zone was freed twice at once");
-            let used = before & !(1 << bit);
-            self.set(ROW + row, used);
+        let place = |frame: u32| (frame as usize % ZONE_FRAMES / ROW_FRAMES, frame as usize % ROW_FRAMES);
+        // First all words, one not waiting for another, as no branch depends on them; then what they tell the index.
+        let mut were_used = 1;
+        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
+            let used = self.get(ROW + row);
+            were_used &= used >> bit;
+            self.set(ROW + row, used & !(1 << bit));
+        }
+        assert!(were_used & 1 != 0, "a frame that is given back is in use");
+        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
+            let used = self.get(ROW + row);
             self.some_in_row(row, word::merged(!used, bit, 0) + 1);
             if used == 0 {
                 self.put_in_tree(row, 0);
@@ -275,22 +283,22 @@ impl<'a> Zone<'a> {
     }
 
     /// Without the lock: those frames of a row that were not free a moment ago.
-    pub(super) fn read_row(words: &[AtomicU64], row: usize) -> u64 {
+    pub(super) fn read_row(words: &Words, row: usize) -> u64 {
         words[ROW + row].load(Relaxed)
     }
 
     /// Without the lock: whether any frame was poisoned a moment ago.
-    pub(super) fn reads_poison(words: &[AtomicU64]) -> bool {
+    pub(super) fn reads_poison(words: &Words) -> bool {
         words[POISONED].load(Relaxed) != 0
     }
 
     /// Without the lock: those frames of a row that were.
-    pub(super) fn read_poisoned_in(words: &[AtomicU64], row: usize) -> u64 {
+    pub(super) fn read_poisoned_in(words: &Words, row: usize) -> u64 {
         words[POISON + row].load(Relaxed)
     }
 
     /// Without the lock: frames out of use a moment ago.
-    pub(super) fn read_retired(words: &[AtomicU64]) -> u64 {
+    pub(super) fn read_retired(words: &Words) -> u64 {
         words[RETIRED].load(Relaxed)
     }
 
