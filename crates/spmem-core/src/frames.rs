@@ -193,7 +193,7 @@ impl Frames {
     ///
     /// # Errors
     /// [`FramesError::EmptyRange`], [`FramesError::TooMany`]; [`FramesError::NoMetadata`] when less was lent than
-    /// [`Metadata::size`] says.
+    /// [`Metadata::size`] says, [`FramesError::MetadataInUse`] when it is another range's, or that was written.
     pub fn add_range(&mut self, count: FrameCount, lent: Metadata) -> Result<FrameRange, FramesError> {
         let (at, first) = self.find_gap(count);
         let too_many = FramesError::TooMany { count, frames: first };
@@ -212,6 +212,10 @@ impl Frames {
         let span = FrameRange { first: FrameNumber(first), count };
         let zones = (count.0 as usize).div_ceil(ZONE_FRAMES);
         let range = Range { span, lent: Metadata { words, states }, zones };
+        let is_fresh = range.all_zone_words().all(Zone::is_fresh);
+        if !is_fresh || !Zone::claim(range.zone_words(0)) {
+            return Err(FramesError::MetadataInUse);
+        }
         let rest = count.0 as usize % ZONE_FRAMES;
         if rest > 0 {
             let zone = Zone::lock(range.zone_words(zones - 1), self.relax);

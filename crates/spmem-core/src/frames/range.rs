@@ -12,7 +12,9 @@ use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicU8, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
-/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed.
+/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed. A copy of it
+/// is the same memory: it can be lent once at a time, and [`Frames::add_range`](super::Frames::add_range) refuses what another range
+/// has, or what the use of one has left in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Metadata {
     pub(super) words: &'static [AtomicU64],

@@ -37,6 +37,8 @@ const POISONED: usize = 3;
 const RETIRED: usize = 4;
 /// The name of the cache that was filled from here last.
 const FILLER: usize = 5;
+/// Of a range's first zone: 1 while the range has it.
+const LENT: usize = 6;
 /// A word a row, a bit a frame: it is in use.
 const ROW: usize = 8;
 /// A word a tree, a bit a row: something of it is in use.
@@ -75,6 +77,17 @@ pub(super) fn read_used(words: &Words) -> u64 {
 }
 
 impl<'a> Zone<'a> {
+    /// Whether nothing was ever done here. Looks at what every use of a zone changes.
+    pub(super) fn is_fresh(words: &Words) -> bool {
+        words[..ROW].iter().all(|word| word.load(Relaxed) == 0)
+    }
+
+    /// A range has the words of its first zone from now on, unless another one has them.
+    pub(super) fn claim(words: &Words) -> bool {
+        // Relaxed: who lends them knows what was written before.
+        words[LENT].compare_exchange(0, 1, Relaxed, Relaxed).is_ok()
+    }
+
     /// Waits for the zone. `relax` is called while somebody else has had it for long, perhaps without a processor.
     pub(super) fn lock(words: &'a Words, relax: fn()) -> Self {
         let mut spins = 0;
