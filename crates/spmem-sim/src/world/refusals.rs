@@ -144,7 +144,10 @@ impl World {
                 let is_undone = registry.release(made).is_ok();
                 hold("R12", is_undone, || "a grant cannot be given back".to_owned())?;
             }
-            Reason::Absent | Reason::UnknownDomain { .. } | Reason::NoDefault { domain: None } => return Ok(()),
+            Reason::Absent
+            | Reason::UnknownDomain { .. }
+            | Reason::NoDefault { domain: None }
+            | Reason::NoMemory => return Ok(()),
         }
         let helps = if must_open { after.is_none() } else { after != Some(refusal) };
         hold("R11", helps, || format!("{refusal}; that was done, and now: {after:?}"))
