@@ -12,9 +12,9 @@ mod deferral;
 
 use alloc::vec::Vec;
 
-use crate::frames::FrameRange;
-use crate::migrate::{Isolated, Move, Stay};
-use crate::mm::{Block, MemoryManager};
+use crate::frames::{FrameRange, FramesError};
+use crate::migrate::{Move, Stay};
+use crate::mm::{AllocError, MemoryManager};
 use crate::node::Services;
 use crate::units::{FrameCount, FrameNumber, NodeId, Order};
 
@@ -80,12 +80,15 @@ impl MemoryManager {
             if self.has_poison(compaction.node, window) {
                 continue; // it never becomes whole (R20)
             }
-            let (blocks, stuck) = self.blocks_in(compaction.node, window);
-            if blocks.is_empty() || !stuck.is_empty() {
+            let found = self.blocks_in(compaction.node, window);
+            if found.as_ref().is_ok_and(|(blocks, stuck)| blocks.is_empty() || !stuck.is_empty()) {
                 continue;
             }
-            let emptying = self.plan_blocks(compaction.node, window, blocks, Above::Yes);
-            if emptying.stuck.is_empty() {
+            let planned =
+                found.and_then(|(blocks, _)| self.plan_blocks(compaction.node, window, blocks, Above::Yes));
+            // Without memory for the lists there is nothing to be done now.
+            let emptying = planned.unwrap_or_default();
+            if emptying.stuck.is_empty() && !emptying.moves.is_empty() {
                 return emptying.moves;
             }
             // The scanners have met: what was planned of this window would free nothing.
@@ -112,12 +115,14 @@ impl MemoryManager {
     /// Plans to free a run of frames by moving what is in it elsewhere on the node: for a contiguous range, or to remove it.
     ///
     /// # Errors
-    /// [`Stay::NotOffered`] by a node without COMPACTION (R15).
+    /// [`Stay::NotOffered`] by a node without COMPACTION (R15); [`Stay::NoRoom`] without memory for the plan.
     pub fn plan_emptying(&mut self, node: NodeId, run: FrameRange) -> Result<Emptying, Stay> {
         self.offered(node, Services::COMPACTION)?;
-        let (blocks, mut stuck) = self.blocks_in(node, run);
-        let mut emptying = self.plan_blocks(node, run, blocks, Above::No);
-        emptying.stuck.append(&mut stuck);
+        let no_memory = |cause| Stay::NoRoom { cause: AllocError::Exhausted { node, cause } };
+        let (blocks, stuck) = self.blocks_in(node, run).map_err(no_memory)?;
+        let mut emptying = self.plan_blocks(node, run, blocks, Above::No).map_err(no_memory)?;
+        // There is room: each block of the run is in one of the two lists.
+        emptying.stuck.extend(stuck);
         emptying.has_poison = self.has_poison(node, run);
         Ok(emptying)
     }
@@ -127,66 +132,77 @@ impl MemoryManager {
     }
 
     /// The blocks of a run that can move, and those that cannot. A block that begins before the run counts as one that cannot.
-    fn blocks_in(&self, node: NodeId, run: FrameRange) -> (Vec<FrameNumber>, Vec<FrameNumber>) {
+    fn blocks_in(
+        &self,
+        node: NodeId,
+        run: FrameRange,
+    ) -> Result<(Vec<FrameNumber>, Vec<FrameNumber>), FramesError> {
         let (mut movable, mut stuck) = (Vec::new(), Vec::new());
-        let Some(entry) = self.registry.node(node) else { return (movable, stuck) };
+        let Some(entry) = self.registry.node(node) else { return Ok((movable, stuck)) };
         for block in entry.frames.in_use(run) {
             let page = entry.pages.get(block.first).filter(|_| run.contains(block.first));
-            if page.is_some_and(|page| !page.is_pinned && !page.is_isolated) {
-                movable.push(block.first);
-            } else {
-                stuck.push(block.first);
-            }
+            let can_move = page.is_some_and(|page| !page.is_pinned && !page.is_isolated);
+            let list = if can_move { &mut movable } else { &mut stuck };
+            list.try_reserve(1).map_err(|_| FramesError::NoMetadata)?;
+            list.push(block.first);
         }
-        (movable, stuck)
+        Ok((movable, stuck))
     }
 
     /// Finds a place outside the run for each block.
-    fn plan_blocks(&mut self, node: NodeId, run: FrameRange, blocks: Vec<FrameNumber>, above: Above) -> Emptying {
+    fn plan_blocks(
+        &mut self,
+        node: NodeId,
+        run: FrameRange,
+        blocks: Vec<FrameNumber>,
+        above: Above,
+    ) -> Result<Emptying, FramesError> {
         let mut emptying = Emptying::default();
-        // Free blocks inside the run come up as well: they are held until it is planned.
+        let entry = self.registry.node(node);
+        let all = entry.map_or(0, |entry| entry.frames.in_use(run).count());
+        emptying.moves.try_reserve_exact(blocks.len()).map_err(|_| FramesError::NoMetadata)?;
+        emptying.stuck.try_reserve_exact(all).map_err(|_| FramesError::NoMetadata)?;
+        // What is free inside the run is held until it is planned, or it would be found as a place to move to.
         let mut held = Vec::new();
+        let result = entry.map_or(Ok(()), |entry| entry.frames.take_free_in(run, &mut held));
+        if result.is_ok() {
+            self.find_places(node, run, blocks, above, &mut emptying);
+        }
+        let frames = self.registry.node(node).map(|entry| &entry.frames);
+        for (frame, order) in held {
+            let freed = frames.map(|frames| frames.free_block(frame, order));
+            assert!(matches!(freed, Some(Ok(()))), "a block that nobody else has seen: {freed:?}");
+        }
+        result.map(|()| emptying)
+    }
+
+    fn find_places(
+        &mut self,
+        node: NodeId,
+        run: FrameRange,
+        blocks: Vec<FrameNumber>,
+        above: Above,
+        emptying: &mut Emptying,
+    ) {
         for frame in blocks {
             let Some(isolated) = self.take_at(node, frame) else {
                 emptying.stuck.push(frame);
                 continue;
             };
-            match self.alloc_outside(&isolated, run, above, &mut held) {
-                Some(to) => emptying.moves.push(Move::new(isolated, to)),
-                None => {
-                    self.put_back(isolated);
-                    emptying.stuck.push(frame);
-                    if above == Above::Yes {
-                        break;
-                    }
+            let to = self.alloc_unpaid(node, isolated.page().order);
+            let is_behind = to.as_ref().is_some_and(|to| above == Above::No || to.first_frame() > run.first);
+            if let Some(to) = to {
+                if is_behind {
+                    emptying.moves.push(Move::new(isolated, to));
+                    continue;
                 }
+                let freed = self.free(to);
+                assert!(freed.is_ok(), "a block of this manager that nobody else has seen: {freed:?}");
             }
-        }
-        for block in held {
-            let freed = self.free(block);
-            assert!(freed.is_ok(), "a block of this manager that nobody else has seen: {freed:?}");
-        }
-        emptying
-    }
-
-    /// A block as large as `isolated`, on the same node, outside the run.
-    fn alloc_outside(
-        &mut self,
-        isolated: &Isolated,
-        run: FrameRange,
-        above: Above,
-        held: &mut Vec<Block>,
-    ) -> Option<Block> {
-        loop {
-            let block = self.alloc_unpaid(isolated.node(), isolated.page().order)?;
-            let first = block.first_frame();
-            let is_behind = first.0 >= run.first.0 && !run.contains(first);
-            if is_behind || above == Above::No && !run.contains(first) {
-                return Some(block);
-            }
-            held.push(block);
+            self.put_back(isolated);
+            emptying.stuck.push(frame);
             if above == Above::Yes {
-                return None;
+                break;
             }
         }
     }

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::cmp::Reverse;
 use core::fmt;
 
+use crate::frames::FramesError;
 use crate::nodemask::NodeMask;
 use crate::units::NodeId;
 
@@ -89,10 +90,16 @@ impl Distances {
     }
 
     /// The nodes of a mask, nearest to `from` first; of those as near, `from` itself, then the lowest number.
-    pub fn order(&self, from: NodeId, mask: &NodeMask) -> Vec<NodeId> {
-        let mut nodes: Vec<NodeId> = mask.iter().collect();
-        nodes.sort_by_key(|&node| (self.get(from, node), Reverse(node == from), node));
-        nodes
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for the list.
+    pub fn order(&self, from: NodeId, mask: &NodeMask) -> Result<Vec<NodeId>, FramesError> {
+        list(mask, |node| self.nearness(from, node))
+    }
+
+    /// Orders nodes by how near they are to `from`.
+    pub(crate) fn nearness(&self, from: NodeId, node: NodeId) -> (u8, Reverse<bool>, NodeId) {
+        (self.get(from, node), Reverse(node == from), node)
     }
 
     /// The nodes of a mask in the order of `from`'s zonelist, as Linux builds it (`find_next_best_node` in mm/page_alloc.c): itself,
@@ -104,14 +111,15 @@ impl Distances {
     /// let nodes: NodeMask = [0, 1, 2, 3].map(|node| NodeId::new(node).unwrap()).into_iter().collect();
     /// let two = NodeId::new(2).unwrap();
     /// let mut distances = Distances::default();
-    /// let order = distances.zonelist(two, &nodes);
+    /// let order = distances.zonelist(two, &nodes).unwrap();
     /// assert_eq!(order.iter().map(|node| node.get()).collect::<Vec<_>>(), [2, 3, 0, 1]);
     /// assert_eq!(distances.next_in_zonelist(two, &nodes, order[1]), Some(order[2]));
     /// ```
-    pub fn zonelist(&self, from: NodeId, mask: &NodeMask) -> Vec<NodeId> {
-        let mut nodes: Vec<NodeId> = mask.iter().collect();
-        nodes.sort_by_key(|&node| self.place(from, node));
-        nodes
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for the list.
+    pub fn zonelist(&self, from: NodeId, mask: &NodeMask) -> Result<Vec<NodeId>, FramesError> {
+        list(mask, |node| self.place(from, node))
     }
 
     /// The node of a mask that follows another one in `from`'s zonelist; `None` behind the last. O(nodes), and takes no memory.
@@ -130,4 +138,14 @@ impl Distances {
     pub(crate) fn forget(&mut self, node: NodeId) {
         self.0.retain(|&(from, to), _| from != node && to != node);
     }
+}
+
+/// The nodes of a mask in the order of their keys, no two of which are the same.
+pub(crate) fn list<K: Ord>(mask: &NodeMask, key: impl Fn(NodeId) -> K) -> Result<Vec<NodeId>, FramesError> {
+    let mut nodes = Vec::new();
+    nodes.try_reserve_exact(mask.iter().count()).map_err(|_| FramesError::NoMetadata)?;
+    nodes.extend(mask);
+    // In place: the stable sort may take memory.
+    nodes.sort_unstable_by_key(|&node| key(node));
+    Ok(nodes)
 }

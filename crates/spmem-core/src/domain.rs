@@ -142,8 +142,8 @@ impl Domains {
 
     /// Works out the effective masks of a domain and everything below it (R4).
     pub(crate) fn refresh(&mut self, from: DomainId, present: &NodeMask, sysram: &NodeMask) {
-        let mut due = alloc::vec![from];
-        while let Some(id) = due.pop() {
+        let mut walk = Walk::new(from);
+        while let Some(id) = walk.next(self) {
             let above = self.get(id).and_then(|domain| self.get(domain.parent?));
             let reach = above.map_or(*present, |parent| parent.effective);
             let Ok(domain) = self.get_mut(id) else { continue };
@@ -152,7 +152,6 @@ impl Domains {
             let plain = domain.effective.intersection(sysram);
             let is_limited = !domain.mems_sysram.is_empty();
             domain.default = if is_limited { plain.intersection(&domain.mems_sysram) } else { plain };
-            due.extend_from_slice(&domain.children);
         }
     }
 
@@ -183,17 +182,54 @@ impl Domains {
 
     /// Frames of `from` and all below it that lie outside their domain's effective mask.
     fn outside(&self, from: DomainId) -> Vec<Outside> {
-        let (mut found, mut due) = (Vec::new(), alloc::vec![from]);
-        while let Some(id) = due.pop() {
+        let (mut found, mut walk) = (Vec::new(), Walk::new(from));
+        while let Some(id) = walk.next(self) {
             let Some(domain) = self.get(id) else { continue };
             for (&frames, node) in domain.used.iter().zip(&NodeMask::ALL) {
                 if frames > 0 && !domain.effective.contains(node) {
                     found.push(Outside { domain: id, node, frames: FrameCount(frames) });
                 }
             }
-            due.extend_from_slice(&domain.children);
         }
         found
+    }
+}
+
+/// A way through a domain and all below it, parents first. Takes no memory: a change of masks must not fail for want of it.
+struct Walk {
+    at: DomainId,
+    has_begun: bool,
+    /// Levels below where it began, ...
+    level: usize,
+    /// ... and which child comes next on each.
+    next: [usize; MAX_DEPTH + 1],
+}
+
+impl Walk {
+    const fn new(from: DomainId) -> Self {
+        Self { at: from, has_begun: false, level: 0, next: [0; MAX_DEPTH + 1] }
+    }
+
+    fn next(&mut self, domains: &Domains) -> Option<DomainId> {
+        if !self.has_begun {
+            self.has_begun = true;
+            return Some(self.at);
+        }
+        loop {
+            let domain = domains.get(self.at)?;
+            if let Some(&child) = domain.children.get(self.next[self.level]) {
+                self.next[self.level] += 1;
+                self.level += 1;
+                // The deepest has no children.
+                if let Some(next) = self.next.get_mut(self.level) {
+                    *next = 0;
+                }
+                self.at = child;
+                return Some(child);
+            }
+            self.level = self.level.checked_sub(1)?;
+            self.at = domain.parent?;
+        }
     }
 }
 

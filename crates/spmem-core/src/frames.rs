@@ -25,9 +25,10 @@
 //! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and a quarter a frame, 0.03 % of the memory.
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
-//! Holes: a block that two threads free in the same instant, at least one of them through a cache, may be taken from both:
-//! then it can be given out twice, and is found out only where one of the two reaches its zone while it is free there. An allocation looks at each full range before the one it comes from. A contiguous
-//! range lies in one range that was added, even where two of them touch.
+//! Of several threads that free one block at once one succeeds, whatever paths they take ([`states`]).
+//!
+//! Holes: an allocation looks at each full range before the one it comes from. A contiguous range lies in one range that was
+//! added, even where two of them touch.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -51,7 +52,7 @@ mod zone;
 use alloc::vec::Vec;
 
 use self::range::Range;
-use self::states::{check, not_allocated};
+use self::states::not_allocated;
 use self::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
 use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
@@ -161,12 +162,14 @@ pub struct Frames {
     /// Raised after a block of some order has become free in a zone that had none.
     epoch: AtomicU64,
     relax: fn(),
-    /// Tells it from every other, 0 before it has a range; and whether it [`has poison`](poison::HAS_POISON).
+    /// Tells it from every other, 0 before it has a range; whether it [`has poison`](poison::HAS_POISON), and
+    /// [`caches`](cache::HAS_CACHES).
     stamp: AtomicU64,
 }
 
-/// Even numbers: the lowest bit of a stamp is for poison.
-static NEXT_STAMP: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(2);
+/// The lowest bits of a stamp are for poison and caches.
+const STAMPS: u64 = 8;
+static NEXT_STAMP: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(STAMPS);
 
 impl Default for Frames {
     fn default() -> Self {
@@ -190,7 +193,7 @@ impl Frames {
     ///
     /// # Errors
     /// [`FramesError::EmptyRange`], [`FramesError::TooMany`]; [`FramesError::NoMetadata`] when less was lent than
-    /// [`Metadata::size`] says.
+    /// [`Metadata::size`] says, [`FramesError::MetadataInUse`] when it is another range's, or that was written.
     pub fn add_range(&mut self, count: FrameCount, lent: Metadata) -> Result<FrameRange, FramesError> {
         let (at, first) = self.find_gap(count);
         let too_many = FramesError::TooMany { count, frames: first };
@@ -209,14 +212,18 @@ impl Frames {
         let span = FrameRange { first: FrameNumber(first), count };
         let zones = (count.0 as usize).div_ceil(ZONE_FRAMES);
         let range = Range { span, lent: Metadata { words, states }, zones };
+        let is_fresh = range.all_zone_words().all(Zone::is_fresh);
+        if !is_fresh || !Zone::claim(range.zone_words(0)) {
+            return Err(FramesError::MetadataInUse);
+        }
         let rest = count.0 as usize % ZONE_FRAMES;
         if rest > 0 {
             let zone = Zone::lock(range.zone_words(zones - 1), self.relax);
             zone.truncate(rest);
             self.settle(&range, zones - 1, &zone);
         }
-        if self.stamp.load(Relaxed) == 0 {
-            self.stamp.store(NEXT_STAMP.fetch_add(2, Relaxed), Relaxed);
+        if self.stamp.load(Relaxed) < STAMPS {
+            self.stamp.fetch_or(NEXT_STAMP.fetch_add(STAMPS, Relaxed), Relaxed);
         }
         self.ranges.insert(at, range);
         self.capacity += count.0;
@@ -285,8 +292,7 @@ impl Frames {
         let range = &self.ranges[place.range];
         // Checked under the lock: of two threads that free the same block one is refused.
         let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
-        check(range, place.offset, frame, order)?;
-        range.states().set(place.offset, None);
+        self.take_back(range, place.offset, order)?;
         self.put(range, place.zone(), &zone, place.in_zone(), order.index());
         self.settle(range, place.zone(), &zone);
         Ok(())

@@ -154,6 +154,8 @@ pub enum GrantError {
         /// What is left.
         left: Bytes,
     },
+    /// There is no memory for the grant, or for the list of what is held under it.
+    NoMemory,
     /// [`MAX_GRANTS`] exist.
     TooMany,
     /// The grant was narrowed [`MAX_DEPTH`] times already.
@@ -185,6 +187,7 @@ impl fmt::Display for GrantError {
             Self::OverQuota { wanted, left } => {
                 write!(f, "{wanted} wanted, {left} left of the grant's quota")
             }
+            Self::NoMemory => f.write_str("no memory for the grant or for what is held under it"),
             Self::TooMany => write!(f, "{MAX_GRANTS} grants exist; release or revoke one"),
             Self::TooDeep => write!(f, "a grant can be narrowed {MAX_DEPTH} times in a row"),
         }
@@ -312,24 +315,25 @@ impl Registry {
     /// be allocated under them; what is still in use is listed (R13).
     ///
     /// # Errors
-    /// [`GrantError::NotOwner`]; [`GrantError::Revoked`] when it has ended already.
+    /// [`GrantError::NotOwner`]; [`GrantError::Revoked`] when it has ended already; [`GrantError::NoMemory`].
     pub fn revoke(&mut self, owner: &Owner, grant: GrantId) -> Result<Vec<Held>, GrantError> {
         let known = self.grants.known(grant);
         let record = known.filter(|record| record.state != State::Revoked).ok_or(GrantError::Revoked)?;
         if !self.is_owner(owner) || !record.nodes.contains(owner.node()) {
             return Err(GrantError::NotOwner { node: owner.node() });
         }
-        let held = self.grants.held(grant.slot);
-        let family = self.grants.family(grant.slot);
-        family.iter().for_each(|&slot| self.grants.record_mut(slot).state = State::Revoked);
-        family.iter().for_each(|&slot| self.grants.reap(slot));
+        let held = self.grants.held(grant.slot)?;
+        self.grants.revoke(grant.slot);
         self.bump_epoch();
         Ok(held)
     }
 
     /// What is in use under a grant and all narrowed from it, and by whom; also when it has ended (R13).
-    pub fn held(&self, grant: GrantId) -> Vec<Held> {
-        if self.grants.known(grant).is_some() { self.grants.held(grant.slot) } else { Vec::new() }
+    ///
+    /// # Errors
+    /// [`GrantError::NoMemory`]
+    pub fn held(&self, grant: GrantId) -> Result<Vec<Held>, GrantError> {
+        if self.grants.known(grant).is_some() { self.grants.held(grant.slot) } else { Ok(Vec::new()) }
     }
 
     /// Gives a grant back. Grants narrowed from it stay valid; what is in use under it stays in use.

@@ -318,7 +318,7 @@ impl MemoryManager {
         isolated: Isolated,
         needs: Services,
         grants: &[&Grant],
-        order: impl Fn(&Self, &Isolated, &NodeMask) -> Vec<NodeId>,
+        order: impl Fn(&Self, &Isolated, &NodeMask) -> Result<Vec<NodeId>, FramesError>,
     ) -> Result<Move, Stay> {
         assert!(isolated.registry == self.registry.id(), "a move is planned by the manager that took the block");
         let entry = self.registry.node(isolated.node);
@@ -328,7 +328,8 @@ impl MemoryManager {
             let open = self.open_to(&isolated, grants);
             let domain = isolated.page.domain;
             let mut stay = Stay::NoTarget { domain };
-            for node in order(self, &isolated, &open) {
+            let no_memory = |cause| Stay::NoRoom { cause: AllocError::Exhausted { node: isolated.node, cause } };
+            for node in order(self, &isolated, &open).map_err(no_memory)? {
                 // Nobody holds it before the move is complete: until then it cannot move.
                 let policy = Policy::bind(NodeMask::of(node));
                 let request = Request { policy, domain, mobility: Mobility::Unmovable, ..Request::default() };

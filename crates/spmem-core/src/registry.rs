@@ -211,6 +211,7 @@ impl Registry {
         if let Some(property) = node.spec.conflict(spec) {
             return Err(NodeError::Conflict { node: owner.node, property });
         }
+        node.contents.reserve_range()?;
         let range = node.frames.add_range(count, lent)?;
         node.contents.add_range(range, initial);
         Ok(range)

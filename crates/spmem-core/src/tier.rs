@@ -10,7 +10,8 @@ mod promotion;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-use crate::distance::Distances;
+use crate::distance::{Distances, list};
+use crate::frames::FramesError;
 use crate::nodemask::NodeMask;
 use crate::units::NodeId;
 
@@ -78,28 +79,37 @@ impl Tiers {
 
     /// The nodes of `allowed` that lie in lower tiers than `from`: the next tier first, and within it the nearest; then the
     /// tiers below.
-    pub fn demotion_order(&self, from: NodeId, allowed: &NodeMask, distances: &Distances) -> Vec<NodeId> {
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for the list.
+    pub fn demotion_order(
+        &self,
+        from: NodeId,
+        allowed: &NodeMask,
+        distances: &Distances,
+    ) -> Result<Vec<NodeId>, FramesError> {
         let own = self.tier(from);
-        let mut nodes = distances.order(from, allowed);
+        let mut nodes = list(allowed, |node| (self.tier(node), distances.nearness(from, node)))?;
         nodes.retain(|&node| self.tier(node) > own);
-        nodes.sort_by_key(|&node| self.tier(node));
-        nodes
+        Ok(nodes)
     }
 
     /// The nodes of `allowed` that lie in higher tiers than `from`: the highest first, and within it the nearest to where the
     /// page is used.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for the list.
     pub fn promotion_order(
         &self,
         from: NodeId,
         used_at: NodeId,
         allowed: &NodeMask,
         distances: &Distances,
-    ) -> Vec<NodeId> {
+    ) -> Result<Vec<NodeId>, FramesError> {
         let own = self.tier(from);
-        let mut nodes = distances.order(used_at, allowed);
+        let mut nodes = list(allowed, |node| (self.tier(node), distances.nearness(used_at, node)))?;
         nodes.retain(|&node| self.tier(node) < own);
-        nodes.sort_by_key(|&node| self.tier(node));
-        nodes
+        Ok(nodes)
     }
 }
 
@@ -121,12 +131,13 @@ mod tests {
         distances.set(id(0), id(3), 15).unwrap();
         distances.set(id(0), id(4), 12).unwrap();
         let all = NodeMask::ALL.intersection(&(0..6).map(id).collect());
-        let order = |from| tiers.demotion_order(id(from), &all, &distances);
+        let order = |from| tiers.demotion_order(id(from), &all, &distances).unwrap();
         assert_eq!(order(0), [id(3), id(2), id(4)]);
         assert_eq!(order(4), []);
-        assert_eq!(tiers.promotion_order(id(4), id(0), &all, &distances), [id(5), id(0), id(1), id(3), id(2)]);
+        let up = tiers.promotion_order(id(4), id(0), &all, &distances).unwrap();
+        assert_eq!(up, [id(5), id(0), id(1), id(3), id(2)]);
         assert_eq!(
-            tiers.demotion_order(id(0), &id(4).into(), &distances),
+            tiers.demotion_order(id(0), &id(4).into(), &distances).unwrap(),
             [id(4)],
             "what is not allowed is passed over"
         );

@@ -85,7 +85,9 @@ impl<'a> Request<'a> {
 }
 
 /// A request that the wall let through, to be used any number of times. Good for as long as the answer is: a pass looks
-/// again when the [`Registry`] has changed, and is refused as the request would be.
+/// again when the [`Registry`] has changed, and is refused as the request would be. Nodes of a policy that follow a change of
+/// masks go from the last answer to today's at once: of changes that came and went in between it knows nothing, where Linux
+/// rebinds at each.
 #[derive(Debug)]
 pub struct Pass {
     registry: u64,
@@ -214,12 +216,17 @@ impl Pass {
         }
         let from =
             self.policy.home().or(self.local).or(chosen.first()).or(fallback.first()).unwrap_or(NodeId::ZERO);
-        self.chosen = registry.distances().zonelist(from, &chosen);
+        let list = |from, nodes: &NodeMask| {
+            let no_memory = |_| Refusal { node: nodes.first(), reason: Reason::NoMemory };
+            registry.distances().zonelist(from, nodes).map_err(no_memory)
+        };
+        let in_order = list(from, &chosen)?;
         // Preferred means the zonelist of its node; preferred-many that of where the task runs, once its own nodes are full
         // (`policy_nodemask` and `alloc_pages_preferred_many` in mm/mempolicy.c).
         let is_one = self.policy.mode() == Mode::Preferred;
-        let from = self.chosen.first().copied().filter(|_| is_one).unwrap_or(from);
-        self.fallback = registry.distances().zonelist(from, &fallback);
+        let from = in_order.first().copied().filter(|_| is_one).unwrap_or(from);
+        self.fallback = list(from, &fallback)?;
+        self.chosen = in_order;
         self.bound = Some(bound);
         self.allowed = allowed;
         Ok(())
@@ -305,6 +312,9 @@ impl Registry {
             return Err(Refusal { node, reason: Reason::TooManyGrants { shown: shown.len() } });
         }
         let mut grants = Vec::new();
+        if grants.try_reserve_exact(shown.len()).is_err() {
+            return Err(Refusal { node, reason: Reason::NoMemory });
+        }
         let mut foreign = None;
         for grant in shown {
             match self.grants.own(grant) {

@@ -45,6 +45,15 @@ pub(crate) struct Contents {
 }
 
 impl Contents {
+    /// Makes room for one more range.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]
+    pub(crate) fn reserve_range(&mut self) -> Result<(), FramesError> {
+        self.ranges.try_reserve(1).map_err(|_| FramesError::NoMetadata)
+    }
+
+    /// A range that room was made for.
     pub(crate) fn add_range(&mut self, span: FrameRange, initial: Initial) {
         let at = self.ranges.partition_point(|bits| bits.span.first < span.first);
         self.ranges.insert(at, Bits { span, initial, changed: Vec::new() });

@@ -255,3 +255,22 @@ fn a_block_that_begins_before_a_run_is_named_once_by_its_first_frame() {
     assert_eq!((emptying.moves.len(), emptying.stuck), (0, vec![first]));
     machine.check();
 }
+
+#[test]
+fn to_empty_a_run_leaves_what_was_free_of_it_zero_and_gives_none_of_it_out() {
+    let mut machine = Machine::new(Services::MIGRATION | Services::COMPACTION);
+    let first = machine.alloc(0, Mobility::Movable).unwrap();
+    assert_eq!(u64::from(first.0), FRAMES - 1);
+    // All but the lowest 4 MiB, in which the block finds its place.
+    let run = FrameRange { first: FrameNumber(1024), count: FrameCount(FRAMES - 1024) };
+    let emptying = machine.mm.plan_emptying(NodeId::ONE, run).unwrap();
+    assert_eq!((emptying.moves.len(), emptying.stuck.len()), (1, 0));
+    assert_eq!(emptying.moves[0].to().first_frame(), FrameNumber(1023));
+    emptying.moves.into_iter().for_each(|planned| machine.complete(planned));
+    machine.check();
+    let grants = [&machine.grant];
+    let request = Request::on(DomainId::ROOT, NodeId::ONE, &grants);
+    let blocks: Vec<Block> = (0..3).map(|_| machine.mm.alloc(&request, Order::MAX).unwrap()).collect();
+    assert!(blocks[..2].iter().all(Block::is_zeroed), "nobody had them (R21)");
+    blocks.into_iter().for_each(|block| machine.mm.free(block).unwrap());
+}

@@ -74,3 +74,18 @@ fn a_range_goes_into_the_lowest_gap_that_holds_it() {
     let firsts: Vec<u32> = frames.ranges().map(|range| range.first.0).collect();
     assert_eq!(firsts, [0, 2048, 5120, 8192, 9216]);
 }
+
+#[test]
+fn metadata_is_lent_to_one_range_at_a_time() {
+    let count = FrameCount(2048);
+    let lent = Metadata::from_heap(count).unwrap();
+    let (mut one, mut other) = (Frames::new(), Frames::new());
+    let range = one.add_range(count, lent).unwrap();
+    assert_eq!(one.add_range(count, lent), Err(FramesError::MetadataInUse));
+    assert_eq!(other.add_range(count, lent), Err(FramesError::MetadataInUse));
+    assert_eq!(one.capacity(), count);
+    let (_, back) = one.remove_range(range.first).unwrap();
+    assert!(back.is_zero());
+    let frame = other.add_range(count, back).map(|_| other.alloc(Order::ZERO).unwrap());
+    assert!(frame.is_ok());
+}

@@ -395,6 +395,45 @@ fn a_double_free_by_two_threads_is_refused_once() {
     assert_eq!(node.frames.free(), FrameCount(4096));
 }
 
+/// As the one above, through the slots of two processors, without a barrier that sleeps: both come at the same instant.
+#[test]
+fn a_double_free_through_two_slots_is_refused_once() {
+    const ROUNDS: u32 = 50_000;
+    let node = Node::new(4096);
+    let (arrived, first, taken) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+    let meet = || {
+        let turn = arrived.fetch_add(1, SeqCst) / 2;
+        let mut spins = 0;
+        while arrived.load(SeqCst) / 2 == turn {
+            spins += 1;
+            if spins % 1000 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    };
+    let free = |slot, order| {
+        let is_taken = node.caches.free_block(&node.frames, slot, FrameNumber(first.load(SeqCst)), order).is_ok();
+        taken.fetch_add(u32::from(is_taken), SeqCst);
+    };
+    let order = |round: u32| if round.is_multiple_of(2) { Order::ZERO } else { Order::HUGE };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..ROUNDS {
+                meet();
+                free(1, order(round));
+                meet();
+            }
+        });
+        for round in 0..ROUNDS {
+            first.store(node.caches.alloc(&node.frames, 0, order(round)).unwrap().0, SeqCst);
+            meet();
+            free(0, order(round));
+            meet();
+            assert_eq!(taken.swap(0, SeqCst), 1, "round {round}");
+        }
+    });
+    node.caches.drain(&node.frames);
+    assert_eq!(node.frames.free(), FrameCount(4096));
+}
+
 #[test]
 fn a_cache_of_another_node_is_refused_and_loses_nothing() {
     let (one, other) = (Node::new(64), Node::new(64));

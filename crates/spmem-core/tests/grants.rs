@@ -259,7 +259,7 @@ impl Model {
         let id = known.value.as_ref().unwrap().id();
         match self.mm.registry_mut().revoke(&self.owners[usize::from(node)], id) {
             Ok(held) => {
-                assert_eq!(self.mm.registry().held(id).len(), held.len(), "it can be asked again");
+                assert_eq!(self.mm.registry().held(id).unwrap().len(), held.len(), "it can be asked again");
                 assert!(!known.is_revoked && known.nodes.contains(NodeId::new(node).unwrap()));
                 let listed: u64 = held.iter().map(|held| held.bytes.0).sum();
                 assert_eq!(listed, self.used(grant), "R13: all that is held is listed");

@@ -2,7 +2,7 @@
 //! atomics in place of the processor's.
 //!
 //! The source is the library's own, built once more. What is tried: the lock of a zone with the hints that are read without
-//! it, the slot that processors share, and the mark of poison that caches look at. Orders with more than three preemptions
+//! it, the slot that processors share, who takes a block back, and the mark of poison that caches look at. Orders with more than three preemptions
 //! are left to `tests/shuttle.rs`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -27,7 +27,7 @@ mod source {
 }
 use source::{frames, units};
 
-use frames::{Cache, Frames, FramesError, Hurt, Metadata, PerCpu};
+use frames::{Cache, FrameRange, Frames, FramesError, Hurt, Metadata, PerCpu};
 use loom::model::Builder;
 use loom::sync::Arc;
 use loom::thread;
@@ -153,6 +153,75 @@ fn of_two_who_free_a_block_one_is_refused() {
         assert_ne!(mine.is_ok(), other.join().unwrap());
         assert!(mine.is_ok() || mine == Err(FramesError::NotAllocated { frame: held }), "{mine:?}");
         assert_eq!(frames.free(), FrameCount(2));
+    });
+}
+
+/// One frees `held` into a cache, a second one as `free` does: which of them were taken.
+fn race_a_cache(frames: &Arc<Frames>, held: FrameNumber, free: fn(&Frames, FrameNumber) -> bool) -> [bool; 2] {
+    let other = {
+        let frames = Arc::clone(frames);
+        thread::spawn(move || free(&frames, held))
+    };
+    let mut cache = Cache::new();
+    let mine = cache.free(frames, held);
+    assert!(mine.is_ok() || mine == Err(FramesError::NotAllocated { frame: held }), "{mine:?}");
+    let others = other.join().unwrap();
+    cache.drain(frames);
+    [mine.is_ok(), others]
+}
+
+#[test]
+fn of_two_who_free_a_frame_into_caches_one_is_refused() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(PAIR, lent));
+        let held = frames.alloc(Order::ZERO).unwrap();
+        let into_another = |frames: &Frames, held| {
+            let mut cache = Cache::new();
+            let is_taken = cache.free(frames, held).is_ok();
+            cache.drain(frames);
+            is_taken
+        };
+        let [mine, others] = race_a_cache(&frames, held, into_another);
+        assert_ne!(mine, others);
+        assert_eq!(frames.free(), FrameCount(2));
+    });
+}
+
+#[test]
+fn of_a_first_cache_and_whoever_frees_without_one_one_is_refused() {
+    // Whoever locked the zone before there was a cache knows of none, and exchanges nothing.
+    let others: [fn(&Frames, FrameNumber) -> bool; 3] = [
+        |frames, held| frames.free_block(held, Order::ZERO).is_ok(),
+        |frames, held| frames.free_batch(&[held]).is_ok(),
+        |frames, held| frames.free_contiguous(FrameRange { first: held, count: FrameCount(1) }).is_ok(),
+    ];
+    for free in others {
+        explore(move |[lent, _]| {
+            let frames = Arc::new(node(PAIR, lent));
+            let held = frames.alloc(Order::ZERO).unwrap();
+            let [mine, others] = race_a_cache(&frames, held, free);
+            assert_ne!(mine, others);
+            assert_eq!(frames.free(), FrameCount(2));
+        });
+    }
+}
+
+#[test]
+fn a_run_of_which_a_cache_takes_a_part_back_stays_in_use() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(order(2), lent));
+        let run = frames.alloc_contiguous(FrameCount(3)).unwrap();
+        let last = FrameNumber(run.first.0 + 2);
+        let other = {
+            let frames = Arc::clone(&frames);
+            thread::spawn(move || frames.free_contiguous(run).is_ok())
+        };
+        let mut cache = Cache::new();
+        let mine = cache.free(&frames, last).is_ok();
+        assert_ne!(mine, other.join().unwrap());
+        cache.drain(&frames);
+        assert_eq!(frames.free(), FrameCount(if mine { 2 } else { 4 }));
+        assert_eq!(frames.free_block(run.first, PAIR).is_ok(), mine);
     });
 }
 

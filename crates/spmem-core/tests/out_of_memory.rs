@@ -6,15 +6,19 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+use spmem_core::domain::MAX_DEPTH;
 use spmem_core::frames::{FrameRange, FramesError, Metadata};
-use spmem_core::grant::{Grant, Rights, Terms};
+use spmem_core::grant::{Grant, GrantError, Rights, Terms};
 use spmem_core::migrate::{Mover, Stay};
 use spmem_core::mm::{AllocError, Block, MemoryManager, NodeStats};
-use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Owner, Services};
+use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Services};
+use spmem_core::nodemask::NodeMask;
 use spmem_core::page::Page;
+use spmem_core::policy::{Flags, Mode, Policy};
+use spmem_core::registry::Registry;
 use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
-use spmem_core::wall::{Mobility, Request};
+use spmem_core::wall::{Mobility, Reason, Request};
 use spmem_core::zero::Initial;
 
 /// Gives what the system gives, but for what a test of the same thread lets fail.
@@ -281,4 +285,126 @@ fn what_a_domain_uses_is_counted_or_nothing_is_given() {
     assert_eq!(machine.known(), before, "it stays where it is, and can be taken again");
     machine.mm.free(block).unwrap();
     machine.mm.registry_mut().remove_domain(job).unwrap();
+}
+
+#[test]
+fn a_request_is_refused_where_its_pass_cannot_be_made() {
+    let mut machine = Machine::new();
+    let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
+    let grant = machine.mm.registry_mut().grant(&[&machine.owners[1]], terms).unwrap();
+    let shown = [&grant];
+    let policy = Policy::new(Mode::Preferred, Flags::empty(), NodeId::ONE.into()).unwrap();
+    let request = Request { policy, grants: &shown, ..Request::of(DomainId::ROOT) };
+    let mut failures = 0;
+    loop {
+        let (pass, failed) = failing(failures, Fails::All, || machine.mm.registry().admit(&request));
+        if failed == 0 {
+            assert!(pass.is_ok());
+            break;
+        }
+        assert_eq!(pass.map(|_| ()).unwrap_err().reason, Reason::NoMemory, "failure {failures}");
+        failures += 1;
+    }
+    assert_eq!(failures, 3, "the grants shown, and two lists of nodes");
+    // A pass that is kept looks again, and is refused until there is memory.
+    let mut pass = machine.mm.registry().admit(&request).unwrap();
+    machine.mm.registry_mut().set_mems(DomainId::ROOT, NodeMask::EMPTY).unwrap();
+    let (result, failed) = failing(0, Fails::All, || pass.allowed(machine.mm.registry()).copied());
+    assert_eq!((result.map(|_| ()).unwrap_err().reason, failed), (Reason::NoMemory, 1));
+    assert!(pass.allowed(machine.mm.registry()).is_ok());
+}
+
+#[test]
+fn a_range_that_cannot_be_recorded_is_not_added() {
+    for failures in 0..2 {
+        let mut machine = Machine::new();
+        let before = machine.known();
+        let spec = machine.mm.registry().spec(NodeId::ONE).unwrap().clone();
+        // So many that the next one needs room in both lists of ranges.
+        let lent = |_| Metadata::from_heap(FrameCount(1024)).unwrap();
+        let lent: Vec<Metadata> = (0..4).map(lent).collect();
+        let Machine { mm, owners, .. } = &mut machine;
+        for lent in &lent[..3] {
+            mm.registry_mut().add_range(&owners[1], &spec, FrameCount(1024), *lent, Initial::Zero).unwrap();
+        }
+        let add = || mm.registry_mut().add_range(&owners[1], &spec, FrameCount(1024), lent[3], Initial::Zero);
+        let (added, failed) = failing(failures, Fails::All, add);
+        assert_eq!(added, Err(NodeError::Frames(FramesError::NoMetadata)), "failure {failures}");
+        assert_eq!((failed, machine.known().0[1].capacity), (1, FrameCount(before.0[1].capacity.0 + 3 * 1024)));
+    }
+}
+
+#[test]
+fn grants_are_made_and_revoked_whole_or_not_at_all() {
+    let mut machine = Machine::new();
+    let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
+    let Machine { mm, owners, .. } = &mut machine;
+    let mut made = 0;
+    for failures in 0..2 {
+        // Until the lists of grants are full.
+        let refused = (0..20).any(|_| {
+            let (grant, failed) = failing(failures, Fails::All, || mm.registry_mut().grant(&[&owners[1]], terms));
+            made += usize::from(failed == 0);
+            assert_eq!(grant.as_ref().err(), (failed > 0).then_some(&GrantError::NoMemory));
+            failed > 0
+        });
+        assert!(refused, "failure {failures}, {made} made");
+    }
+    let grant = mm.registry_mut().grant(&[&owners[1]], terms).unwrap();
+    let part = mm.registry_mut().narrow(&grant, NodeId::ONE.into(), terms).unwrap();
+    let shown = [&part];
+    let block = mm.alloc(&Request::on(DomainId::ROOT, NodeId::ONE, &shown), Order::ZERO).unwrap();
+    let id = grant.id();
+    assert_eq!(failing(0, Fails::All, || mm.registry().held(id)), (Err(GrantError::NoMemory), 1));
+    let (revoked, failed) = failing(0, Fails::All, || mm.registry_mut().revoke(&owners[1], id));
+    assert_eq!((revoked, failed), (Err(GrantError::NoMemory), 1));
+    assert!(mm.registry().grant_info(&part).is_ok(), "nothing has ended");
+    assert_eq!(mm.registry_mut().revoke(&owners[1], id).unwrap().len(), 1);
+    assert!(mm.registry().grant_info(&part).is_err());
+    let (freed, failed) = failing(0, Fails::All, || mm.free(block));
+    assert_eq!((freed, failed), (Ok(()), 0), "what ends takes no memory");
+}
+
+#[test]
+fn a_run_is_emptied_by_a_whole_plan_or_none() {
+    let run = FrameRange { first: FrameNumber(FRAMES - 1024), count: FrameCount(1024) };
+    let mut failures = 0;
+    loop {
+        let mut machine = Machine::new();
+        let blocks = [machine.alloc(), machine.alloc()];
+        let _huge = machine.mm.alloc(&Machine::movable(), Order::HUGE).unwrap();
+        let before = machine.known();
+        let (emptying, failed) = failing(failures, Fails::All, || machine.mm.plan_emptying(NodeId::ZERO, run));
+        if failed == 0 {
+            assert_eq!(emptying.unwrap().moves.len(), 3);
+            break;
+        }
+        // Where a target has no records its block is stuck; where a list cannot grow there is no plan.
+        for planned in emptying.map_or_else(|_| Vec::new(), |emptying| emptying.moves) {
+            machine.mm.call_off(planned).unwrap();
+        }
+        let after = machine.known();
+        assert_eq!((after.1, after.2, after.3), (before.1, before.2, before.3), "failure {failures}");
+        assert_eq!(after.0.iter().map(|node| node.free).max(), before.0.iter().map(|node| node.free).max());
+        assert_eq!(blocks.len(), 2);
+        failures += 1;
+    }
+    assert!(failures >= 4, "lists of blocks, of moves, of what is stuck, of what is held: {failures}");
+}
+
+#[test]
+fn masks_change_without_memory() {
+    let mut registry = Registry::new();
+    let spec = Machine::new().mm.registry().spec(NodeId::ONE).unwrap().clone();
+    registry.register(NodeId::ONE, spec).unwrap();
+    let mut deep = DomainId::ROOT;
+    for level in 0..MAX_DEPTH {
+        deep = registry.create_domain(deep, "level").unwrap();
+        if level % 9 == 1 {
+            registry.create_domain(deep, "aside").unwrap();
+        }
+    }
+    let (set, failed) = failing(0, Fails::All, || registry.set_mems(DomainId::ROOT, NodeId::ONE.into()).is_ok());
+    assert_eq!((set, failed), (true, 0));
+    assert_eq!(registry.effective(deep), Some(&NodeId::ONE.into()));
 }

@@ -64,7 +64,7 @@ impl Generator {
         if model.nodes.is_empty() {
             return self.add_node();
         }
-        match self.random.random_range(0..140) {
+        match self.random.random_range(0..142) {
             0..3 => self.add_node(),
             100..105 => self.add_range(world),
             105..108 => self.remove_range(world),
@@ -96,6 +96,10 @@ impl Generator {
                 Step::Pin { block: self.block(world), grants: (0..2).map(|_| self.grant(world)).collect() }
             }
             138..140 => Step::Unpin { block: self.pinned(world) },
+            140..142 => Step::SetReserve {
+                node: self.random.random_range(0..NODES),
+                frames: self.random.random_range(0..200),
+            },
             3..5 => Step::RemoveNode { node: self.random.random_range(0..NODES) },
             5..8 if model.domains.len() < DOMAINS => {
                 let above = self.path(world);
@@ -210,9 +214,9 @@ impl Generator {
     }
 
     fn alloc(&mut self, world: &World) -> Step {
-        let Ask { domain, asked, mode, flags, home, at, grants, is_movable } = self.ask(world);
+        let Ask { domain, asked, mode, flags, home, at, grants, is_movable, uses_reserve } = self.ask(world);
         let (block, order) = (self.new_block(), self.order());
-        Step::Alloc { block, domain, order, asked, mode, grants, is_movable, flags, home, at }
+        Step::Alloc { block, domain, order, asked, mode, grants, is_movable, flags, home, at, uses_reserve }
     }
 
     fn ask(&mut self, world: &World) -> Ask {
@@ -233,6 +237,7 @@ impl Generator {
             at: self.random.random_bool(0.5).then(|| self.random.random_range(0..NODES)),
             grants: (0..shown).map(|_| self.grant(world)).collect(),
             is_movable: self.random.random_bool(0.7),
+            uses_reserve: self.random.random_bool(0.1),
         }
     }
 

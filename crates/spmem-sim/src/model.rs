@@ -32,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) tier: u8,
     /// Pages in a row by weighted interleave.
     pub(crate) weight: u8,
+    /// Frames that only who may use the reserve gets.
+    pub(crate) reserve: u64,
     /// Frames by first frame.
     pub(crate) ranges: BTreeMap<u32, u64>,
 }

@@ -169,6 +169,16 @@ pub enum Step {
         /// The node of the processor, as in [`Ask::at`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         at: Option<u16>,
+        /// Whether it may use the reserve, as in [`Ask::uses_reserve`].
+        #[serde(default, skip_serializing_if = "is_no")]
+        uses_reserve: bool,
+    },
+    /// What a node keeps for requests that may use it: its `min` watermark.
+    SetReserve {
+        /// The node.
+        node: u16,
+        /// Frames.
+        frames: u64,
     },
     /// A task sets its policy, for all that it asks for until it sets another: set_mempolicy(2).
     SetPolicy {
@@ -301,6 +311,14 @@ pub struct Ask {
     pub grants: Vec<u32>,
     /// Whether the holder of what is given moves it when asked to.
     pub is_movable: bool,
+    /// Whether it may use the reserves of nodes: it is needed to free memory.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub uses_reserve: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_no(is: &bool) -> bool {
+    !*is
 }
 
 /// What older traces do not have is left out where it says nothing.

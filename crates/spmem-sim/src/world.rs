@@ -101,6 +101,7 @@ impl World {
             Step::Grant { grant, nodes, terms } => self.grant(*grant, nodes, *terms),
             Step::Narrow { grant, from, nodes, terms } => self.narrow(*grant, *from, nodes, *terms),
             Step::Revoke { grant } => self.revoke(*grant),
+            Step::SetReserve { node, frames } => self.set_reserve(*node, *frames),
             Step::Release { grant } => Ok(self.release(*grant)),
             Step::Advance { ns } => self.advance(*ns),
             Step::Demote { node, wanted, grants, is_completed } => {
@@ -126,10 +127,23 @@ impl World {
             Step::FormerOwner { node } => self.try_former_owner(*node),
             Step::SetDistance { from, to, distance } => self.set_distance(*from, *to, *distance),
             Step::SetWeight { node, weight } => self.set_weight(*node, *weight),
-            Step::Alloc { block, domain, order, asked, mode, grants, is_movable, flags, home, at } => {
+            Step::Alloc {
+                block,
+                domain,
+                order,
+                asked,
+                mode,
+                grants,
+                is_movable,
+                flags,
+                home,
+                at,
+                uses_reserve,
+            } => {
                 let (domain, asked, grants) = (domain.clone(), asked.clone(), grants.clone());
-                let (mode, flags, home, at, is_movable) = (*mode, *flags, *home, *at, *is_movable);
-                let ask = Ask { domain, asked, mode, flags, home, at, grants, is_movable };
+                let (mode, flags, home, at) = (*mode, *flags, *home, *at);
+                let (is_movable, uses_reserve) = (*is_movable, *uses_reserve);
+                let ask = Ask { domain, asked, mode, flags, home, at, grants, is_movable, uses_reserve };
                 self.alloc(*block, *order, &ask)
             }
             Step::SetPolicy { task, ask } => self.set_policy(*task, ask),

@@ -2,7 +2,7 @@
 //! Called by [`MemoryManager::alloc_batch`](crate::mm::MemoryManager::alloc_batch), and by who owns a [`Frames`].
 
 use super::range::Range;
-use super::states::check;
+use super::states::refuse;
 use super::zone::{ROW_FRAMES, Run, ZONE_FRAMES, Zone};
 use super::{Found, Frames, FramesError, Place, each_bit};
 use crate::sync::AtomicU8;
@@ -48,14 +48,14 @@ impl Frames {
             let place = self.find(frames[at]).map_err(|cause| (at, cause))?;
             let range = &self.ranges[place.range];
             let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
-            let mut result = Ok(());
+            let (mut result, has_caches) = (Ok(()), self.has_caches());
             // Rows that go back whole, first and end: together they are blocks.
             let mut whole = (0, 0);
             while let Some(&frame) = frames.get(at) {
                 let Some(offset) = range.offset_in_zone(frame, place.zone()) else { break };
                 // The frames of one row go back together.
                 let row = offset / ROW_FRAMES * ROW_FRAMES;
-                let (bits, count) = take_in_row(range, row, &frames[at..]);
+                let (bits, count) = take_in_row(range, row, &frames[at..], has_caches);
                 let in_zone = row % ZONE_FRAMES;
                 if bits == u64::MAX {
                     if in_zone != whole.1 {
@@ -68,7 +68,7 @@ impl Frames {
                 }
                 at += count;
                 if count == 0 {
-                    result = check(range, offset, frame, Order::ZERO).map_err(|cause| (at, cause));
+                    result = refuse(range, offset, Order::ZERO).map_err(|cause| (at, cause));
                     break;
                 }
             }
@@ -113,10 +113,10 @@ fn give_out_row(range: &Range, first: usize, bits: u64, into: &mut [FrameNumber]
 
 /// Single frames at the front of `frames` lose their owner, as many as lie in the row at `first` and are in use: they as
 /// bits, and how many. None when the first of them may not be given back.
-fn take_in_row(range: &Range, first: usize, frames: &[FrameNumber]) -> (u64, usize) {
+fn take_in_row(range: &Range, first: usize, frames: &[FrameNumber], has_caches: bool) -> (u64, usize) {
     let number = range.number(first).0;
     let states = &range.states().0[first..];
-    if let (Some(row), Some(states)) = (frames.first_chunk(), states.first_chunk())
+    if let (Some(row), Some(states), false) = (frames.first_chunk(), states.first_chunk(), has_caches)
         && take_in_whole_row(number, states, row)
     {
         return (u64::MAX, ROW_FRAMES);
@@ -127,11 +127,10 @@ fn take_in_row(range: &Range, first: usize, frames: &[FrameNumber]) -> (u64, usi
         if bit >= ROW_FRAMES {
             break;
         }
-        let Some(state) = states.get(bit) else { break };
-        if state.load(Relaxed) != Order::ZERO.get() + 1 {
+        // An exchange each also where no cache needs it: whole rows, the common case, are behind us.
+        if !range.states().clear(first + bit, Order::ZERO) {
             break;
         }
-        state.store(0, Relaxed);
         bits |= 1 << bit;
         count += 1;
     }

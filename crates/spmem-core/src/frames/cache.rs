@@ -8,10 +8,11 @@
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
 use super::poison::HAS_POISON;
-use super::states::check;
+use super::range::Range;
+use super::states::refuse;
 use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
 use super::{Frames, FramesError, Place};
-use crate::sync::Ordering::{Acquire, Relaxed};
+use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
@@ -27,6 +28,11 @@ const HUGE_HELD: usize = 2;
 const AWAY_BLOCKS: u32 = (ZONE_FRAMES >> 9) as u32;
 /// How many rows a cache takes from a zone of its own because another one fills itself from the lowest: as many as a zone has.
 const AWAY: u32 = (ZONE_FRAMES / ROW_FRAMES) as u32;
+
+/// In the stamp of a node: somebody may have a cache in front of it, ...
+pub(super) const HAS_CACHES: u64 = 2;
+/// ... and everybody who works on a zone knows.
+const KNOWS_CACHES: u64 = 4;
 
 /// One owner's cache of free frames.
 ///
@@ -46,7 +52,7 @@ const AWAY: u32 = (ZONE_FRAMES / ROW_FRAMES) as u32;
 /// ```
 #[derive(Debug)]
 pub struct Cache {
-    /// The stamp that the node had before any poison; 0 while it is empty.
+    /// The node's stamp, but for the mark of poison; 0 while it is empty.
     node: AtomicU64,
     row_first: AtomicU32,
     row_bits: AtomicU64,
@@ -164,7 +170,7 @@ impl Cache {
     /// Gives everything it holds back to the node it came from.
     ///
     /// # Panics
-    /// When `frames` is another node, or a frame it holds is not in use there: it was freed twice at once.
+    /// When `frames` is another node.
     pub fn drain(&mut self, frames: &Frames) {
         self.drain_alone(frames);
     }
@@ -195,13 +201,14 @@ impl Cache {
         // Acquire pairs with the Release in `Frames::poison`: the marks are seen.
         let stamp = frames.stamp.load(Acquire);
         let node = stamp & !HAS_POISON;
-        if self.node.load(Relaxed) != node {
+        if self.node.load(Relaxed) != node | HAS_CACHES | KNOWS_CACHES {
             if !self.is_empty() {
                 return Err(FramesError::OtherCache);
             }
-            self.node.store(node, Relaxed);
+            frames.announce_caches();
+            self.node.store(node | HAS_CACHES | KNOWS_CACHES, Relaxed);
         }
-        Ok(if stamp == node { Poison::None } else { Poison::Some })
+        Ok(if stamp & HAS_POISON == 0 { Poison::None } else { Poison::Some })
     }
 
     /// By whoever has it for himself, as all that follows.
@@ -381,6 +388,23 @@ pub(super) enum Poison {
 
 /// What caches ask of a node.
 impl Frames {
+    /// Whether blocks are freed with caches about, which ask no zone. With a zone locked: until it is let go, no cache comes
+    /// of which this does not tell.
+    pub(super) fn has_caches(&self) -> bool {
+        self.stamp.load(Relaxed) & HAS_CACHES != 0
+    }
+
+    /// Before the first cache is used: whoever has a zone now ends, whoever locks one later sees the mark.
+    fn announce_caches(&self) {
+        // Acquire pairs with the Release below.
+        if self.stamp.fetch_or(HAS_CACHES, Acquire) & KNOWS_CACHES != 0 {
+            return;
+        }
+        let zones = self.ranges.iter().flat_map(Range::all_zone_words);
+        zones.for_each(|words| drop(Zone::lock(words, self.relax)));
+        self.stamp.fetch_or(KNOWS_CACHES, Release);
+    }
+
     /// A row's free frames for the cache `name`, the lowest there are in the zone of `from` or behind it. They count as used,
     /// given to nobody.
     fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
@@ -414,9 +438,7 @@ impl Frames {
     fn take_in(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
         let place = self.find(frame)?;
         let range = &self.ranges[place.range];
-        check(range, place.offset, frame, order)?;
-        range.states().set(place.offset, None);
-        Ok(())
+        if range.states().clear(place.offset, order) { Ok(()) } else { refuse(range, place.offset, order) }
     }
 
     /// Cached frames become free: one lock a zone, those that nobody works on first. Changes the order of `cached`.
@@ -437,13 +459,14 @@ impl Frames {
             // Which zone a frame is of is random: to branch on it would cost more than to store it twice.
             let mut mine = [0_u32; HELD];
             let (mut count, mut others) = (0, 0);
+            let (first_of_zone, frames_of_zone) = range.zone_span(place.zone());
             for at in 0..left.len() {
                 let frame = left[at];
-                let offset = range.offset_in_zone(frame, place.zone());
-                mine[count] = (offset.unwrap_or(0) % ZONE_FRAMES) as u32;
+                let offset = frame.0.wrapping_sub(first_of_zone);
+                mine[count % HELD] = offset;
                 left[others] = frame;
-                count += usize::from(offset.is_some());
-                others += usize::from(offset.is_none());
+                count += usize::from(offset < frames_of_zone);
+                others += usize::from(offset >= frames_of_zone);
             }
             self.put_each(range, place.zone(), &zone, &mine[..count]);
             self.settle(range, place.zone(), &zone);

@@ -72,9 +72,15 @@ impl Frames {
         let low = Zone::lock(range.zone_words(*zones.start()), self.relax);
         let high = (zones.start() != zones.end()).then(|| Zone::lock(range.zone_words(*zones.end()), self.relax));
         let parts = [Some(&low), high.as_ref()];
-        pieces(first, len).try_for_each(|(piece, order)| check(range, piece, range.number(piece), order))?;
+        pieces(first, len).try_for_each(|(piece, order)| check(range, piece, order))?;
+        for (done, (piece, order)) in pieces(first, len).enumerate() {
+            if let Err(cause) = self.take_back(range, piece, order) {
+                // A cache took this piece back since: all others stay in use.
+                pieces(first, len).take(done).for_each(|(piece, order)| range.states().set(piece, Some(order)));
+                return Err(cause);
+            }
+        }
         for (piece, order) in pieces(first, len) {
-            range.states().set(piece, None);
             let number = piece / ZONE_FRAMES;
             let zone = parts[number - zones.start()].expect("locked");
             self.put(range, number, zone, piece % ZONE_FRAMES, order.index());

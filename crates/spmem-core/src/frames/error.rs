@@ -83,6 +83,8 @@ pub enum FramesError {
         /// Frames the node has, holes included.
         frames: u64,
     },
+    /// The metadata lent for a range is not all zero: it was written, or another range uses it.
+    MetadataInUse,
     /// The metadata lent for a range is too small, or there is no memory for it.
     NoMetadata,
     /// A contiguous range of so many frames is never given: 0, or more than [`MAX_CONTIGUOUS`].
@@ -129,6 +131,7 @@ impl fmt::Display for FramesError {
                 f,
                 "{count} more frames do not fit: the node has {frames}, holes included, and can have {MAX_FRAMES}"
             ),
+            Self::MetadataInUse => f.write_str("the metadata lent for the range is in use, or was written"),
             Self::NoMetadata => f.write_str("no memory for the metadata of the range"),
             Self::Contiguous { count } => {
                 write!(f, "{count} frames cannot be contiguous: 1 to {MAX_CONTIGUOUS} can")

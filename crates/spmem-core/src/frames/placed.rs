@@ -1,10 +1,15 @@
 //! Blocks at a place that the caller chooses: what compaction takes its targets from.
 //!
 //! [`Frames::alloc_at`] takes the block at a frame, [`Frames::alloc_highest`] the highest there is: a scanner for free
-//! frames comes down with it while one for frames to move goes up. Called by compaction. One zone lock at a time.
+//! frames comes down with it while one for frames to move goes up. [`Frames::take_free_in`] keeps a run that is to be emptied
+//! from being filled. Called by compaction. One zone lock at a time.
 
-use super::zone::Zone;
-use super::{Frames, FramesError};
+use alloc::vec::Vec;
+
+use super::contiguous::pieces;
+use super::range::Range;
+use super::zone::{ZONE_FRAMES, Zone};
+use super::{FrameRange, Frames, FramesError};
 use crate::sync::Ordering::Acquire;
 use crate::units::{FrameNumber, Order};
 
@@ -68,7 +73,7 @@ impl Frames {
                     let zone = Zone::lock(range.zone_words(number), self.relax);
                     if let Some(first) = zone.find_highest(order.index()) {
                         zone.take_at(first, order.index());
-                        let offset = number * super::ZONE_FRAMES + first;
+                        let offset = number * ZONE_FRAMES + first;
                         range.states().set(offset, Some(order));
                         self.settle(range, number, &zone);
                         return Ok(range.number(offset));
@@ -81,4 +86,54 @@ impl Frames {
             }
         }
     }
+
+    /// Takes all that is free of a run, in the largest blocks it is made of, so that nobody is given any of it.
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: `taken` could not grow; what was taken by then is in it.
+    pub(crate) fn take_free_in(
+        &self,
+        run: FrameRange,
+        taken: &mut Vec<(FrameNumber, Order)>,
+    ) -> Result<(), FramesError> {
+        for range in &self.ranges {
+            let base = u64::from(range.span.first.0);
+            let end =
+                u64::from(run.first.0).saturating_add(run.count.0).saturating_sub(base).min(range.span.count.0)
+                    as usize;
+            let mut at = u64::from(run.first.0).saturating_sub(base) as usize;
+            while at < end {
+                let number = at / ZONE_FRAMES;
+                let stop = end.min((number + 1) * ZONE_FRAMES);
+                let zone = Zone::lock(range.zone_words(number), self.relax);
+                let mut pieces = pieces(at, stop - at);
+                let result = pieces.try_for_each(|(first, order)| take_free_of(range, &zone, first, order, taken));
+                self.settle(range, number, &zone);
+                result?;
+                at = stop;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is free of a block, itself or the halves of it that are.
+fn take_free_of(
+    range: &Range,
+    zone: &Zone<'_>,
+    first: usize,
+    order: Order,
+    taken: &mut Vec<(FrameNumber, Order)>,
+) -> Result<(), FramesError> {
+    let in_zone = first % ZONE_FRAMES;
+    if zone.is_free(in_zone, in_zone + (1 << order.get())) {
+        taken.try_reserve(1).map_err(|_| FramesError::NoMetadata)?;
+        zone.take_at(in_zone, order.index());
+        range.states().set(first, Some(order));
+        taken.push((range.number(first), order));
+    } else if let Some(half) = order.get().checked_sub(1).and_then(|half| Order::new(half).ok()) {
+        take_free_of(range, zone, first, half, taken)?;
+        take_free_of(range, zone, first + (1 << half.get()), half, taken)?;
+    }
+    Ok(())
 }

@@ -14,9 +14,8 @@
 use core::ops::ControlFlow;
 
 use super::range::Range;
-use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone, each_row};
+use super::zone::{ROW_FRAMES, Words, ZONE_FRAMES, Zone, each_row};
 use super::{FrameRange, Frames, FramesError, each_bit};
-use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Relaxed, Release};
 use crate::units::{FrameCount, FrameNumber, Order};
 
@@ -154,7 +153,7 @@ impl Frames {
 }
 
 /// Whether a frame of a zone is poisoned. Once true it stays true.
-fn is_marked(words: &[AtomicU64], frame: usize) -> bool {
+fn is_marked(words: &Words, frame: usize) -> bool {
     Zone::read_poisoned_in(words, frame / ROW_FRAMES) >> (frame % ROW_FRAMES) & 1 != 0
 }
 

@@ -6,13 +6,15 @@
 use alloc::vec::Vec;
 
 use super::states::States;
-use super::zone::{self, ZONE_FRAMES, ZONE_WORDS};
+use super::zone::{self, Words, ZONE_FRAMES, ZONE_WORDS};
 use super::{FrameRange, FramesError};
 use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicU8, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
-/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed.
+/// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed. A copy of it
+/// is the same memory: it can be lent once at a time, and [`Frames::add_range`](super::Frames::add_range) refuses what another range
+/// has, or what the use of one has left in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Metadata {
     pub(super) words: &'static [AtomicU64],
@@ -79,9 +81,13 @@ pub(super) struct Range {
 }
 
 impl Range {
-    pub(super) fn zone_words(&self, zone: usize) -> &'static [AtomicU64] {
+    pub(super) fn zone_words(&self, zone: usize) -> &'static Words {
         let start = hint_words(self.zones) * Order::COUNT + zone * ZONE_WORDS;
-        &self.lent.words[start..start + ZONE_WORDS]
+        self.lent.words[start..].first_chunk().expect("each zone has its words")
+    }
+
+    pub(super) fn all_zone_words(&self) -> impl Iterator<Item = &'static Words> + '_ {
+        (0..self.zones).map(|zone| self.zone_words(zone))
     }
 
     pub(super) fn states(&self) -> States<'static> {
@@ -131,6 +137,13 @@ impl Range {
         let taken: u64 = (0..self.zones).map(|zone| zone::read_used(self.zone_words(zone))).sum();
         // Those that do not exist are counted as used.
         taken.saturating_sub((self.zones * ZONE_FRAMES) as u64 - self.span.count.0)
+    }
+
+    /// The first frame of a zone, and how many of its frames exist.
+    pub(super) fn zone_span(&self, zone: usize) -> (u32, u32) {
+        let before = zone * ZONE_FRAMES;
+        let count = (self.span.count.0 as usize - before).min(ZONE_FRAMES);
+        (self.span.first.0 + before as u32, count as u32)
     }
 
     /// Where a frame is in the range, if it is in its zone `zone`.

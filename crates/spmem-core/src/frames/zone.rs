@@ -37,6 +37,8 @@ const POISONED: usize = 3;
 const RETIRED: usize = 4;
 /// The name of the cache that was filled from here last.
 const FILLER: usize = 5;
+/// Of a range's first zone: 1 while the range has it.
+const LENT: usize = 6;
 /// A word a row, a bit a frame: it is in use.
 const ROW: usize = 8;
 /// A word a tree, a bit a row: something of it is in use.
@@ -51,12 +53,15 @@ const POISON: usize = INDEX + ROW_ORDER * ROW_INDEX + (Order::COUNT - ROW_ORDER)
 /// Words of a zone: 70 KiB.
 pub(super) const ZONE_WORDS: usize = (POISON + ROWS).next_multiple_of(8);
 
+/// All that a zone has: with a length that is known no access has to be checked.
+pub(super) type Words = [AtomicU64; ZONE_WORDS];
+
 /// How long the lock is waited for before `relax` is asked.
 const SPINS: u32 = 64;
 
 /// A zone, locked for as long as this lives.
 pub(super) struct Zone<'a> {
-    words: &'a [AtomicU64],
+    words: &'a Words,
 }
 
 impl Drop for Zone<'_> {
@@ -67,13 +72,24 @@ impl Drop for Zone<'_> {
 }
 
 /// Frames in use in a zone, or out of use, a moment ago.
-pub(super) fn read_used(words: &[AtomicU64]) -> u64 {
+pub(super) fn read_used(words: &Words) -> u64 {
     words[USED].load(Relaxed)
 }
 
 impl<'a> Zone<'a> {
+    /// Whether nothing was ever done here. Looks at what every use of a zone changes.
+    pub(super) fn is_fresh(words: &Words) -> bool {
+        words[..ROW].iter().all(|word| word.load(Relaxed) == 0)
+    }
+
+    /// A range has the words of its first zone from now on, unless another one has them.
+    pub(super) fn claim(words: &Words) -> bool {
+        // Relaxed: who lends them knows what was written before.
+        words[LENT].compare_exchange(0, 1, Relaxed, Relaxed).is_ok()
+    }
+
     /// Waits for the zone. `relax` is called while somebody else has had it for long, perhaps without a processor.
-    pub(super) fn lock(words: &'a [AtomicU64], relax: fn()) -> Self {
+    pub(super) fn lock(words: &'a Words, relax: fn()) -> Self {
         let mut spins = 0;
         while words[LOCK].compare_exchange(0, 1, Acquire, Relaxed).is_err() {
             while words[LOCK].load(Relaxed) != 0 {
@@ -85,7 +101,7 @@ impl<'a> Zone<'a> {
     }
 
     /// The zone, if nobody has it.
-    pub(super) fn try_lock(words: &'a [AtomicU64]) -> Option<Self> {
+    pub(super) fn try_lock(words: &'a Words) -> Option<Self> {
         let lock = &words[LOCK];
         let is_mine = lock.load(Relaxed) == 0 && lock.compare_exchange(0, 1, Acquire, Relaxed).is_ok();
         // Not `then_some`: a guard that is made is dropped, and lets go of the lock.
@@ -211,12 +227,17 @@ impl<'a> Zone<'a> {
     /// # Panics
     /// When one of them is not in use.
     pub(super) fn put_each(&self, frames: &[u32]) {
-        for &frame in frames {
-            let (row, bit) = (frame as usize / ROW_FRAMES, frame as usize % ROW_FRAMES);
-            let before = self.get(ROW + row);
-            assert!(before >> bit & 1 != 0, "frame {frame} of a zone was freed twice at once");
-            let used = before & !(1 << bit);
-            self.set(ROW + row, used);
+        let place = |frame: u32| (frame as usize % ZONE_FRAMES / ROW_FRAMES, frame as usize % ROW_FRAMES);
+        // First all words, one not waiting for another, as no branch depends on them; then what they tell the index.
+        let mut were_used = 1;
+        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
+            let used = self.get(ROW + row);
+            were_used &= used >> bit;
+            self.set(ROW + row, used & !(1 << bit));
+        }
+        assert!(were_used & 1 != 0, "a frame that is given back is in use");
+        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
+            let used = self.get(ROW + row);
             self.some_in_row(row, word::merged(!used, bit, 0) + 1);
             if used == 0 {
                 self.put_in_tree(row, 0);
@@ -275,22 +296,22 @@ impl<'a> Zone<'a> {
     }
 
     /// Without the lock: those frames of a row that were not free a moment ago.
-    pub(super) fn read_row(words: &[AtomicU64], row: usize) -> u64 {
+    pub(super) fn read_row(words: &Words, row: usize) -> u64 {
         words[ROW + row].load(Relaxed)
     }
 
     /// Without the lock: whether any frame was poisoned a moment ago.
-    pub(super) fn reads_poison(words: &[AtomicU64]) -> bool {
+    pub(super) fn reads_poison(words: &Words) -> bool {
         words[POISONED].load(Relaxed) != 0
     }
 
     /// Without the lock: those frames of a row that were.
-    pub(super) fn read_poisoned_in(words: &[AtomicU64], row: usize) -> u64 {
+    pub(super) fn read_poisoned_in(words: &Words, row: usize) -> u64 {
         words[POISON + row].load(Relaxed)
     }
 
     /// Without the lock: frames out of use a moment ago.
-    pub(super) fn read_retired(words: &[AtomicU64]) -> u64 {
+    pub(super) fn read_retired(words: &Words) -> u64 {
         words[RETIRED].load(Relaxed)
     }
 

@@ -179,6 +179,10 @@ impl Grants {
     }
 
     pub(super) fn insert(&mut self, mut record: Record) -> Result<Grant, GrantError> {
+        // Room also for the day on which it ends, which nothing may refuse.
+        let (records, vacant) = (self.records.len(), self.vacant.len());
+        self.records.try_reserve(1).map_err(|_| GrantError::NoMemory)?;
+        self.vacant.try_reserve(records + 1 - vacant).map_err(|_| GrantError::NoMemory)?;
         let slot = if let Some(slot) = self.vacant.pop() {
             slot
         } else {
@@ -222,30 +226,42 @@ impl Grants {
         }
     }
 
-    /// The slots of `root` and everything narrowed from it.
-    pub(super) fn family(&self, root: u16) -> Vec<u16> {
-        let descends = |mut slot: u16| loop {
-            if slot == root {
-                return true;
-            }
-            match self.record(slot).parent {
-                Some(parent) => slot = parent,
-                None => return false,
-            }
-        };
+    /// Ends `root` and everything narrowed from it.
+    pub(super) fn revoke(&mut self, root: u16) {
         let slots = (0u16..).take(self.records.len());
-        slots.filter(|&slot| self.record(slot).state != State::Vacant && descends(slot)).collect()
+        for slot in slots.clone() {
+            if self.is_of_family(slot, root) {
+                self.record_mut(slot).state = State::Revoked;
+            }
+        }
+        // A record goes before the one that it was narrowed from: so the others are still found.
+        for slot in slots {
+            if self.is_of_family(slot, root) {
+                self.reap(slot);
+            }
+        }
+    }
+
+    /// Whether a slot is `root`, or was narrowed from it.
+    fn is_of_family(&self, slot: u16, root: u16) -> bool {
+        let above = |&slot: &u16| self.record(slot).parent;
+        self.record(slot).state != State::Vacant
+            && core::iter::successors(Some(slot), above).any(|slot| slot == root)
     }
 
     /// What is in use under `root` and everything narrowed from it.
-    pub(super) fn held(&self, root: u16) -> Vec<Held> {
-        let used = |slot| (slot, Bytes(self.own_use(slot)));
-        let held = self.family(root).into_iter().map(used).filter(|(_, bytes)| bytes.0 > 0);
-        held.map(|(slot, bytes)| {
-            let generation = self.record(slot).generation;
-            Held { grant: GrantId { slot, generation }, bytes }
-        })
-        .collect()
+    pub(super) fn held(&self, root: u16) -> Result<Vec<Held>, GrantError> {
+        let slots = (0u16..).take(self.records.len()).filter(|&slot| self.is_of_family(slot, root));
+        let held = slots.filter_map(|slot| {
+            let (bytes, generation) = (Bytes(self.own_use(slot)), self.record(slot).generation);
+            (bytes.0 > 0).then_some(Held { grant: GrantId { slot, generation }, bytes })
+        });
+        let mut all = Vec::new();
+        for one in held {
+            all.try_reserve(1).map_err(|_| GrantError::NoMemory)?;
+            all.push(one);
+        }
+        Ok(all)
     }
 
     /// Bytes charged under the record itself, children's not counted.

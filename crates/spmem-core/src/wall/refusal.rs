@@ -61,6 +61,8 @@ pub enum Reason {
         /// The right.
         right: Rights,
     },
+    /// There is no memory for the lists that a pass holds.
+    NoMemory,
     /// A grant was shown that is not valid.
     BadGrant {
         /// Why not.
@@ -81,6 +83,7 @@ impl Reason {
             Self::TooManyGrants { .. } => "too-many-grants",
             Self::NeedsGrant { .. } => "needs-grant",
             Self::LacksRight { .. } => "lacks-right",
+            Self::NoMemory => "no-memory",
             Self::BadGrant { .. } => "bad-grant",
         }
     }
@@ -103,6 +106,7 @@ impl Reason {
                 "strict bind would open it, or a grant from its owner with ALLOC"
             }
             Self::LacksRight { .. } => "ask the node's owner for one that has it",
+            Self::NoMemory => "try again when there is some",
             Self::BadGrant { .. } => "ask the node's owner for another",
         }
     }
@@ -168,6 +172,7 @@ impl fmt::Display for What {
                 write!(f, "walled off (spm, easy guard) and named with {mode}")
             }
             Reason::LacksRight { right } => write!(f, "the grant lacks the right {right}"),
+            Reason::NoMemory => f.write_str("no memory for what a pass holds"),
             Reason::BadGrant { cause } => write!(f, "walled off, and {cause}"),
         }
     }

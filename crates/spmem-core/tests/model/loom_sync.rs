@@ -82,6 +82,6 @@ macro_rules! atomic {
 }
 
 atomic!(AtomicBool, bool, [], compare_exchange);
-atomic!(AtomicU8, u8, []);
+atomic!(AtomicU8, u8, [], compare_exchange);
 atomic!(AtomicU32, u32, [swap]);
 atomic!(AtomicU64, u64, [swap, fetch_add, fetch_or, fetch_and], compare_exchange);

@@ -18,6 +18,7 @@ pub(crate) struct Request {
     pub(crate) home: Option<u16>,
     pub(crate) at: Option<u16>,
     pub(crate) grants: Vec<u32>,
+    pub(crate) uses_reserve: bool,
 }
 
 /// What it asks for.
@@ -76,6 +77,7 @@ impl Request {
             home: ask.home,
             at: ask.at,
             grants: ask.grants.clone(),
+            uses_reserve: ask.uses_reserve,
         }
     }
 
@@ -248,8 +250,19 @@ impl Model {
             && request.asked.is_some()
     }
 
-    /// Whether a node has a free block of an order, and somebody can pay for it.
+    /// Whether a node has a free block of an order outside its reserve, and somebody can pay for it.
     pub(crate) fn has_room(&self, shown: &[u32], right: Rights, node: u16, order: u8) -> bool {
+        self.keeps_reserve(node, order) && self.has_block(shown, right, node, order)
+    }
+
+    /// Whether a node keeps its reserve when it gives a block of an order.
+    pub(crate) fn keeps_reserve(&self, node: u16, order: u8) -> bool {
+        let reserve = self.nodes[&node].reserve;
+        reserve == 0 || self.frames_free(node) >= reserve + (1 << order)
+    }
+
+    /// Whether a node has a free block of an order, and somebody can pay for it.
+    pub(crate) fn has_block(&self, shown: &[u32], right: Rights, node: u16, order: u8) -> bool {
         let bytes = 4096 << order;
         let is_paid = !self.nodes[&node].spec.is_spm || self.payer(shown, right, node, bytes) != Payer::OverQuota;
         is_paid && self.largest_free(node) >= Some(order)

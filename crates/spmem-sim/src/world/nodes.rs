@@ -34,12 +34,25 @@ fn core_spec(spec: &Spec) -> Option<NodeSpec> {
     })
 }
 
-fn marks(frames: u64) -> Watermarks {
-    let marks = Watermarks::new(FrameCount(0), FrameCount(frames / LOW_SHARE), FrameCount(frames / HIGH_SHARE));
+fn marks(frames: u64, reserve: u64) -> Watermarks {
+    let at_least = |share: u64| FrameCount((frames / share).max(reserve));
+    let marks = Watermarks::new(FrameCount(reserve), at_least(LOW_SHARE), at_least(HIGH_SHARE));
     marks.expect("a larger share is no less")
 }
 
 impl World {
+    /// What a node keeps for requests that may use its reserve.
+    pub(super) fn set_reserve(&mut self, node: u16, frames: u64) -> Applied {
+        let whole = self.model.nodes.contains_key(&node).then(|| self.model.capacity(node));
+        let (Some(whole), Some(owner)) = (whole, self.owners.get(&node)) else { return refused("no such node") };
+        let is_set = self.mm.registry_mut().set_watermarks(owner, marks(whole, frames));
+        hold("R3", is_set.is_ok(), || format!("the owner cannot set the marks of node {node}: {is_set:?}"))?;
+        if let Some(known) = self.model.nodes.get_mut(&node) {
+            known.reserve = frames;
+        }
+        Ok(Outcome::Done)
+    }
+
     /// R1, R3: a node has one owner, one type, and services that can be.
     pub(super) fn add_node(&mut self, node: u16, spec: Spec, tier: u8, frames: u64, initial: Initial) -> Applied {
         let (Ok(id), Some(core)) = (NodeId::new(node), core_spec(&spec)) else { return refused("no such node") };
@@ -65,7 +78,7 @@ impl World {
         hold("R3", can_be, || format!("node {node} is registered as {spec:?}"))?;
         self.owners.insert(node, owner);
         let ranges = std::collections::BTreeMap::new();
-        self.model.nodes.insert(node, model::Node { spec, tier, weight: 1, ranges });
+        self.model.nodes.insert(node, model::Node { spec, tier, weight: 1, reserve: 0, ranges });
         self.mm.registry_mut().set_abstract_distance(id, DRAM * (1 + 2 * u64::from(tier)));
         self.check_outside("", &outside)?;
         self.add_range(node, spec, frames, initial)?;
@@ -104,7 +117,7 @@ impl World {
             format!("a range of {frames} frames lies at {range:?}, over {overlap:?}")
         })?;
         let whole = self.model.capacity(node) + frames;
-        let is_set = self.mm.registry_mut().set_watermarks(owner, marks(whole));
+        let is_set = self.mm.registry_mut().set_watermarks(owner, marks(whole, known.reserve));
         hold("R3", is_set.is_ok(), || format!("the owner cannot set the marks of node {node}: {is_set:?}"))?;
         if let Some(known) = self.model.nodes.get_mut(&node) {
             known.ranges.insert(first, frames);
@@ -276,7 +289,7 @@ impl World {
         hold("R3", added.map(|_| ()) == stays, || format!("a former owner of node {node} adds {added:?}"))?;
         let removed = registry.remove_range(former, FrameNumber(first)).map(|_| ());
         hold("R3", removed == stays, || format!("a former owner of node {node} removes a range: {removed:?}"))?;
-        let set = registry.set_watermarks(former, marks(64));
+        let set = registry.set_watermarks(former, marks(64, 0));
         hold("R3", set == stays, || format!("a former owner of node {node} sets its marks: {set:?}"))?;
         let gone = registry.unregister(former);
         hold("R3", gone == stays, || format!("a former owner of node {node} unregisters it: {gone:?}"))?;

@@ -144,7 +144,10 @@ impl World {
                 let is_undone = registry.release(made).is_ok();
                 hold("R12", is_undone, || "a grant cannot be given back".to_owned())?;
             }
-            Reason::Absent | Reason::UnknownDomain { .. } | Reason::NoDefault { domain: None } => return Ok(()),
+            Reason::Absent
+            | Reason::UnknownDomain { .. }
+            | Reason::NoDefault { domain: None }
+            | Reason::NoMemory => return Ok(()),
         }
         let helps = if must_open { after.is_none() } else { after != Some(refusal) };
         hold("R11", helps, || format!("{refusal}; that was done, and now: {after:?}"))
@@ -169,9 +172,13 @@ impl World {
                 let is_free = free.0 == self.model.frames_free(node.get());
                 (node, is_free && wanted == order && largest.map(Order::get) == has && has < Some(order.get()))
             }
-            // No node here keeps a reserve, and metadata never runs out.
+            AllocError::ReserveOnly { node, free, min } => {
+                let (number, is_kept) = (node.get(), self.model.keeps_reserve(node.get(), order.get()));
+                let is_min = min.0 == self.model.nodes[&number].reserve;
+                (node, is_min && free.0 == self.model.frames_free(number) && !is_kept)
+            }
+            // Metadata never runs out.
             AllocError::Grant { node, .. } | AllocError::Exhausted { node, .. } => (node, false),
-            AllocError::ReserveOnly { node, .. } => (node, false),
             AllocError::Refused(refusal) => {
                 hold("R11", false, || format!("the wall refuses what it let through: {refusal}"))?;
                 return Ok(0);

@@ -7,7 +7,7 @@ use spmem_core::mm::{AllocError, Block};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Errno, Policy, PolicyError};
 use spmem_core::units::{DomainId, NodeId, Order};
-use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request};
+use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request, Reserve};
 
 use super::refusals::Asked;
 use super::{Applied, Outcome, World, mask_of, refused};
@@ -79,7 +79,8 @@ impl World {
         };
         let local = request.at.and_then(|node| NodeId::new(node).ok());
         let mobility = if ask.is_movable { Mobility::Movable } else { Mobility::Unmovable };
-        let core = Request { policy, local, domain, mobility, ..Request::default() };
+        let reserve = if ask.uses_reserve { Reserve::Use } else { Reserve::Keep };
+        let core = Request { policy, local, domain, mobility, reserve, ..Request::default() };
         Ok(Ok(Asked { request, core }))
     }
 
@@ -118,7 +119,8 @@ impl World {
         let has_room = |node: &u16| {
             let is_free = self.model.is_free_of_charge(request, *node);
             let shown = if is_free { &[][..] } else { &request.grants };
-            self.model.has_room(shown, Rights::ALLOC, *node, order.get())
+            let keeps_reserve = request.uses_reserve || self.model.keeps_reserve(*node, order.get());
+            keeps_reserve && self.model.has_block(shown, Rights::ALLOC, *node, order.get())
         };
         choice.allowed().into_iter().filter(has_room).collect()
     }
