@@ -2,10 +2,11 @@
 //!
 //! A cpuset keeps a program from allocating on a node, not from using pages that are there already. Who is outside and shows a
 //! grant can hand it a whole range, [`Door::file`], or fill single missing pages of its own memory, [`Door::page`]. The
-//! wall in core decides and the grant is charged first; what fails changes nothing. Takes no lock.
+//! wall in core decides and the grant is charged first; what fails is not charged. Takes no lock.
 //!
-//! Hole: NUMA balancing moves single pages back to the program's processors, unless their range, or the program's threads,
-//! have a policy other than the default. Files keep their pages.
+//! Hole: NUMA balancing moves single pages back to the program's processors, unless the program's threads have a policy other
+//! than the default, or their range gets one once they are there (from before it would decide where they go). Files keep
+//! their pages.
 
 use std::thread;
 
@@ -13,7 +14,7 @@ use spmem_core::grant::{Charge, Grant, GrantError, Rights};
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_core::wall::{Refusal, Request};
-use spmem_sys::mempolicy::{MPOL_BIND, MPOL_F_STATIC_NODES, mask, set_policy};
+use spmem_sys::mempolicy::{MPOL_BIND, MPOL_F_STATIC_NODES, mask, node_of, set_policy};
 use spmem_sys::node_file::NodeFile;
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE};
@@ -23,7 +24,7 @@ use core::fmt;
 /// What /proc calls the files of doors; `spm audit` knows them by it.
 pub const FILE_NAME: &core::ffi::CStr = c"spmem-door";
 
-/// Why a door stays shut. Nothing has changed.
+/// Why a door stays shut. Nothing is charged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DoorError {
     /// The wall lets nobody through (R6).
@@ -32,6 +33,11 @@ pub enum DoorError {
     Grant(GrantError),
     /// The kernel does not give the memory.
     Kernel(Errno),
+    /// The kernel has put the page, which stays, on another node: its range has a policy of its own.
+    Elsewhere {
+        /// Which.
+        node: i32,
+    },
 }
 
 impl fmt::Display for DoorError {
@@ -40,6 +46,7 @@ impl fmt::Display for DoorError {
             Self::Refused(refusal) => write!(f, "{refusal}"),
             Self::Grant(error) => write!(f, "{error}"),
             Self::Kernel(errno) => write!(f, "the kernel gives no memory of the node: {errno}"),
+            Self::Elsewhere { node } => write!(f, "the page is on node {node}: its range has a policy of its own"),
         }
     }
 }
@@ -69,11 +76,17 @@ impl Door<'_> {
         self.open(len, || NodeFile::new(FILE_NAME, len, node))
     }
 
-    /// Fills the missing page at `address` of the program whose userfaultfd this is, with `contents`.
+    /// Fills the missing page at `address` of process `pid`, whose userfaultfd `program` is, with `contents`, and looks where it is.
     ///
     /// # Errors
     /// [`DoorError`]; `EEXIST` when the page is there.
-    pub fn page(&mut self, program: &Uffd, address: usize, contents: &[u8; PAGE]) -> Result<Charge, DoorError> {
+    pub fn page(
+        &mut self,
+        program: &Uffd,
+        pid: u32,
+        address: usize,
+        contents: &[u8; PAGE],
+    ) -> Result<Charge, DoorError> {
         let node = self.node.get();
         let place = || {
             set_policy(MPOL_BIND | MPOL_F_STATIC_NODES, &mask([node]))?;
@@ -82,7 +95,14 @@ impl Door<'_> {
         };
         // The kernel allocates by the policy of the thread that calls: one of its own, so that no other memory lands there.
         let copy = || thread::scope(|scope| scope.spawn(place).join().unwrap_or(Err(Errno::ENOMEM)));
-        self.open(PAGE, copy).map(|((), charge)| charge)
+        let ((), charge) = self.open(PAGE, copy)?;
+        match node_of(pid, address) {
+            Ok(seen) if seen == i32::from(node) => Ok(charge),
+            seen => {
+                self.registry.uncharge(charge).expect("it is this registry's");
+                Err(seen.map_or_else(DoorError::Kernel, |node| DoorError::Elsewhere { node }))
+            }
+        }
     }
 
     fn open<T>(&mut self, len: usize, make: impl FnOnce() -> Result<T, Errno>) -> Result<(T, Charge), DoorError> {

@@ -206,8 +206,8 @@ fn fill(mode: &str, nodes: &str, mib: usize, kept: &mut Vec<Mapping>) -> anyhow:
 fn through_a_door(kept: &mut Vec<Mapping>) -> anyhow::Result<Outcome> {
     let mut memory = memory()?;
     let (start, len) = (memory.start(), memory.len());
-    // A policy of its own, whichever: NUMA balancing leaves the range alone.
-    mempolicy::bind_range(start, len, 1, &mempolicy::mask([0]))?;
+    // A policy of the thread's, whichever: NUMA balancing leaves its memory alone.
+    mempolicy::set_policy(1, &mempolicy::mask([0]))?;
     let faults = Uffd::from_syscall()?;
     faults.enable(0)?;
     faults.register(start, len)?;
