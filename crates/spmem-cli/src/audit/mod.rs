@@ -123,12 +123,12 @@ fn is_clean(by: Option<By>, guard: Option<Guard>) -> bool {
 
 /// The guard of the wall in a path of /proc/PID/cgroup; the innermost.
 fn guard_of(cgroups: &str) -> Option<Guard> {
-    let names = cgroups.lines().flat_map(|line| line.split('/'));
+    let mut names = cgroups.lines().rev().flat_map(|line| line.rsplit('/'));
     let of = |name: &str| {
         let rest = name.strip_prefix(WALL_NAMES)?;
         [Guard::Hard, Guard::Easy].into_iter().find(|guard| rest.starts_with(&format!("{guard}-")))
     };
-    names.filter_map(of).last()
+    names.find_map(of)
 }
 
 fn table(findings: &[Finding]) -> String {
