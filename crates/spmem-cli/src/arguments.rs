@@ -9,6 +9,7 @@ use spmem_core::policy::{Flags, Mode};
 
 use crate::config::EXAMPLE;
 use crate::size::SysramLimit;
+use crate::wall::GuardName;
 
 const EXIT_STATUS: &str = "\
 Exit status: that of COMMAND, 128+N when signal N ended it; 125 when spm itself fails or
@@ -38,6 +39,12 @@ pub enum Action {
     /// Tell which nodes a request would get, and what stands in the way of the others
     #[command(after_help = EXPLAIN_HELP, after_long_help = explain_long_help())]
     Explain(ExplainArguments),
+    /// Run a program behind a wall that the kernel keeps: no SPM node is reached by it, or by strict bind only
+    #[command(after_help = format!("{EXIT_STATUS}\n\n{WALL_EXAMPLES}"), after_long_help = wall_long_help())]
+    Wall(WallArguments),
+    /// Tell who has pages on which SPM node of the kernel's, and who has them without being meant to
+    #[command(after_help = AUDIT_HELP)]
+    Audit(AuditArguments),
     /// Show on this machine, in about 15 seconds, what the walls refuse and how pages leave and come back
     Tour,
     /// The program that `spm tour` runs: fills memory, touches it, checks every byte
@@ -64,12 +71,70 @@ pub struct RunArguments {
     /// Read defaults and nodes from this TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Run what cannot be managed anyway, without a budget, and say so on stderr
+    #[command(flatten)]
+    pub wall: WallFlags,
+    /// Run what cannot be managed or walled off anyway, without, and say so on stderr
     #[arg(long)]
     pub best_effort: bool,
     /// The program and its arguments
     #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true)]
     pub command: Vec<OsString>,
+}
+
+/// What a wall is to be like.
+#[derive(Args, Clone, Debug)]
+pub struct WallFlags {
+    /// The kernel's nodes that the tree may use: 0,2-3, or all for the sysram nodes
+    /// [default: the sysram nodes; with --guard easy the SPM nodes, too]
+    #[arg(long, value_name = "LIST")]
+    pub mems: Option<String>,
+    /// Of these, the nodes for whoever names none [default: all that are sysram]
+    #[arg(long, value_name = "LIST")]
+    pub sysram_nodes: Option<String>,
+    /// How hard the wall is: hard (nothing lands on an SPM node) or easy (strict bind may name it) [default: hard]
+    #[arg(long, value_name = "hard|easy")]
+    pub guard: Option<GuardName>,
+}
+
+impl WallFlags {
+    /// Whether a wall is asked for at all.
+    pub const fn is_wanted(&self) -> bool {
+        self.mems.is_some() || self.sysram_nodes.is_some() || self.guard.is_some()
+    }
+}
+
+/// Options of `spm wall`.
+#[derive(Args)]
+#[command(mut_arg("sysram_nodes", |arg| arg.visible_alias("sysram")))]
+pub struct WallArguments {
+    #[command(flatten)]
+    pub wall: WallFlags,
+    /// Where the kernel cannot be made to keep the wall, set the policy alone and say what that leaves open
+    #[arg(long)]
+    pub best_effort: bool,
+    /// Read types and classes of nodes from this TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true)]
+    pub command: Vec<OsString>,
+}
+
+/// Options of `spm audit`.
+#[derive(Args)]
+pub struct AuditArguments {
+    /// Processes to look at [default: all]
+    #[arg(value_name = "PID")]
+    pub processes: Vec<u32>,
+    /// Look at all processes
+    #[arg(long, conflicts_with = "processes")]
+    pub all: bool,
+    /// Print a JSON array instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Read types and classes of nodes from this TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 /// Options of `spm nodes`.
@@ -165,6 +230,28 @@ pub struct LoadArguments {
     #[arg(long, default_value_t = 8000)]
     pub touch_ms: u64,
 }
+
+const WALL_EXAMPLES: &str = "Examples:
+  spm wall -- numactl --interleave=all ./server
+  spm wall --mems 0-2 --guard easy -- numactl --membind=2 ./loader";
+
+fn wall_long_help() -> String {
+    format!(
+        "{EXIT_STATUS}\n\n{WALL_EXAMPLES}\n\n\
+         A hard wall is a cgroup whose cpuset lacks the SPM nodes: the kernel trims wide masks, refuses those that name\n\
+         nothing else, and never falls back to such a node. It takes root or a delegated cgroup. An easy guard starts the\n\
+         program bound to the sysram nodes and asks about each policy call: strict bind may name an SPM node, other\n\
+         modes lose it. It is a convenience for programs that mean well, no boundary. docs/walls.md has both, call by call.\n\n\
+         Which of the kernel's nodes are SPM: those of class 4 to 6 as spm nodes has them, and what [type] says:\n\n{EXAMPLE}"
+    )
+}
+
+const AUDIT_HELP: &str = "\
+Exit status: 0 when every page on an SPM node is there on purpose, 1 when one is not, 2 for a wrong command line, or when
+a process cannot be looked at.
+
+On purpose means: bound there by name behind an easy guard, or come through a door. The JSON has an object for each process,
+node and reason: pid, command, node, pages, bytes, wall (hard, easy or null), by (bind, door or null), is_clean.";
 
 const NODES_HELP: &str = "\
 Exit status: 0, 1 when something failed, 2 for a wrong command line. What cannot be read is said on

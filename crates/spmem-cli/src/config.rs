@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Deserializer};
+use spmem_core::node::NodeType;
 use spmem_node::machine::Overrides;
 
 use crate::size::{self, SysramLimit};
@@ -24,6 +25,8 @@ pub struct Config {
     pub run: Run,
     /// How much RAM the frames of node 1 may take.
     pub store_capacity: Capacity,
+    /// Section `[type]`: what the kernel's nodes are for, by name.
+    pub types: BTreeMap<String, NodeType>,
     /// Section `[class]`: what this machine's nodes and devices are taken for, whatever else speaks for or against it.
     pub classes: Overrides,
 }
@@ -69,7 +72,12 @@ impl Capacity {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { run: Run::default(), store_capacity: Capacity::Auto, classes: Overrides::new() }
+        Self {
+            run: Run::default(),
+            store_capacity: Capacity::Auto,
+            types: BTreeMap::new(),
+            classes: Overrides::new(),
+        }
     }
 }
 
@@ -88,7 +96,8 @@ impl Config {
     fn parse(text: &str) -> anyhow::Result<Self> {
         let file: File = toml::from_str(text)?;
         let classes = file.class.into_iter().map(|(name, class)| (name, class.0)).collect();
-        let mut config = Self { run: file.run, classes, ..Self::default() };
+        let types = file.types.into_iter().map(|(name, kind)| (name, kind.into())).collect();
+        let mut config = Self { run: file.run, types, classes, ..Self::default() };
         let mut seen = Vec::new();
         for node in file.node {
             let id = node.id;
@@ -117,8 +126,27 @@ struct File {
     run: Run,
     #[serde(default)]
     node: Vec<Node>,
+    #[serde(default, rename = "type")]
+    types: BTreeMap<String, Type>,
     #[serde(default)]
     class: BTreeMap<String, AnyClass>,
+}
+
+/// What a node is for.
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Type {
+    Sysram,
+    Spm,
+}
+
+impl From<Type> for NodeType {
+    fn from(kind: Type) -> Self {
+        match kind {
+            Type::Sysram => Self::Sysram,
+            Type::Spm => Self::Spm,
+        }
+    }
 }
 
 /// A class by its number.

@@ -1,9 +1,15 @@
 //! This machine: its RAM, and the nodes that a configuration makes of it.
 
+use std::path::Path;
+
 use anyhow::Context;
+use spmem_core::enclosure::Nodes;
 use spmem_core::frames::Metadata;
-use spmem_core::units::Bytes;
+use spmem_core::node::NodeType;
+use spmem_core::nodemask::NodeMask;
+use spmem_core::units::{Bytes, NodeId};
 use spmem_node::compressed::GrantedFrames;
+use spmem_node::machine::{Machine, Node};
 
 use crate::config::Config;
 
@@ -32,6 +38,43 @@ impl Ram {
         };
         Ok(Self { total_bytes: bytes("MemTotal")?, available_bytes: bytes("MemAvailable")? })
     }
+}
+
+/// What one of the kernel's nodes is for: what the configuration says, else what its class is for.
+pub fn type_of(config: &Config, node: &Node) -> NodeType {
+    let configured = config.types.get(&format!("node{}", node.id)).copied();
+    configured.unwrap_or(node.class.class.usual_type())
+}
+
+/// The kernel's nodes with memory, by what they are for. A kernel without NUMA has node 0.
+///
+/// # Errors
+/// /proc does not tell which of them this process may use.
+pub fn kernel_nodes(config: &Config) -> anyhow::Result<Nodes> {
+    let machine = Machine::read(Path::new("/"), &config.classes);
+    let mut nodes = Nodes { reachable: reachable_nodes()?, ..Nodes::default() };
+    for node in machine.nodes.iter().filter(|node| node.memory.is_some_and(|memory| memory.total_bytes > 0)) {
+        let Ok(id) = NodeId::new(node.id) else { continue };
+        match type_of(config, node) {
+            NodeType::Sysram => nodes.sysram.insert(id),
+            NodeType::Spm => nodes.spm.insert(id),
+        }
+    }
+    if nodes.sysram.is_empty() && nodes.spm.is_empty() {
+        nodes.sysram.insert(NodeId::ZERO);
+    }
+    Ok(nodes)
+}
+
+/// The nodes that this process's cpuset allows (proc_pid_status(5)).
+///
+/// # Errors
+/// /proc is not mounted or has another shape.
+pub fn reachable_nodes() -> anyhow::Result<NodeMask> {
+    let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status cannot be read")?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:")).map(str::trim);
+    // A kernel without cpusets has no such line: nothing is kept out.
+    list.map_or(Ok(NodeMask::ALL), |list| NodeMask::parse(list, NodeMask::EMPTY).context("Mems_allowed_list"))
 }
 
 /// Sets the nodes up as the agent of a program does: through the memory manager, with its owners and the grant.

@@ -1,11 +1,12 @@
 //! `spm`: the command line of spmem.
 //!
 //! [`arguments`] says what can be asked; [`run`] runs a program inside a budget, [`nodes`] lists the nodes, [`explain`]
-//! tells what the wall would answer, [`tour`] shows it all. Results go to stdout, remarks to stderr. Exit status: 0, 1 when something failed, 2 for a wrong command
-//! line; `spm run` and `spm explain` have their own.
+//! tells what the wall would answer, [`wall`] puts one around a program, [`audit`] looks who is beyond, [`tour`] shows it all. Results go to stdout, remarks to stderr. Exit status: 0, 1 when something failed, 2 for a wrong command
+//! line; `spm run`, `spm wall`, `spm audit` and `spm explain` have their own.
 #![cfg_attr(not(test), no_main)]
 
 mod arguments;
+mod audit;
 mod config;
 mod explain;
 mod machine;
@@ -15,6 +16,7 @@ mod remark;
 mod run;
 mod size;
 mod tour;
+mod wall;
 
 use std::io::ErrorKind;
 
@@ -40,7 +42,7 @@ fn dispatch() -> i32 {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            let is_run = std::env::args_os().nth(1).is_some_and(|word| word == "run");
+            let is_run = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "wall");
             let failure = if is_run { run::FAILURE } else { 1 };
             return match error.print() {
                 // A reader that went away is no reason to say more.
@@ -57,6 +59,8 @@ fn dispatch() -> i32 {
         Action::Run(options) => (run::run(&options), run::FAILURE),
         Action::Nodes(options) => (nodes::print(&options).map(|()| 0), 1),
         Action::Explain(options) => (explain::explain(&options), 2),
+        Action::Wall(options) => (wall::run(&options), run::FAILURE),
+        Action::Audit(options) => (audit::audit(&options), audit::FAILURE),
         Action::Tour => (tour::tour(), 1),
         Action::TourLoad(options) => (tour::load::run(&options), 1),
     };

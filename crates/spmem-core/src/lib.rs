@@ -20,6 +20,7 @@ pub mod class;
 pub mod compact;
 pub mod distance;
 pub mod domain;
+pub mod enclosure;
 pub mod frames;
 pub mod grant;
 pub mod lru;

@@ -70,6 +70,15 @@ impl Class {
         })
     }
 
+    /// What memory of this class is for unless somebody says otherwise: what does something of its own, belongs to an
+    /// accelerator, is shared or outlives a reboot is nothing to land on by accident.
+    pub const fn usual_type(self) -> NodeType {
+        match self {
+            Self::Plain | Self::Slower | Self::Slow => NodeType::Sysram,
+            Self::Featured | Self::Accelerator | Self::Shared => NodeType::Spm,
+        }
+    }
+
     /// The word that `spm nodes` prints.
     pub const fn name(self) -> &'static str {
         match self {

@@ -9,8 +9,8 @@
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a
 //! [`Corrupt`] value, never a panic and never wrong bytes (R20).
 //!
-//! The one exception is `machine`, what memory this machine has: it reads sysfs, takes std and is built for tools
-//! only (feature `machine`).
+//! The exceptions are `machine`, what memory this machine has, and `door`, memory of a node for a walled program: they
+//! read sysfs or make system calls, take std and are built for tools only (feature `machine`).
 //!
 //! Holes: `compressed` is the only kind so far.
 
@@ -25,6 +25,8 @@ pub mod backend;
 pub mod compressed;
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "machine")]
+pub mod door;
 #[cfg(feature = "machine")]
 pub mod machine;
 #[cfg(test)]

@@ -11,7 +11,9 @@
 //! | [`mapping`] | mmap(2), madvise(2): memory of our own |
 //! | [`maps`] | /proc/PID/maps, `PROCMAP_QUERY` |
 //! | [`pagemap`] | /proc/PID/pagemap, `PAGEMAP_SCAN` |
-//! | [`mempolicy`] | mbind(2), move_pages(2): memory on one node |
+//! | [`mempolicy`] | mbind(2), set_mempolicy(2), move_pages(2), migrate_pages(2): policies, memory on one node, where pages are |
+//! | [`node_file`] | memfd_create(2): a file whose pages are on one node |
+//! | [`seccomp`] | seccomp(2): calls that another process answers |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
@@ -34,8 +36,10 @@ pub mod futex;
 pub mod mapping;
 pub mod maps;
 pub mod mempolicy;
+pub mod node_file;
 pub mod pagemap;
 pub mod process;
+pub mod seccomp;
 pub mod socket;
 pub mod thread;
 pub mod uffd;

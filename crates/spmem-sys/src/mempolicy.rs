@@ -1,4 +1,4 @@
-//! Memory on a node of the kernel's: mbind(2), and move_pages(2) to see where pages are.
+//! Policies and memory on nodes of the kernel's: set_mempolicy(2), mbind(2), and move_pages(2) to see where pages are.
 //!
 //! [`NodeMemory`] is memory that is on one node or not at all. For tools: where a page lands is the kernel's decision, so
 //! it is read back ([`NodeMemory::pages_elsewhere`]), never assumed.
@@ -9,15 +9,85 @@ use crate::mapping::{Mapping, populate_write};
 use crate::{Errno, PAGE, Result};
 
 /// Only these nodes, from linux/mempolicy.h: libc has no constants for policies.
-const MPOL_BIND: usize = 2;
+pub const MPOL_BIND: usize = 2;
 /// Numbers of nodes are meant as they are, not within the caller's cpuset.
-const MPOL_F_STATIC_NODES: usize = 1 << 15;
+pub const MPOL_F_STATIC_NODES: usize = 1 << 15;
+/// Move pages that the process has for itself.
+const MPOL_MF_MOVE: usize = 1 << 1;
 /// Nodes that a mask has room for, as with `CONFIG_NODES_SHIFT=10`.
 const NODES: usize = 1024;
 /// Of the largest page that is asked for.
 const HUGE: usize = 2 << 20;
 /// Pages asked for in one call.
 const BATCH: usize = 512;
+
+/// A set of nodes, as the kernel takes it: bit n of word n / 64.
+pub type Mask = [u64; NODES / 64];
+
+/// The mask of some nodes; those that no mask has room for are left out.
+pub fn mask(nodes: impl IntoIterator<Item = u16>) -> Mask {
+    let mut mask = [0; NODES / 64];
+    for node in nodes {
+        if let Some(word) = mask.get_mut(usize::from(node) / 64) {
+            *word |= 1 << (node % 64);
+        }
+    }
+    mask
+}
+
+/// Sets the calling thread's policy, also that of what it starts (set_mempolicy(2)). `mode` has its flags.
+///
+/// # Errors
+/// As set_mempolicy(2).
+pub fn set_policy(mode: usize, nodes: &Mask) -> Result<()> {
+    // SAFETY: the mask is read only. The kernel takes one bit fewer than it is told.
+    unsafe { syscall!(Sysno::set_mempolicy, mode, nodes.as_ptr(), NODES + 1) }?;
+    Ok(())
+}
+
+/// Sets the policy of our own memory at `start` (mbind(2)). `mode` has its flags.
+///
+/// # Errors
+/// As mbind(2).
+pub fn bind_range(start: usize, len: usize, mode: usize, nodes: &Mask) -> Result<()> {
+    // SAFETY: a policy changes no contents; the mask is read only.
+    unsafe { syscall!(Sysno::mbind, start, len, mode, nodes.as_ptr(), NODES + 1, 0) }?;
+    Ok(())
+}
+
+/// Asks for the page at `address` of process `pid` (0: our own) to be moved to `node`; where it is then, or a negative
+/// errno of that page alone (move_pages(2)).
+///
+/// # Errors
+/// As move_pages(2).
+pub fn move_page(pid: u32, address: usize, node: i32) -> Result<i32> {
+    let mut status = -1_i32;
+    let (page, to, status_at) = (core::ptr::from_ref(&address), core::ptr::from_ref(&node), &raw mut status);
+    // SAFETY: the kernel reads one address and one number and writes one; contents stay.
+    unsafe { syscall!(Sysno::move_pages, pid, 1, page, to, status_at, MPOL_MF_MOVE) }?;
+    Ok(status)
+}
+
+/// The node of the page at `address` of process `pid` (0: our own), or a negative errno: `-ENOENT` when there is none.
+///
+/// # Errors
+/// As move_pages(2).
+pub fn node_of(pid: u32, address: usize) -> Result<i32> {
+    let mut status = -1_i32;
+    let (page, status_at) = (core::ptr::from_ref(&address), &raw mut status);
+    // SAFETY: without targets nothing moves; the kernel reads one address and writes one number.
+    unsafe { syscall!(Sysno::move_pages, pid, 1, page, 0, status_at, 0) }?;
+    Ok(status)
+}
+
+/// Moves all pages of process `pid` (0: our own) that are on `from` to `to`; how many could not be moved.
+///
+/// # Errors
+/// As migrate_pages(2).
+pub fn migrate(pid: u32, from: &Mask, to: &Mask) -> Result<usize> {
+    // SAFETY: contents stay; the masks are read only.
+    Ok(unsafe { syscall!(Sysno::migrate_pages, pid, NODES + 1, from.as_ptr(), to.as_ptr()) }?)
+}
 
 /// Private memory, all of it there, on one node; given back when dropped.
 #[derive(Debug)]

@@ -10,7 +10,8 @@ use spmem_core::units::NodeId;
 use spmem_node::machine::{Dax, DaxMode, Machine, Namespace, Node};
 
 use super::measure::Measured;
-use crate::machine::Ram;
+use crate::config::Config;
+use crate::machine::{Ram, type_of};
 
 /// Who numbers a node and decides what lands there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +66,7 @@ pub struct Listing {
 
 impl Listing {
     /// All nodes. A machine that does not tell its nodes has those of the memory manager.
-    pub fn new(machine: Machine, mm: &MemoryManager, ram: Ram) -> Self {
+    pub fn new(machine: Machine, config: &Config, mm: &MemoryManager, ram: Ram) -> Self {
         let own = registered(mm, ram);
         if machine.nodes.is_empty() {
             return Self { lines: own, machine };
@@ -75,7 +76,7 @@ impl Listing {
         let services = sysram.map(|line| line.services.clone()).unwrap_or_default();
         let is_alone = machine.nodes.iter().filter(|node| node.memory.is_some()).count() == 1;
         let mut lines: Vec<NodeLine> =
-            machine.nodes.iter().map(|node| of_kernel(&machine, node, &services)).collect();
+            machine.nodes.iter().map(|node| of_kernel(&machine, node, type_of(config, node), &services)).collect();
         if let Some(line) = lines.iter_mut().find(|line| line.capacity.is_some()).filter(|_| is_alone) {
             // The kernel's own estimate is better than ours, and it is of the whole machine. So is its total: a node's
             // MemTotal was seen far below it where memory had been plugged in later.
@@ -130,16 +131,17 @@ fn service_names(spec: &NodeSpec) -> Vec<String> {
     services.iter_names().map(|(name, _)| name.to_lowercase()).collect()
 }
 
-fn of_kernel(machine: &Machine, node: &Node, services: &[String]) -> NodeLine {
+fn of_kernel(machine: &Machine, node: &Node, node_type: NodeType, services: &[String]) -> NodeLine {
     let memory = node.memory;
     NodeLine {
         id: node.id,
         origin: Origin::Kernel,
-        node_type: NodeType::Sysram,
+        node_type,
         class: node.class.class,
         reason: node.class.reason.to_string(),
         services: services.to_vec(),
-        guard: None,
+        // How hard it is, the wall says: the kernel itself has none.
+        guard: (node_type == NodeType::Spm).then(|| "hard".to_owned()),
         owner: "kernel".to_owned(),
         capacity: memory.map(|memory| memory.total_bytes).or(Some(0)),
         used: memory.map(|memory| memory.total_bytes - memory.available_bytes).or(Some(0)),

@@ -44,7 +44,7 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
     let frames = machine::set_up_nodes(&config, ram)?;
     let machine = Machine::read(Path::new("/"), &config.classes);
     tell_what_was_odd(&machine);
-    let mut listing = Listing::new(machine, frames.mm(), ram);
+    let mut listing = Listing::new(machine, &config, frames.mm(), ram);
     if options.measure {
         measure::measure(&mut listing);
     }

@@ -13,7 +13,7 @@ mod encoder;
 mod kernel;
 mod orphans;
 mod proc;
-mod program;
+pub mod program;
 mod report;
 mod shared;
 mod signals;
@@ -39,6 +39,7 @@ use crate::arguments::RunArguments;
 use crate::config::Config;
 use crate::machine::Ram;
 use crate::remark::remark;
+use crate::wall;
 use broker::Broker;
 use report::Outputs;
 pub use report::Summary;
@@ -69,6 +70,9 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Ok(program) => program,
         Err(missing) => return Ok(say_not_started(name, &missing.into())),
     };
+    if options.wall.is_wanted() {
+        wall::enter(&options.wall, &config, options.best_effort || config.run.best_effort)?;
+    }
     let management = match Management::prepare(&program, path.as_deref()) {
         Ok(management) => Some(management),
         Err(reason) if options.best_effort || config.run.best_effort => {
@@ -214,7 +218,8 @@ fn raise_descriptor_limit() {
     let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
+/// Says why the command was not started, and gives the exit status for it.
+pub fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
     let errno = spmem_sys::Errno(error.raw_os_error().unwrap_or(libc::EIO));
     remark(format_args!("{}: {errno}", name.display()));
     match errno.0 {

@@ -7,6 +7,8 @@ mod shared_map;
 pub(crate) mod values;
 mod vm_facts;
 mod vm_nodes;
+mod vm_wall;
+mod vm_wall_probe;
 
 use clap::Subcommand;
 
@@ -21,6 +23,10 @@ pub(crate) enum Program {
     SharedMap(shared_map::Options),
     /// In a virtual machine: is the memory what the topology's file promises?
     VmFacts(vm_facts::Options),
+    /// In a virtual machine: does `spm wall` keep what it promises?
+    VmWall(vm_wall::Options),
+    /// What a program behind a wall tries.
+    VmWallProbe(vm_wall_probe::Options),
 }
 
 /// Runs it.
@@ -30,5 +36,7 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::Kernel(options) => kernels::run(options),
         Program::SharedMap(options) => shared_map::run(options),
         Program::VmFacts(options) => vm_facts::run(options),
+        Program::VmWall(options) => vm_wall::run(options),
+        Program::VmWallProbe(options) => vm_wall_probe::run(options),
     }
 }

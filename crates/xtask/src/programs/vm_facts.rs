@@ -48,9 +48,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     if let Some(spm) = &options.spm {
         vm_nodes::check_spm(&mut facts, spm, &topology, mode).with_context(|| format!("{}", spm.display()))?;
     }
-    println!("{} facts", facts.seen);
-    ensure!(facts.wrong == 0, "{} of {} facts are wrong", facts.wrong, facts.seen);
-    Ok(())
+    facts.end()
 }
 
 #[derive(Default)]
@@ -68,6 +66,16 @@ impl Facts {
 
     pub(super) fn equal<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, seen: T, promised: T) {
         self.note(seen == promised, format!("{what}: {seen:?}, promised {promised:?}"));
+    }
+
+    /// Says how many there were.
+    ///
+    /// # Errors
+    /// One is wrong.
+    pub(super) fn end(&self) -> anyhow::Result<()> {
+        println!("{} facts", self.seen);
+        ensure!(self.wrong == 0, "{} of {} facts are wrong", self.wrong, self.seen);
+        Ok(())
     }
 
     /// Never more than promised, and not much less.

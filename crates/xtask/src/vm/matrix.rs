@@ -1,7 +1,7 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! One check so far: [`vm-facts`](crate::programs), is the memory there that the topology's file promises, and does
-//! spmem's discovery find it. A row is
+//! Two checks: [`vm-facts`](crate::programs), is the memory there that the topology's file promises, and does
+//! spmem's discovery find it; and on [`WALLED`], vm-wall, does `spm wall` keep what docs/walls.md says. A row is
 //! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -18,12 +18,14 @@ use crate::launch::{Bed, NeedSpm};
 
 /// What fits in five minutes.
 const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
+/// Where walls are tried: four nodes of the kernel's.
+const WALLED: &str = "numa4";
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// Which part of the matrix.
 #[derive(Clone, clap::Args)]
 pub(crate) struct Options {
-    /// Only numa4, hmem and cxl on 6.12: five minutes.
+    /// Only numa4, hmem and cxl on 6.12, and of the walls only the hard one: half a minute.
     #[arg(long)]
     quick: bool,
     /// Only these topologies.
@@ -66,12 +68,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             Ok(machine) => eprintln!("xtask: {} is {}", kernel.name(), machine.release()),
             Err(reason) => eprintln!("xtask: {} is skipped: {reason}", kernel.name()),
         }
-        for (topology, mode) in topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)))
-        {
+        let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
+        let checks = modes.flat_map(|(topo, mode)| {
+            let walls = (topo.name == WALLED).then_some("walls");
+            [Some("facts"), walls].into_iter().flatten().map(move |check| (topo, mode, check))
+        });
+        for (topology, mode, check) in checks {
             let started = Instant::now();
-            let row = format!("{:<7} {:<9} {:<11} {:<9}", kernel.name(), topology.name, mode.name, "facts");
+            let row = format!("{:<7} {:<9} {:<11} {check:<9}", kernel.name(), topology.name, mode.name);
             let verdict = match &machine {
-                Ok(machine) => check_facts(&bed, machine, topology, mode)?,
+                Ok(machine) => run_check(&bed, machine, (topology, mode), check, options.quick)?,
                 Err(_) => Verdict::Skipped,
             };
             let seconds = started.elapsed().as_secs();
@@ -81,7 +87,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
                     ("pass", remark)
                 }
                 Verdict::Failed(log) => {
-                    failures.push(format!("{}, {}, {}:\n{log}", kernel.name(), topology.name, mode.name));
+                    failures.push(format!("{}, {}, {}, {check}:\n{log}", kernel.name(), topology.name, mode.name));
                     ("FAIL", String::new())
                 }
                 Verdict::Skipped => {
@@ -112,12 +118,23 @@ fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
     Topology::load_all()
 }
 
-fn check_facts(bed: &Bed, machine: &Machine, topology: &Topology, mode: &Mode) -> anyhow::Result<Verdict> {
+fn run_check(
+    bed: &Bed,
+    machine: &Machine,
+    (topology, mode): (&Topology, &Mode),
+    check: &str,
+    is_quick: bool,
+) -> anyhow::Result<Verdict> {
     let own = std::env::current_exe().context("cannot find this program's own file")?;
-    let words = ["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"];
-    let mut command: Vec<OsString> = [own.into_os_string()].into_iter().chain(words.map(OsString::from)).collect();
+    let words: &[&str] = match check {
+        "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
+        "walls" => &["program", "vm-wall", "--spm"],
+        _ => &["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"],
+    };
+    let mut command: Vec<OsString> =
+        [own.into_os_string()].into_iter().chain(words.iter().map(OsString::from)).collect();
     command.push(bed.spm()?.into());
-    let log = bed.dir.join("facts.log");
+    let log = bed.dir.join("check.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
     let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();

@@ -1,0 +1,169 @@
+//! `spm audit`: who has pages on which SPM node of the kernel's, and by what right.
+//!
+//! [`audit`] reads numa_maps(5) of each process ([`pages`]) and holds what it finds against the wall that the process is
+//! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has.
+//!
+//! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. A page that the supervisor put there by
+//! UFFDIO_COPY looks like one that went astray. Looking at others' processes takes root.
+
+mod pages;
+
+use std::fs;
+use std::io::Write;
+
+use anyhow::Context;
+use serde::Serialize;
+use spmem_core::node::Guard;
+
+use crate::arguments::AuditArguments;
+use crate::config::Config;
+use crate::machine;
+use crate::remark::remark;
+use crate::wall::WALL_NAMES;
+use pages::{By, pages_on};
+
+/// A process cannot be looked at.
+pub const FAILURE: i32 = 2;
+/// Something is where it should not be.
+const FOUND: i32 = 1;
+
+/// A line of the answer.
+#[derive(Debug, Serialize)]
+struct Finding {
+    pid: u32,
+    command: String,
+    node: u16,
+    pages: u64,
+    bytes: u64,
+    /// The guard of the wall that the process is behind.
+    wall: Option<String>,
+    by: Option<By>,
+    is_clean: bool,
+}
+
+/// Prints what is found; the exit status.
+///
+/// # Errors
+/// The configuration is not valid, a process asked for cannot be looked at, or stdout does not take the answer.
+pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
+    let config = Config::read(options.config.as_deref())?;
+    let spm = machine::kernel_nodes(&config)?.spm;
+    if spm.is_empty() {
+        remark(format_args!("none of the kernel's nodes is spm; [type] of a configuration would say which are"));
+    }
+    let is_asked_for = !options.processes.is_empty();
+    let processes = match is_asked_for {
+        true => options.processes.clone(),
+        // There is nothing to find.
+        false if spm.is_empty() => Vec::new(),
+        false => all_processes()?,
+    };
+    let (mut findings, mut unseen) = (Vec::new(), 0);
+    for pid in processes {
+        match fs::read_to_string(format!("/proc/{pid}/numa_maps")) {
+            Ok(text) => findings.extend(of_process(pid, &text, &spm)),
+            Err(error) if is_asked_for => {
+                return Err(error).with_context(|| format!("process {pid} cannot be looked at"));
+            }
+            Err(error) => unseen += u32::from(error.kind() == std::io::ErrorKind::PermissionDenied),
+        }
+    }
+    let text = if options.json {
+        serde_json::to_string_pretty(&findings).context("the answer is no JSON")? + "\n"
+    } else {
+        table(&findings)
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the answer")?;
+    let is_clean = findings.iter().all(|finding| finding.is_clean);
+    if unseen > 0 {
+        remark(format_args!("{unseen} processes cannot be looked at; run spm as root"));
+    }
+    Ok(match (is_clean, unseen) {
+        (false, _) => FOUND,
+        (true, 0) => 0,
+        (true, _) => FAILURE,
+    })
+}
+
+fn all_processes() -> anyhow::Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc").context("/proc cannot be read")?.flatten();
+    let mut all: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    all.sort_unstable();
+    Ok(all)
+}
+
+fn of_process(pid: u32, numa_maps: &str, spm: &spmem_core::nodemask::NodeMask) -> Vec<Finding> {
+    let found = pages_on(numa_maps, spm);
+    if found.is_empty() {
+        return Vec::new();
+    }
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let (command, guard) = (read("comm").trim().to_owned(), guard_of(&read("cgroup")));
+    let finding = |((node, by), (pages, bytes)): ((u16, Option<By>), (u64, u64))| Finding {
+        pid,
+        command: command.clone(),
+        node,
+        pages,
+        bytes,
+        wall: guard.map(|guard| guard.to_string()),
+        by,
+        is_clean: is_clean(by, guard),
+    };
+    found.into_iter().map(finding).collect()
+}
+
+/// R9: strict bind opens an easy node, and no other. A door is opened by a grant only.
+fn is_clean(by: Option<By>, guard: Option<Guard>) -> bool {
+    match by {
+        Some(By::Door) => true,
+        Some(By::Bind) => guard == Some(Guard::Easy),
+        None => false,
+    }
+}
+
+/// The guard of the wall in a path of /proc/PID/cgroup; the innermost.
+fn guard_of(cgroups: &str) -> Option<Guard> {
+    let mut names = cgroups.lines().rev().flat_map(|line| line.rsplit('/'));
+    let of = |name: &str| {
+        let rest = name.strip_prefix(WALL_NAMES)?;
+        [Guard::Hard, Guard::Easy].into_iter().find(|guard| rest.starts_with(&format!("{guard}-")))
+    };
+    names.find_map(of)
+}
+
+fn table(findings: &[Finding]) -> String {
+    let mut text = format!(
+        "{:>8}  {:<16} {:>5} {:>10} {:>14}  {:<5} {:<5} {}\n",
+        "pid", "command", "node", "pages", "bytes", "wall", "by", "is"
+    );
+    for one in findings {
+        let by = one.by.map_or("-", By::name);
+        let is = if one.is_clean { "on purpose" } else { "without" };
+        let wall = one.wall.as_deref().unwrap_or("-");
+        text += &format!(
+            "{:>8}  {:<16} {:>5} {:>10} {:>14}  {wall:<5} {by:<5} {is}\n",
+            one.pid, one.command, one.node, one.pages, one.bytes
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bound_pages_are_clean_behind_an_easy_guard_only() {
+        assert!(is_clean(Some(By::Bind), Some(Guard::Easy)));
+        assert!(!is_clean(Some(By::Bind), Some(Guard::Hard)) && !is_clean(Some(By::Bind), None));
+        assert!(is_clean(Some(By::Door), Some(Guard::Hard)));
+        assert!(!is_clean(None, Some(Guard::Easy)));
+    }
+
+    #[test]
+    fn the_wall_is_in_the_name_of_the_cgroup() {
+        assert_eq!(guard_of("0::/a/spm-wall-easy-12/x\n"), Some(Guard::Easy));
+        assert_eq!(guard_of("3:cpuset:/spm-wall-hard-1\n0::/\n"), Some(Guard::Hard));
+        assert_eq!(guard_of("0::/spm-wall-\n"), None);
+    }
+}

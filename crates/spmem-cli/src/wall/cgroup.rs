@@ -1,0 +1,290 @@
+//! Cgroup: the cpuset around the tree, version 1 or 2.
+//!
+//! [`Site::prepare`] looks for a place where one can be made and makes it, [`Site::join`] moves this process in and reads
+//! back what the kernel made of it, [`Site::remove`] is the keeper's. A wall is a cgroup below our own, so that what limits
+//! this process limits the command. Version 2 has no room for that where other processes are in our own
+//! cgroup (cgroups(7), no internal processes): then it stands beside it, unless that would lift a limit.
+//!
+//! Hole: root inside the wall can write to the cgroup's files, and so can its owner in a delegated cgroup.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use spmem_core::node::Guard;
+use spmem_core::nodemask::NodeMask;
+
+use crate::machine;
+use crate::remark::remark;
+
+/// What walls' cgroups are called, before the guard and the number of the process.
+pub const WALL_NAMES: &str = "spm-wall-";
+const KEEPER_NAMES: &str = "spm-keeper-";
+const PROCESSES: &str = "cgroup.procs";
+const CHILDREN: &str = "cgroup.subtree_control";
+const REMEDY: &str =
+    "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset spm ...";
+/// What limits a cgroup, and what these say when they do not.
+const LIMITS: [(&str, &str); 6] = [
+    ("memory.max", "max"),
+    ("memory.high", "max"),
+    ("memory.swap.max", "max"),
+    ("pids.max", "max"),
+    ("cpu.max", "max 100000"),
+    ("cpuset.cpus", ""),
+];
+
+/// Which of the kernel's two ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// Our own cgroup, where cpusets are.
+#[derive(Debug, PartialEq, Eq)]
+struct Own {
+    version: Version,
+    /// Where the hierarchy is mounted.
+    top: PathBuf,
+    directory: PathBuf,
+}
+
+/// Where the wall stands.
+pub struct Site {
+    wall: PathBuf,
+    /// Where the keeper waits, and the cgroup that it gives back, if ours had to be emptied first.
+    emptied: Option<(PathBuf, PathBuf)>,
+}
+
+impl Site {
+    /// Makes a cgroup whose cpuset has `mems`, empty.
+    ///
+    /// # Errors
+    /// There is no place for one; what would help.
+    pub fn prepare(mems: &NodeMask, guard: Guard) -> anyhow::Result<Self> {
+        let read = |path| fs::read_to_string(path).with_context(|| format!("{path} cannot be read"));
+        let own = find(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)
+            .context("no cgroups are mounted; mount -t cgroup2 cgroup /sys/fs/cgroup")?;
+        let name = format!("{WALL_NAMES}{guard}-{}", std::process::id());
+        let site = match own.version {
+            Version::One => Self { wall: make(&own.directory, &name)?, emptied: None },
+            Version::Two => prepare_two(&own, &name)?,
+        };
+        let result = site.set(&own, mems);
+        if result.is_err() {
+            site.remove();
+        }
+        result.map(|()| site)
+    }
+
+    fn set(&self, own: &Own, mems: &NodeMask) -> anyhow::Result<()> {
+        if own.version == Version::One {
+            // A new one has no processors and takes no process.
+            let cpus =
+                fs::read_to_string(own.directory.join("cpuset.cpus")).context("cpuset.cpus cannot be read")?;
+            write(&self.wall.join("cpuset.cpus"), cpus.trim())?;
+        }
+        write(&self.wall.join("cpuset.mems"), &mems.to_string())
+    }
+
+    /// Moves this process in, and makes sure that it is walled off.
+    ///
+    /// # Errors
+    /// The kernel does not let it in, or gives it other nodes.
+    pub fn join(&self, mems: &NodeMask) -> anyhow::Result<()> {
+        write(&self.wall.join(PROCESSES), &std::process::id().to_string())?;
+        let seen = machine::reachable_nodes()?;
+        ensure!(seen == *mems, "the cpuset {} gives nodes {seen} instead of {mems}", self.wall.display());
+        Ok(())
+    }
+
+    /// Removes the cgroup, with what the program made in it, if nobody is inside; whether nothing is left to do.
+    pub fn remove(&self) -> bool {
+        if !remove_tree(&self.wall) {
+            return false;
+        }
+        if let Some((keeper, own)) = &self.emptied {
+            // As it was found.
+            let _ = fs::write(own.join(CHILDREN), "-cpuset");
+            let _ = fs::write(own.join(PROCESSES), std::process::id().to_string());
+            let _ = fs::remove_dir(keeper);
+        }
+        true
+    }
+}
+
+/// Below our own cgroup if that can be, else beside it.
+fn prepare_two(own: &Own, name: &str) -> anyhow::Result<Site> {
+    let above: Vec<&Path> =
+        own.directory.ancestors().skip(1).take_while(|path| path.starts_with(&own.top)).collect();
+    // Whoever may, passes cpusets down to us.
+    for directory in above.iter().rev() {
+        let _ = fs::write(directory.join(CHILDREN), "+cpuset");
+    }
+    if !has_word(&own.directory.join("cgroup.controllers"), "cpuset") {
+        bail!("the cgroup {} has no cpuset controller; {REMEDY}", own.directory.display());
+    }
+    let is_top = own.directory == own.top && !own.directory.join("cgroup.type").exists();
+    let gives_on = has_word(&own.directory.join(CHILDREN), "cpuset");
+    if is_top || gives_on {
+        if !gives_on {
+            write(&own.directory.join(CHILDREN), "+cpuset")?;
+        }
+        return Ok(Site { wall: make(&own.directory, name)?, emptied: None });
+    }
+    let id = std::process::id().to_string();
+    let inside = fs::read_to_string(own.directory.join(PROCESSES)).unwrap_or_default();
+    if inside.lines().all(|line| line == id) {
+        return prepare_emptied(own, name);
+    }
+    let Some(parent) = above.first() else {
+        bail!(
+            "other processes are in the cgroup {}, and it is the topmost that is seen here; {REMEDY}",
+            own.directory.display()
+        );
+    };
+    if let Some((limit, value)) = LIMITS.iter().find_map(|(limit, none)| {
+        let value = fs::read_to_string(own.directory.join(limit)).ok()?;
+        (value.trim() != *none).then(|| (*limit, value.trim().to_owned()))
+    }) {
+        bail!(
+            "other processes are in the cgroup {}, so a wall would stand beside it, without its {limit} of {value}; \
+             start spm in a cgroup of its own: systemd-run --scope -p Delegate=cpuset spm ...",
+            own.directory.display()
+        );
+    }
+    let wall = make(parent, name)?;
+    remark(format_args!(
+        "other processes are in the cgroup {}: the wall stands beside it",
+        own.directory.display()
+    ));
+    Ok(Site { wall, emptied: None })
+}
+
+/// We are alone in our cgroup, as in one that was delegated: leave it, so that it may give cpusets on.
+fn prepare_emptied(own: &Own, name: &str) -> anyhow::Result<Site> {
+    let keeper = make(&own.directory, &format!("{KEEPER_NAMES}{}", std::process::id()))?;
+    let wall = make(&own.directory, name)?;
+    let site = Site { wall, emptied: Some((keeper.clone(), own.directory.clone())) };
+    let id = std::process::id().to_string();
+    let result =
+        write(&keeper.join(PROCESSES), &id).and_then(|()| write(&own.directory.join(CHILDREN), "+cpuset"));
+    if result.is_err() {
+        site.remove();
+    }
+    result.map(|()| site)
+}
+
+/// Makes a cgroup; removes what walls that are gone have left beside it.
+fn make(host: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let left = fs::read_dir(host).into_iter().flatten().flatten().map(|entry| entry.path());
+    for path in left.filter(|path| is_left_over(path)) {
+        remove_tree(&path);
+    }
+    let path = host.join(name);
+    match fs::create_dir(&path) {
+        Ok(()) => Ok(path),
+        Err(error) => bail!("no cgroup can be made in {}: {error}; {REMEDY}", host.display()),
+    }
+}
+
+/// Named after a process that is no more.
+fn is_left_over(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let is_ours = name.starts_with(WALL_NAMES) || name.starts_with(KEEPER_NAMES);
+    let maker = name.rsplit('-').next().and_then(|number| number.parse::<u32>().ok());
+    is_ours && maker.is_some_and(|maker| !Path::new(&format!("/proc/{maker}")).exists())
+}
+
+/// The deepest first; whether it is gone. The kernel keeps those that have processes.
+fn remove_tree(path: &Path) -> bool {
+    let children = fs::read_dir(path).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir());
+    children.for_each(|child| {
+        remove_tree(&child.path());
+    });
+    !matches!(fs::remove_dir(path), Err(error) if error.kind() != ErrorKind::NotFound)
+}
+
+fn has_word(path: &Path, word: &str) -> bool {
+    fs::read_to_string(path).is_ok_and(|text| text.split_whitespace().any(|one| one == word))
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => anyhow::anyhow!("{} may not be written: {error}; {REMEDY}", path.display()),
+        _ => refused(path, text, &error),
+    })
+}
+
+fn refused(path: &Path, text: &str, error: &io::Error) -> anyhow::Error {
+    anyhow::anyhow!("{} does not take `{text}`: {error}", path.display())
+}
+
+/// Finds our cgroup in the texts of /proc/self/mountinfo and /proc/self/cgroup: the hierarchy that has cpusets.
+fn find(mounts: &str, cgroups: &str) -> Option<Own> {
+    let path_of = |is_it: &dyn Fn(&str, &str) -> bool| {
+        cgroups.lines().find_map(|line| {
+            let mut words = line.splitn(3, ':');
+            let (id, controllers, path) = (words.next()?, words.next()?, words.next()?);
+            is_it(id, controllers).then(|| path.to_owned())
+        })
+    };
+    let is_one = |_: &str, controllers: &str| controllers.split(',').any(|one| one == "cpuset");
+    let one = path_of(&is_one).map(|path| (Version::One, path));
+    let two = path_of(&|id, _| id == "0").map(|path| (Version::Two, path));
+    [one, two].into_iter().flatten().find_map(|(version, path)| {
+        let (top, root) = mount_of(mounts, version)?;
+        // A container sees a part of the hierarchy as all of it.
+        let below = Path::new(&path).strip_prefix(&root).or_else(|_| Path::new(&path).strip_prefix("/")).ok()?;
+        let directory = if below.as_os_str().is_empty() { top.clone() } else { top.join(below) };
+        Some(Own { version, directory, top })
+    })
+}
+
+/// Where the hierarchy is mounted, and which part of it (proc_pid_mountinfo(5)).
+fn mount_of(mounts: &str, version: Version) -> Option<(PathBuf, PathBuf)> {
+    mounts.lines().find_map(|line| {
+        let (fields, rest) = line.split_once(" - ")?;
+        let mut rest = rest.split(' ');
+        let (kind, options) = (rest.next()?, rest.nth(1)?);
+        let is_it = match version {
+            Version::One => kind == "cgroup" && options.split(',').any(|option| option == "cpuset"),
+            Version::Two => kind == "cgroup2",
+        };
+        let mut fields = fields.split(' ').skip(3);
+        let (root, top) = (fields.next()?, fields.next()?);
+        is_it.then(|| (PathBuf::from(top), PathBuf::from(root)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpusets_of_version_1_are_found_beside_version_2() {
+        let mounts = "34 31 0:31 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset\n\
+                      41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+        let own = find(mounts, "3:cpuset:/jobs/a\n0::/x\n").unwrap();
+        let directory = PathBuf::from("/sys/fs/cgroup/cpuset/jobs/a");
+        assert_eq!(own, Own { version: Version::One, top: "/sys/fs/cgroup/cpuset".into(), directory });
+    }
+
+    #[test]
+    fn a_part_of_a_hierarchy_is_where_it_is_mounted() {
+        let mounts = "30 25 0:26 /docker/1 /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate\n";
+        let own = find(mounts, "0::/docker/1/job\n").unwrap();
+        assert_eq!((own.version, own.directory), (Version::Two, "/sys/fs/cgroup/job".into()));
+        assert_eq!(find(mounts, "0::/\n").unwrap().directory, PathBuf::from("/sys/fs/cgroup"));
+        assert_eq!(find("", "0::/\n"), None);
+    }
+
+    #[test]
+    fn what_a_process_that_is_gone_left_is_known_by_its_number() {
+        assert!(is_left_over(Path::new("/c/spm-wall-hard-4194304")));
+        assert!(!is_left_over(Path::new(&format!("/c/spm-wall-hard-{}", std::process::id()))));
+        assert!(!is_left_over(Path::new("/c/spm-wall-hard-x")) && !is_left_over(Path::new("/c/other-4194304")));
+    }
+}

@@ -1,0 +1,148 @@
+//! Keeper: the process that is left of `spm` when it has become the command.
+//!
+//! It is nobody's child, holds no file or terminal of the command, answers for an easy guard as long as one process has the filter,
+//! and removes the cgroup once it is empty. If it is killed, an easy guard's calls fail (ENOSYS) and the next wall
+//! removes the cgroup.
+#![allow(unsafe_code, reason = "fork, and the calls around it that rustix leaves to libc")]
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use spmem_core::enclosure::Enclosure;
+use spmem_sys::fd::{Fd, close_all_but};
+use spmem_sys::seccomp::Listener;
+
+use super::cgroup::Site;
+use super::filter::{self, Easy};
+
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+const LAST_LOOK: Duration = Duration::from_secs(1);
+
+/// The keeper, as the process that becomes the command sees it.
+pub struct Keeper {
+    channel: OwnedFd,
+}
+
+impl Keeper {
+    /// Starts it; the caller must have one thread.
+    ///
+    /// # Errors
+    /// No process, no descriptors.
+    pub fn start(site: Option<&Site>, wall: &Enclosure) -> anyhow::Result<Self> {
+        let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .context("no socket for the keeper")?;
+        let command =
+            pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context("no descriptor of a process")?;
+        // SAFETY: this process has one thread, so the child may do whatever it could do.
+        match unsafe { libc::fork() } {
+            -1 => Err(std::io::Error::last_os_error()).context("no process for the keeper"),
+            0 => {
+                // SAFETY: as above; the child in between ends at once, so that the keeper is nobody's child.
+                if unsafe { libc::fork() } == 0 {
+                    keep(&command, &its, site, Easy { cpuset: wall.cpuset, easy: wall.easy });
+                }
+                // SAFETY: ends the process without running what belongs to its parent.
+                unsafe { libc::_exit(0) }
+            }
+            child => {
+                let child = Pid::from_raw(child).context("a child without a number")?;
+                rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty())
+                    .context("the keeper's start was lost")?;
+                Ok(Self { channel: ours })
+            }
+        }
+    }
+
+    /// Gives it the calls to answer; it has them when this returns.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn hand_over(&self, listener: Listener) -> anyhow::Result<()> {
+        // SAFETY: the descriptor is open as long as `listener` is, which outlives the call.
+        let fd = unsafe { BorrowedFd::borrow_raw(listener.fd().raw()) };
+        let (fds, mut space) = ([fd], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        sendmsg(&self.channel, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL)?;
+        let mut answer = [0; 1];
+        let read = rustix::io::read(&self.channel, &mut answer)?;
+        anyhow::ensure!(read == 1, "it has hung up");
+        Ok(())
+    }
+}
+
+/// The keeper's life.
+fn keep(command: &OwnedFd, channel: &OwnedFd, site: Option<&Site>, around: Easy) -> ! {
+    let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"spm-keeper");
+    let _ = rustix::process::chdir("/");
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null");
+    if let Ok(null) = &null {
+        let _ = rustix::stdio::dup2_stdin(null);
+        let _ = rustix::stdio::dup2_stdout(null);
+        let _ = rustix::stdio::dup2_stderr(null);
+    }
+    let mut kept = [0, 1, 2, command.as_raw_fd(), channel.as_raw_fd()];
+    kept.sort_unstable();
+    let _ = close_all_but(&kept);
+    // What was closed behind its back is not to be closed again.
+    std::mem::forget(null);
+    // Without a message, the command has been started, or never will be: there is nothing to answer.
+    if let Some(listener) = take_listener(channel) {
+        answer_all(&listener, &around);
+    } else {
+        let _ = poll(&mut [PollFd::new(command, PollFlags::IN)], None);
+    }
+    let mut pause = FIRST_LOOK;
+    while site.is_some_and(|site| !site.remove()) {
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LAST_LOOK);
+    }
+    // SAFETY: ends the process without running what belongs to the one it was forked from.
+    unsafe { libc::_exit(0) }
+}
+
+fn take_listener(channel: &OwnedFd) -> Option<Listener> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut word = [0; 1];
+    recvmsg(channel, &mut [IoSliceMut::new(&mut word)], &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    })?;
+    rustix::io::write(channel, b"K").ok()?;
+    Some(Listener::from_fd(Fd::from_raw(fd.into_raw_fd())))
+}
+
+/// Answers until nobody has the filter any more.
+fn answer_all(listener: &Listener, around: &Easy) {
+    // SAFETY: a descriptor of its own for polling; the listener keeps the other.
+    let Ok(polled) = listener.fd().duplicate(3).map(|fd| unsafe { OwnedFd::from_raw_fd(fd.into_raw()) }) else {
+        return;
+    };
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(polled.as_fd(), PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        let events = fds[0].revents();
+        if events.contains(PollFlags::IN) {
+            if let Ok(asked) = listener.receive() {
+                filter::answer(listener, &asked, around);
+            }
+        } else if events.intersects(PollFlags::HUP | PollFlags::ERR) {
+            return;
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `spm wall` on the machine at hand: exit status, what passes through, what is left behind. What the wall keeps out takes
+//! several nodes: `cargo xtask vm-test --topology numa4`.
+#![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+fn wall(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spm"));
+    command.arg("wall").args(arguments);
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    wall(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn the_exit_status_is_the_commands_or_says_why_there_is_none() {
+    let status = |arguments: &[&str]| output(arguments).status;
+    assert_eq!(status(&["--", "sh", "-c", "exit 3"]).code(), Some(3));
+    assert_eq!(status(&["--", "sh", "-c", "kill -TERM $$"]).signal(), Some(15));
+    assert_eq!(status(&["--", "/nonexistent"]).code(), Some(127));
+    assert_eq!(status(&["--", "/etc/passwd"]).code(), Some(126));
+    assert_eq!(status(&["--guard", "soft", "--", "true"]).code(), Some(125));
+    assert_eq!(status(&[]).code(), Some(125));
+}
+
+#[test]
+fn a_node_that_cannot_be_given_is_refused_and_named() {
+    for (arguments, said) in [
+        (["--mems", "1000"], "there is no node 1000"),
+        (["--mems", "0-x"], "expected a node number at byte 2"),
+        (["--sysram", "none"], ""),
+    ] {
+        let output = output(&[arguments[0], arguments[1], "--", "true"]);
+        let is_refused = output.status.code() == Some(125);
+        assert_eq!(is_refused, !said.is_empty(), "{arguments:?}");
+        assert!(text(&output.stderr).contains(said), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn the_command_is_the_process_that_was_started_and_keeps_what_it_inherits() {
+    let child = wall(&["--", "sh", "-c", "echo $$; trap"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let pid = child.id();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout).trim(), pid.to_string());
+    // SIGPIPE is ignored here, as in every program of Rust's, and so it is there.
+    let ignored = |text: &str| text.lines().find(|line| line.starts_with("SigIgn")).map(str::to_owned);
+    let there = text_of_status(&["--", "cat", "/proc/self/status"]);
+    let bare = Command::new("cat").arg("/proc/self/status").output().unwrap();
+    assert_eq!(ignored(&there), ignored(&text(&bare.stdout)));
+}
+
+fn text_of_status(arguments: &[&str]) -> String {
+    text(&output(arguments).stdout)
+}
+
+#[test]
+fn nothing_is_left_of_a_wall_when_its_last_process_has_ended() {
+    let cgroup = text_of_status(&["--", "cat", "/proc/self/cgroup"]);
+    let Some(line) = cgroup.lines().find(|line| line.contains("/spm-wall-hard-")) else {
+        println!("skipped: no cgroup can be made here");
+        return;
+    };
+    let path = line.rsplit(':').next().unwrap();
+    let name = path.rsplit('/').next().unwrap();
+    let is_there = || {
+        let found = Command::new("find").args(["/sys/fs/cgroup", "-name", name]).output().unwrap();
+        !found.stdout.is_empty()
+    };
+    let start = Instant::now();
+    while is_there() {
+        assert!(start.elapsed() < Duration::from_secs(10), "{name} is still there");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_reader_of_the_commands_output_sees_its_end_at_once() {
+    let start = Instant::now();
+    // A process of the wall's outlives the command.
+    let output = output(&["--", "sh", "-c", "sleep 20 >/dev/null 2>&1 & echo done"]);
+    assert_eq!(text(&output.stdout), "done\n");
+    assert!(start.elapsed() < Duration::from_secs(15), "the keeper holds the pipe");
+}
+
+#[test]
+fn an_audit_of_a_machine_without_spm_nodes_is_clean() {
+    let output = Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", "--json", "1"]).output().unwrap();
+    match output.status.code() {
+        Some(0) => assert_eq!(text(&output.stdout).trim(), "[]"),
+        other => println!("skipped: status {other:?}, {}", text(&output.stderr)),
+    }
+    let strange = Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", "--all", "1"]).output().unwrap();
+    assert_eq!(strange.status.code(), Some(2));
+}
