@@ -12,6 +12,7 @@
 //! | [`maps`] | /proc/PID/maps, `PROCMAP_QUERY` |
 //! | [`pagemap`] | /proc/PID/pagemap, `PAGEMAP_SCAN` |
 //! | [`mempolicy`] | mbind(2), move_pages(2): memory on one node |
+//! | [`region`] | mmap(2), msync(2), clwb: memory of a node, a file or a dax device, mapped shared |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
@@ -36,6 +37,7 @@ pub mod maps;
 pub mod mempolicy;
 pub mod pagemap;
 pub mod process;
+pub mod region;
 pub mod socket;
 pub mod thread;
 pub mod uffd;
@@ -65,6 +67,12 @@ impl Errno {
     pub const EINTR: Self = Self(libc::EINTR);
     /// Not for this caller.
     pub const EPERM: Self = Self(libc::EPERM);
+    /// Not in this way: a mapping that may only be read, for one.
+    pub const EACCES: Self = Self(libc::EACCES);
+    /// The kernel or the file system cannot do it.
+    pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// Memory is somewhere else than it was asked for.
+    pub const EXDEV: Self = Self(libc::EXDEV);
 }
 
 impl fmt::Debug for Errno {
