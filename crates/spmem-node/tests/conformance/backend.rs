@@ -1,12 +1,11 @@
-//! What every back end must pass: `conformance!(module, make)` makes one test of each claim.
+//! What every back end must pass, whatever it keeps pages in. `make(frames)` is a new one with room for about that many frames.
 //!
-//! `make(frames)` is a new back end with room for about that many frames.
+//! Included by this crate's unit tests, by its conformance suite, and by `cargo xtask vm-test`.
 
 use std::boxed::Box;
 use std::vec::Vec;
 
-use crate::backend::{Backend, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
-use crate::testing::page_with_noise;
+use spmem_node::{Backend, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
 
 /// Stages and stores one page; `Ok(Err(_))` if the back end does not take such pages.
 fn store<B: Backend>(backend: &mut B, page: &Page) -> Result<Result<Handle, Unfit>, Full> {
@@ -24,7 +23,7 @@ fn assert_holds<B: Backend>(backend: &B, handle: Handle, page: &Page) {
     assert!(*back == *page, "the page comes back as it went");
 }
 
-pub(crate) fn what_is_stored_comes_back<B: Backend>(make: impl Fn(usize) -> B) {
+pub fn what_is_stored_comes_back<B: Backend>(make: impl Fn(usize) -> B) {
     let mut backend = make(512);
     let mut stored = Vec::new();
     for seed in 0..300 {
@@ -40,7 +39,7 @@ pub(crate) fn what_is_stored_comes_back<B: Backend>(make: impl Fn(usize) -> B) {
     }
 }
 
-pub(crate) fn same_as_tells_the_page_from_any_other<B: Backend>(make: impl Fn(usize) -> B) {
+pub fn same_as_tells_the_page_from_any_other<B: Backend>(make: impl Fn(usize) -> B) {
     let mut backend = make(512);
     let mut readback = Box::new([0; PAGE_BYTES]);
     for noise in [0, 1, 20, 100] {
@@ -55,7 +54,7 @@ pub(crate) fn same_as_tells_the_page_from_any_other<B: Backend>(make: impl Fn(us
     }
 }
 
-pub(crate) fn a_forgotten_page_is_gone_and_its_room_is_back<B: Backend>(make: impl Fn(usize) -> B) {
+pub fn a_forgotten_page_is_gone_and_its_room_is_back<B: Backend>(make: impl Fn(usize) -> B) {
     let mut backend = make(512);
     let before = backend.usage();
     let page = page_with_noise(1, 50);
@@ -77,7 +76,7 @@ pub(crate) fn a_forgotten_page_is_gone_and_its_room_is_back<B: Backend>(make: im
     }
 }
 
-pub(crate) fn a_full_back_end_refuses_and_loses_nothing<B: Backend>(make: impl Fn(usize) -> B) {
+pub fn a_full_back_end_refuses_and_loses_nothing<B: Backend>(make: impl Fn(usize) -> B) {
     let mut backend = make(64);
     let mut stored = Vec::new();
     let full = loop {
@@ -103,30 +102,20 @@ pub(crate) fn a_full_back_end_refuses_and_loses_nothing<B: Backend>(make: impl F
     }
 }
 
-/// One test for each claim above, about the back end that `$make` makes.
-macro_rules! conformance {
-    ($module:ident, $make:expr) => {
-        mod $module {
-            #[test]
-            fn what_is_stored_comes_back() {
-                $crate::conformance::what_is_stored_comes_back($make);
-            }
-
-            #[test]
-            fn same_as_tells_the_page_from_any_other() {
-                $crate::conformance::same_as_tells_the_page_from_any_other($make);
-            }
-
-            #[test]
-            fn a_forgotten_page_is_gone_and_its_room_is_back() {
-                $crate::conformance::a_forgotten_page_is_gone_and_its_room_is_back($make);
-            }
-
-            #[test]
-            fn a_full_back_end_refuses_and_loses_nothing() {
-                $crate::conformance::a_full_back_end_refuses_and_loses_nothing($make);
-            }
-        }
+/// A page of which about `noise` of 256 words are random: 0 is all zeros, 256 does not compress.
+pub fn page_with_noise(seed: u64, noise: u64) -> Page {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
     };
+    let mut page = [0; PAGE_BYTES];
+    for word in page.as_chunks_mut::<8>().0 {
+        if random() >> 32 & 0xff < noise {
+            *word = random().to_le_bytes();
+        }
+    }
+    page
 }
-pub(crate) use conformance;
