@@ -5,6 +5,7 @@ pub(crate) mod corpus;
 pub(crate) mod kernels;
 mod shared_map;
 pub(crate) mod values;
+mod vm_backends;
 mod vm_facts;
 mod vm_nodes;
 
@@ -21,6 +22,8 @@ pub(crate) enum Program {
     SharedMap(shared_map::Options),
     /// In a virtual machine: is the memory what the topology's file promises?
     VmFacts(vm_facts::Options),
+    /// In a virtual machine: does every kind of node hold what all must?
+    VmBackends(vm_backends::Options),
 }
 
 /// Runs it.
@@ -30,5 +33,6 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::Kernel(options) => kernels::run(options),
         Program::SharedMap(options) => shared_map::run(options),
         Program::VmFacts(options) => vm_facts::run(options),
+        Program::VmBackends(options) => vm_backends::run(options),
     }
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! One check so far: [`vm-facts`](crate::programs), is the memory there that the topology's file promises, and does
-//! spmem's discovery find it. A row is
+//! Two checks in one guest, both of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file
+//! promises, and does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must. A row is
 //! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -16,6 +16,8 @@ use super::machine::{self, Ending, Machine};
 use super::topology::{Mode, Topology};
 use crate::launch::{Bed, NeedSpm};
 
+/// What is checked, in order.
+const CHECKS: [&str; 2] = ["facts", "backends"];
 /// What fits in five minutes.
 const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
 const LIMIT: Duration = Duration::from_secs(180);
@@ -69,27 +71,30 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         for (topology, mode) in topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)))
         {
             let started = Instant::now();
-            let row = format!("{:<7} {:<9} {:<11} {:<9}", kernel.name(), topology.name, mode.name, "facts");
-            let verdict = match &machine {
-                Ok(machine) => check_facts(&bed, machine, topology, mode)?,
-                Err(_) => Verdict::Skipped,
+            let verdicts = match &machine {
+                Ok(machine) => check(&bed, machine, topology, mode)?,
+                Err(_) => CHECKS.map(|_| Verdict::Skipped),
             };
+            // One guest makes all checks: the time is that of all.
             let seconds = started.elapsed().as_secs();
-            let (word, remark) = match verdict {
-                Verdict::Passed(remark) => {
-                    passed += 1;
-                    ("pass", remark)
-                }
-                Verdict::Failed(log) => {
-                    failures.push(format!("{}, {}, {}:\n{log}", kernel.name(), topology.name, mode.name));
-                    ("FAIL", String::new())
-                }
-                Verdict::Skipped => {
-                    skipped += 1;
-                    ("skip", "not fetched".to_owned())
-                }
-            };
-            println!("{}", format!("{row} {word:<7} {seconds:>3} s  {remark}").trim_end());
+            for (name, verdict) in CHECKS.into_iter().zip(verdicts) {
+                let row = format!("{:<7} {:<9} {:<11} {name:<9}", kernel.name(), topology.name, mode.name);
+                let (word, remark) = match verdict {
+                    Verdict::Passed(remark) => {
+                        passed += 1;
+                        ("pass", remark)
+                    }
+                    Verdict::Failed(log) => {
+                        failures.push(format!("{}, {}, {}:\n{log}", kernel.name(), topology.name, mode.name));
+                        ("FAIL", String::new())
+                    }
+                    Verdict::Skipped => {
+                        skipped += 1;
+                        ("skip", "not fetched".to_owned())
+                    }
+                };
+                println!("{}", format!("{row} {word:<7} {seconds:>3} s  {remark}").trim_end());
+            }
             stdout().flush().context("cannot write the table")?;
         }
     }
@@ -112,19 +117,48 @@ fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
     Topology::load_all()
 }
 
-fn check_facts(bed: &Bed, machine: &Machine, topology: &Topology, mode: &Mode) -> anyhow::Result<Verdict> {
+/// Both checks in one guest; which of them failed is in its status.
+const SCRIPT: &str = r#"
+"$1" program vm-facts --topology "$2" --mode "$3" --spm "$4"; facts=$?
+echo "$5"
+"$1" program vm-backends --topology "$2" --mode "$3"; backends=$?
+exit $(( (facts != 0) + 2 * (backends != 0) ))
+"#;
+/// Between the two checks' output.
+const DIVIDE: &str = "-- back ends";
+
+fn check(bed: &Bed, machine: &Machine, topology: &Topology, mode: &Mode) -> anyhow::Result<[Verdict; 2]> {
     let own = std::env::current_exe().context("cannot find this program's own file")?;
-    let words = ["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"];
-    let mut command: Vec<OsString> = [own.into_os_string()].into_iter().chain(words.map(OsString::from)).collect();
-    command.push(bed.spm()?.into());
-    let log = bed.dir.join("facts.log");
+    let mut command: Vec<OsString> = ["sh", "-c", SCRIPT, "sh"].map(OsString::from).into();
+    command.push(own.into_os_string());
+    command.extend([&topology.name, &mode.name].map(OsString::from));
+    command.extend([bed.spm()?.into(), DIVIDE.into()]);
+    let log = bed.dir.join("checks.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
     let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();
+    let (facts, backends) = said.split_once(DIVIDE).unwrap_or((&said, ""));
+    let verdict = |said: &str, is_right: bool, ending: &str| {
+        let said = said.trim();
+        if is_right {
+            Verdict::Passed(said.lines().last().unwrap_or_default().to_owned())
+        } else {
+            Verdict::Failed(format!("{said}\n{ending}"))
+        }
+    };
     Ok(match ending {
-        Ending::Status(0) => Verdict::Passed(said.lines().last().unwrap_or_default().to_owned()),
-        Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
-        Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
-        Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
+        Ending::Status(status @ 0..=3) => {
+            let told = format!("status {status}");
+            [verdict(facts, status & 1 == 0, &told), verdict(backends, status & 2 == 0, &told)]
+        }
+        Ending::Status(status) => {
+            let told = format!("status {status}");
+            [verdict(facts, false, &told), verdict(backends, false, &told)]
+        }
+        Ending::NoSetup(what) => {
+            let told = format!("the set-up failed: {}", what.trim_end());
+            [verdict(facts, false, &told), verdict(backends, false, &told)]
+        }
+        Ending::Silent(what) => [verdict(facts, false, &what), verdict(backends, false, &what)],
     })
 }
