@@ -158,6 +158,9 @@ pub struct NodesArguments {
     /// Read nodes and classes from this TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Make the files of the configuration's nodes of kind "file" that are not there
+    #[arg(long, requires = "config")]
+    pub create: bool,
 }
 
 /// Options of `spm explain`.

@@ -2,16 +2,18 @@
 //!
 //! [`Config::read`] reads a file, [`Config::default`] is the embedded one, whose text ([`EXAMPLE`]) documents every key
 //! and is printed by `spm run --help`. Unknown keys and values are errors that name the line and what is valid.
-//! Hole: only the machine of two nodes that the runtime knows can be described.
+//! Hole: nodes of kind "file" are shown and made, but programs run on the two nodes that the runtime knows.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Deserializer};
-use spmem_core::node::NodeType;
+use spmem_core::node::{Class, NodeType};
+use spmem_core::units::MAX_NODES;
 use spmem_node::machine::Overrides;
+use toml::Spanned;
 
 use crate::size::{self, SysramLimit};
 
@@ -27,6 +29,8 @@ pub struct Config {
     pub store_capacity: Capacity,
     /// Section `[type]`: what the kernel's nodes are for, by name.
     pub types: BTreeMap<String, NodeType>,
+    /// Nodes of kind "file", by id.
+    pub files: Vec<FileNode>,
     /// Section `[class]`: what this machine's nodes and devices are taken for, whatever else speaks for or against it.
     pub classes: Overrides,
 }
@@ -50,6 +54,21 @@ impl Default for Run {
 /// The least and the most that a node may hold, bytes: a few blocks of the store; what frames can be numbered.
 const LEAST_CAPACITY: u64 = 4 << 20;
 const MOST_CAPACITY: u64 = 16 << 40;
+
+/// A `[[node]]` of kind "file".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileNode {
+    /// Key `id`.
+    pub id: u16,
+    /// Key `path`.
+    pub path: PathBuf,
+    /// Key `capacity`: bytes that a file is made with.
+    pub bytes: u64,
+    /// Key `class`.
+    pub class: Class,
+    /// Key `write_fence`.
+    pub is_fenced: bool,
+}
 
 /// Key `capacity` of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +95,7 @@ impl Default for Config {
             run: Run::default(),
             store_capacity: Capacity::Auto,
             types: BTreeMap::new(),
+            files: Vec::new(),
             classes: Overrides::new(),
         }
     }
@@ -106,15 +126,20 @@ impl Config {
             }
             seen.push(id);
             match (node.kind, id) {
-                (Kind::Ram, 0) if node.class.is_none() && node.guard.is_none() && node.capacity.is_none() => {}
+                (Kind::Ram, 0) if node.has_only_a_kind() => {}
                 (Kind::Ram, 0) => bail!("node 0 is this machine's RAM: it takes no class, guard or capacity"),
-                (Kind::Compressed, 1) => config.store_capacity = node.capacity.unwrap_or(Capacity::Auto),
+                (Kind::Compressed, 1) => config.store_capacity = node.compressed(text)?,
+                (Kind::File, 2..) if id < u32::from(MAX_NODES) => config.files.push(node.file(text)?),
                 (Kind::Ram, _) => bail!("node {id} is of kind \"ram\", which is node 0's and no other's"),
                 (Kind::Compressed, _) => {
                     bail!("node {id} is of kind \"compressed\", which is node 1's and no other's")
                 }
+                (Kind::File, _) => {
+                    bail!("node {id} is of kind \"file\", expected an id of 2 to {}", MAX_NODES - 1)
+                }
             }
         }
+        config.files.sort_by_key(|file| file.id);
         Ok(config)
     }
 }
@@ -150,12 +175,12 @@ impl From<Type> for NodeType {
 }
 
 /// A class by its number.
-struct AnyClass(spmem_core::node::Class);
+struct AnyClass(Class);
 
 impl<'de> Deserialize<'de> for AnyClass {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let number = u8::deserialize(deserializer)?;
-        let class = spmem_core::node::Class::from_number(number);
+        let class = Class::from_number(number);
         class.map(Self).ok_or_else(|| refusal(format_args!("there is no class {number}, expected 1 to 6")))
     }
 }
@@ -165,9 +190,11 @@ impl<'de> Deserialize<'de> for AnyClass {
 struct Node {
     id: u32,
     kind: Kind,
-    class: Option<Class>,
-    guard: Option<Guard>,
-    capacity: Option<Capacity>,
+    class: Option<Spanned<u32>>,
+    guard: Option<Spanned<String>>,
+    capacity: Option<Spanned<Capacity>>,
+    path: Option<Spanned<PathBuf>>,
+    write_fence: Option<Spanned<bool>>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -175,32 +202,73 @@ struct Node {
 enum Kind {
     Ram,
     Compressed,
+    File,
 }
 
-/// The class of a compressed node: 4, so there is nothing to keep.
-struct Class;
-
-impl<'de> Deserialize<'de> for Class {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match u32::deserialize(deserializer)? {
-            4 => Ok(Self),
-            other => Err(refusal(format_args!("class {other} does not fit kind \"compressed\", expected 4"))),
-        }
+impl Node {
+    const fn has_only_a_kind(&self) -> bool {
+        let has_limits = self.class.is_some() || self.guard.is_some() || self.capacity.is_some();
+        !has_limits && self.path.is_none() && self.write_fence.is_none()
     }
-}
 
-/// The guard of a compressed node: hard (R17: entered by demotion only), so there is nothing to keep.
-struct Guard;
+    /// A compressed node is of class 4 and its guard is hard (R17: entered by demotion only): there is nothing to keep.
+    fn compressed(self, text: &str) -> anyhow::Result<Capacity> {
+        if let Some(class) = self.class.as_ref().filter(|class| *class.get_ref() != 4) {
+            bail!("{}: class {} does not fit kind \"compressed\", expected 4", line(text, class), class.get_ref());
+        }
+        self.check_guard(text, "compressed")?;
+        if let Some(path) = &self.path {
+            bail!("{}: a path does not fit kind \"compressed\"", line(text, path));
+        }
+        if let Some(fence) = &self.write_fence {
+            bail!("{}: kind \"compressed\" is always write-fenced", line(text, fence));
+        }
+        Ok(self.capacity.map_or(Capacity::Auto, Spanned::into_inner))
+    }
 
-impl<'de> Deserialize<'de> for Guard {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match String::deserialize(deserializer)?.as_str() {
-            "hard" => Ok(Self),
-            other => {
-                Err(refusal(format_args!("guard \"{other}\" does not fit kind \"compressed\", expected \"hard\"")))
+    fn file(self, text: &str) -> anyhow::Result<FileNode> {
+        let id = self.id;
+        self.check_guard(text, "file")?;
+        let class = match &self.class {
+            None => Class::Shared,
+            Some(number) => {
+                let known = u8::try_from(*number.get_ref()).ok().and_then(Class::from_number);
+                let fits = known.filter(|class| *class != Class::Featured);
+                fits.with_context(|| {
+                    format!(
+                        "{}: class {} does not fit kind \"file\", expected 1, 2, 3, 5 or 6",
+                        line(text, number),
+                        number.get_ref()
+                    )
+                })?
             }
+        };
+        let bytes = match self.capacity.map(Spanned::into_inner) {
+            Some(Capacity::Bytes(bytes)) => bytes,
+            Some(Capacity::Auto) | None => bail!("node {id} is of kind \"file\": it needs a capacity, a size"),
+        };
+        let path = self.path.with_context(|| format!("node {id} is of kind \"file\": it needs a path"))?;
+        let id = u16::try_from(id).context("an id is below 1024")?;
+        let is_fenced = self.write_fence.is_some_and(Spanned::into_inner);
+        Ok(FileNode { id, path: path.into_inner(), bytes, class, is_fenced })
+    }
+
+    fn check_guard(&self, text: &str, kind: &str) -> anyhow::Result<()> {
+        match self.guard.as_ref().filter(|guard| guard.get_ref() != "hard") {
+            None => Ok(()),
+            Some(guard) => bail!(
+                "{}: guard \"{}\" does not fit kind \"{kind}\", expected \"hard\"",
+                line(text, guard),
+                guard.get_ref()
+            ),
         }
     }
+}
+
+/// Where a value stands.
+fn line<T>(text: &str, value: &Spanned<T>) -> String {
+    let before = text.get(..value.span().start).unwrap_or_default();
+    format!("line {}", before.matches('\n').count() + 1)
 }
 
 impl<'de> Deserialize<'de> for Capacity {
@@ -248,6 +316,23 @@ mod tests {
     }
 
     #[test]
+    fn nodes_of_files_are_listed_by_id_with_what_they_leave_out() {
+        let node = |id: u32, more: &str| {
+            format!("[[node]]\nid = {id}\nkind = \"file\"\npath = \"/f{id}\"\ncapacity = \"8M\"\n{more}")
+        };
+        let text = node(7, "class = 3\nwrite_fence = true\n") + &node(2, "guard = \"hard\"\n");
+        let config = Config::parse(&text).unwrap();
+        let file = |id: u16, class, is_fenced| FileNode {
+            id,
+            path: format!("/f{id}").into(),
+            bytes: 8 << 20,
+            class,
+            is_fenced,
+        };
+        assert_eq!(config.files, [file(2, Class::Shared, false), file(7, Class::Slow, true)]);
+    }
+
+    #[test]
     fn classes_are_given_by_number_and_others_than_1_to_6_refused_with_their_line() {
         let config = Config::parse("[class]\nnode2 = 3\n\"dax0.0\" = 6\n").unwrap();
         let classes: Vec<(&str, u8)> =
@@ -275,6 +360,15 @@ mod tests {
             ("[[node]]\nid = 1\nkind = \"compressed\"\ncolour = 1\n", ["line 4", "colour"]),
             ("[[node]]\nid = 1\nkind = \"gold\"\n", ["line 3", "gold"]),
             ("[[node]]\nid = 2\nkind = \"compressed\"\n", ["node 2", "node 1"]),
+            ("[[node]]\nid = 2\nkind = \"file\"\npath = \"x\"\n", ["node 2", "capacity"]),
+            ("[[node]]\nid = 2\nkind = \"file\"\ncapacity = \"8M\"\n", ["node 2", "path"]),
+            ("[[node]]\nid = 1\nkind = \"file\"\n", ["node 1", "2 to 1023"]),
+            (
+                "[[node]]\nid = 2\nkind = \"file\"\npath = \"x\"\ncapacity = \"8M\"\nclass = 4\n",
+                ["line 6", "class 4"],
+            ),
+            ("[[node]]\nid = 1\nkind = \"compressed\"\npath = \"x\"\n", ["line 4", "path"]),
+            ("[[node]]\nid = 1\nkind = \"compressed\"\nwrite_fence = false\n", ["line 4", "fenced"]),
             ("[[node]]\nid = 0\nkind = \"ram\"\n[[node]]\nid = 0\nkind = \"ram\"\n", ["node 0", "twice"]),
         ] {
             let reason = reason(text);

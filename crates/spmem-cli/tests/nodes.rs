@@ -121,3 +121,34 @@ fn a_failure_is_status_1_and_a_wrong_command_line_2() {
     assert!(output.stdout.is_empty() && !output.stderr.is_empty());
     assert_eq!(nodes_of(&["--no-such-option"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_node_of_a_file_is_made_when_asked_for_and_shown_with_what_its_superblock_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, node) = (directory.path().join("spm.toml"), directory.path().join("node2"));
+    let text = format!("[[node]]\nid = 2\nkind = \"file\"\npath = {node:?}\ncapacity = \"8M\"\nclass = 3\n");
+    std::fs::write(&file, text).unwrap();
+    let config = file.to_str().unwrap();
+    let of_file =
+        |nodes: &Value| of_origin(nodes, "spmem").into_iter().find(|node| node["node"] == 2).unwrap().clone();
+
+    let output = nodes_of(&["--json", "--config", config]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--create"));
+    let shown = of_file(&serde_json::from_slice(&output.stdout).unwrap());
+    assert_eq!((&shown["capacity"], &shown["class"], &shown["guard"]), (&Value::Null, &3.into(), &"hard".into()));
+    assert!(!node.exists(), "looking makes nothing");
+
+    let shown = of_file(&json(&["--json", "--config", config, "--create"]));
+    let [capacity, used, free] = ["capacity", "used", "free"].map(|key| shown[key].as_u64().unwrap());
+    assert!(capacity > 7 << 20 && capacity < 8 << 20 && used == 0 && free == capacity, "{shown}");
+    let made = std::fs::read(&node).unwrap();
+    assert_eq!(made.len(), 8 << 20);
+
+    // It is looked at, and made, once.
+    assert_eq!(of_file(&json(&["--json", "--config", config, "--create"])), shown);
+    assert_eq!(std::fs::read(&node).unwrap(), made);
+    std::fs::write(&node, "something else").unwrap();
+    let output = nodes_of(&["--json", "--config", config]);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("no node of spmem's"));
+}

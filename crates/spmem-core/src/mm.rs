@@ -6,6 +6,7 @@
 
 mod error;
 mod many;
+mod placed;
 
 use core::num::NonZeroU32;
 

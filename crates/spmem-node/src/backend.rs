@@ -149,6 +149,12 @@ pub enum Damage {
         /// The checksum of what is there now.
         found: u64,
     },
+    /// The memory of the frame is broken.
+    Poisoned,
+    /// The medium did not do what it was to.
+    Unreadable,
+    /// Somebody else may write it now.
+    HandedOver,
 }
 
 impl fmt::Display for Corrupt {
@@ -171,6 +177,9 @@ impl fmt::Display for Corrupt {
             Damage::Checksum { stored, found } => {
                 write!(f, "checksum {found:#018x}, stored {stored:#018x}")
             }
+            Damage::Poisoned => f.write_str("the memory of the frame is broken"),
+            Damage::Unreadable => f.write_str("the medium failed"),
+            Damage::HandedOver => f.write_str("it was handed over to a peer"),
         }
     }
 }

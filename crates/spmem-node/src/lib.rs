@@ -1,9 +1,9 @@
 //! The back ends of spmem: one module per kind of memory.
 //!
-//! [`Backend`] is what the runtime needs from a node whose pages are not simply mapped; each module
-//! below is one implementation. The crate decides nothing about *which* page goes *where*: that is
-//! `spmem-core`. It makes no system call either: the memory behind a node is lent by the caller
-//! through [`compressed::FrameBytes`].
+//! [`Backend`] is what the runtime needs from any node. [`compressed`] keeps pages in the memory that its caller lends
+//! ([`compressed::FrameBytes`]). [`mapped`] is every byte-addressable kind: pages lie at addresses, in a
+//! [`mapped::Medium`]; [`numa`], [`dax`] and [`file`] are the kinds that this machine may have, through the calls of
+//! `spmem-sys`. The crate decides nothing about *which* page goes *where*: that is `spmem-core`.
 //!
 //! It takes no lock and keeps no global state. It runs inside other people's programs, so it is
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a
@@ -11,13 +11,14 @@
 //!
 //! The exceptions are `machine`, what memory this machine has, and `door`, memory of a node for a walled program: they
 //! read sysfs or make system calls, take std and are built for tools only (feature `machine`).
-//!
-//! Holes: `compressed` is the only kind so far.
 
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+// The conformance suite names this crate as its users do.
+#[cfg(test)]
+extern crate self as spmem_node;
 #[cfg(any(test, feature = "machine"))]
 extern crate std;
 
@@ -25,10 +26,14 @@ pub mod backend;
 pub mod compressed;
 #[cfg(test)]
 mod conformance;
+pub mod dax;
 #[cfg(feature = "machine")]
 pub mod door;
+pub mod file;
 #[cfg(feature = "machine")]
 pub mod machine;
+pub mod mapped;
+pub mod numa;
 #[cfg(test)]
 mod testing;
 

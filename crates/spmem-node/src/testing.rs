@@ -5,7 +5,7 @@ use std::vec::Vec;
 
 use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
 
-use crate::backend::{PAGE_BYTES, Page};
+use crate::backend::PAGE_BYTES;
 use crate::compressed::{FrameBlock, FrameBytes, FrameSource};
 
 /// First fit over a map of owners; panics on a wrong free.
@@ -91,22 +91,4 @@ impl FrameBytes for Ram {
         assert!(offset.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES), "whole frames");
         self.0[offset..offset + len].fill(0);
     }
-}
-
-/// A page of which about `noise` of 256 words are random: 0 is all zeros, 256 does not compress.
-pub(crate) fn page_with_noise(seed: u64, noise: u64) -> Page {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut random = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    let mut page = [0; PAGE_BYTES];
-    for word in page.as_chunks_mut::<8>().0 {
-        if random() >> 32 & 0xff < noise {
-            *word = random().to_le_bytes();
-        }
-    }
-    page
 }

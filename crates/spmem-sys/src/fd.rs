@@ -85,6 +85,35 @@ impl Fd {
         Ok(unsafe { syscall!(Sysno::write, self.0, bytes.as_ptr(), bytes.len()) }?)
     }
 
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// As lseek(2).
+    pub fn size(&self) -> Result<u64> {
+        // SAFETY: takes no pointer.
+        Ok(unsafe { syscall!(Sysno::lseek, self.0, 0, libc::SEEK_END) }? as u64)
+    }
+
+    /// fallocate(2): the file has at least `len` bytes from now on, and room for all of them.
+    ///
+    /// # Errors
+    /// As fallocate(2): `ENOSPC`, `EOPNOTSUPP`.
+    pub fn allocate(&self, len: u64) -> Result<()> {
+        // SAFETY: takes no pointer.
+        unsafe { syscall!(Sysno::fallocate, self.0, 0, 0, len) }?;
+        Ok(())
+    }
+
+    /// flock(2): nobody else has it while this open file lives.
+    ///
+    /// # Errors
+    /// `EAGAIN` when somebody else has it; as flock(2).
+    pub fn lock_exclusive(&self) -> Result<()> {
+        // SAFETY: takes no pointer.
+        unsafe { syscall!(Sysno::flock, self.0, libc::LOCK_EX | libc::LOCK_NB) }?;
+        Ok(())
+    }
+
     /// A second descriptor for the same open file, close-on-exec, numbered `at_least` or higher.
     ///
     /// # Errors

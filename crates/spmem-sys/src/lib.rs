@@ -13,6 +13,7 @@
 //! | [`pagemap`] | /proc/PID/pagemap, `PAGEMAP_SCAN` |
 //! | [`mempolicy`] | mbind(2), set_mempolicy(2), move_pages(2), migrate_pages(2): policies, memory on one node, where pages are |
 //! | [`node_file`] | memfd_create(2): a file whose pages are on one node |
+//! | [`region`] | mmap(2), msync(2), clwb: memory of a node, a file or a dax device, mapped shared |
 //! | [`seccomp`] | seccomp(2): calls that another process answers |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
@@ -39,6 +40,7 @@ pub mod mempolicy;
 pub mod node_file;
 pub mod pagemap;
 pub mod process;
+pub mod region;
 pub mod seccomp;
 pub mod socket;
 pub mod thread;
@@ -69,6 +71,12 @@ impl Errno {
     pub const EINTR: Self = Self(libc::EINTR);
     /// Not for this caller.
     pub const EPERM: Self = Self(libc::EPERM);
+    /// Not in this way: a mapping that may only be read, for one.
+    pub const EACCES: Self = Self(libc::EACCES);
+    /// The kernel or the file system cannot do it.
+    pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// Memory is somewhere else than it was asked for.
+    pub const EXDEV: Self = Self(libc::EXDEV);
 }
 
 impl fmt::Debug for Errno {

@@ -26,7 +26,7 @@ pub fn own_in(start: usize, end: usize) -> Option<(usize, usize)> {
         .min()
 }
 
-fn note_own(start: usize, end: usize) -> Result<()> {
+pub(crate) fn note_own(start: usize, end: usize) -> Result<()> {
     for (index, (from, to)) in OWN.iter().enumerate() {
         if from.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             to.store(end, Ordering::Release);
@@ -37,7 +37,7 @@ fn note_own(start: usize, end: usize) -> Result<()> {
     Err(crate::Errno::ENOMEM)
 }
 
-fn forget_own(start: usize) {
+pub(crate) fn forget_own(start: usize) {
     if let Some((from, to)) = OWN.iter().find(|(from, _)| from.load(Ordering::Acquire) == start) {
         to.store(0, Ordering::Release);
         from.store(0, Ordering::Release);
@@ -53,7 +53,7 @@ const PLACES: core::ops::Range<usize> = 0x4000_0000_0000..0x4fff_0000_0000;
 const GAP: usize = 1 << 20;
 
 /// A place for `len` bytes, for mmap(2) to take as a hint; 0 (anywhere) once our part is used up.
-fn next_place(len: usize) -> usize {
+pub(crate) fn next_place(len: usize) -> usize {
     if PLACE.load(Ordering::Relaxed) == 0 {
         // As unpredictable as the time: the kernel's own randomness is in the stack's address too.
         let here = core::ptr::from_ref(&len).addr() as u64;
@@ -281,7 +281,7 @@ pub fn populate_read(start: usize, len: usize) -> Result<()> {
     Ok(())
 }
 
-fn unmap(start: usize, len: usize) {
+pub(crate) fn unmap(start: usize, len: usize) {
     if len > 0 {
         // SAFETY: the range was mapped by this module and nothing refers to it any more.
         let _ = unsafe { syscall!(Sysno::munmap, start, len) };

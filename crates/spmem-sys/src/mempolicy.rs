@@ -104,14 +104,9 @@ impl NodeMemory {
     /// # Errors
     /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; `ENOMEM`; as mbind(2).
     pub fn new(len: usize, node: u16) -> Result<Self> {
-        let mut mask = [0_u64; NODES / 64];
-        *mask.get_mut(usize::from(node) / 64).ok_or(Errno::EINVAL)? = 1 << (node % 64);
         let mapping = Mapping::aligned(len, HUGE, c"spmem node")?;
         let (start, len) = (mapping.start(), mapping.len());
-        // The kernel takes one bit fewer than it is told.
-        let mode = MPOL_BIND | MPOL_F_STATIC_NODES;
-        // SAFETY: the range is ours, the mask is read only.
-        unsafe { syscall!(Sysno::mbind, start, len, mode, mask.as_ptr(), NODES + 1, 0) }?;
+        bind(start, len, node)?;
         // Fewer misses of the TLB, where it can be had; nothing depends on it.
         // SAFETY: advice about our own range.
         let _ = unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_HUGEPAGE) };
@@ -139,21 +134,42 @@ impl NodeMemory {
     /// # Errors
     /// As move_pages(2).
     pub fn pages_elsewhere(&self) -> Result<(usize, usize)> {
-        let pages = self.mapping.len() / PAGE;
-        let mut elsewhere = 0;
-        for first in (0..pages).step_by(BATCH) {
-            let count = BATCH.min(pages - first);
-            let places: [usize; BATCH] =
-                core::array::from_fn(|index| self.mapping.start() + (first + index.min(count - 1)) * PAGE);
-            let mut nodes = [-1_i32; BATCH];
-            // No target: nothing moves, the kernel writes `count` numbers.
-            let (from, to) = (places.as_ptr(), nodes.as_mut_ptr());
-            // SAFETY: both arrays have room for `count`.
-            unsafe { syscall!(Sysno::move_pages, 0, count, from, 0, to, 0) }?;
-            elsewhere += nodes[..count].iter().filter(|&&node| node != i32::from(self.node)).count();
-        }
-        Ok((elsewhere, pages))
+        count_elsewhere(self.mapping.start(), self.mapping.len(), self.node)
     }
+}
+
+/// mbind(2) of a range of our own to one node, strictly.
+///
+/// # Errors
+/// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; as mbind(2).
+pub(crate) fn bind(start: usize, len: usize, node: u16) -> Result<()> {
+    let mut mask = [0_u64; NODES / 64];
+    *mask.get_mut(usize::from(node) / 64).ok_or(Errno::EINVAL)? = 1 << (node % 64);
+    // The kernel takes one bit fewer than it is told.
+    let mode = MPOL_BIND | MPOL_F_STATIC_NODES;
+    // SAFETY: the range is ours, the mask is read only.
+    unsafe { syscall!(Sysno::mbind, start, len, mode, mask.as_ptr(), NODES + 1, 0) }?;
+    Ok(())
+}
+
+/// How many pages of a range of our own are not on the node, of how many.
+///
+/// # Errors
+/// As move_pages(2).
+pub(crate) fn count_elsewhere(start: usize, len: usize, node: u16) -> Result<(usize, usize)> {
+    let pages = len / PAGE;
+    let mut elsewhere = 0;
+    for first in (0..pages).step_by(BATCH) {
+        let count = BATCH.min(pages - first);
+        let places: [usize; BATCH] = core::array::from_fn(|index| start + (first + index.min(count - 1)) * PAGE);
+        let mut nodes = [-1_i32; BATCH];
+        // No target: nothing moves, the kernel writes `count` numbers.
+        let (from, to) = (places.as_ptr(), nodes.as_mut_ptr());
+        // SAFETY: both arrays have room for `count`.
+        unsafe { syscall!(Sysno::move_pages, 0, count, from, 0, to, 0) }?;
+        elsewhere += nodes[..count].iter().filter(|&&at| at != i32::from(node)).count();
+    }
+    Ok((elsewhere, pages))
 }
 
 #[cfg(test)]

@@ -126,7 +126,8 @@ fn of_registry(mm: &MemoryManager, node: NodeId, ram: Ram) -> Option<NodeLine> {
     })
 }
 
-fn service_names(spec: &NodeSpec) -> Vec<String> {
+/// As they are told.
+pub fn service_names(spec: &NodeSpec) -> Vec<String> {
     let services: Services = spec.services;
     services.iter_names().map(|(name, _)| name.to_lowercase()).collect()
 }

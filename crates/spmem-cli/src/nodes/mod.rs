@@ -4,6 +4,7 @@
 //! `--measure`, [`measure`] -> [`table`], [`json`] or [`svg`]. What was odd goes to stderr and costs no exit status. The habits
 //! are those of `cxl list`: JSON is an array of objects, sizes are bytes, `-u` is for people.
 
+mod files;
 mod json;
 mod list;
 mod measure;
@@ -45,6 +46,10 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
     let machine = Machine::read(Path::new("/"), &config.classes);
     tell_what_was_odd(&machine);
     let mut listing = Listing::new(machine, &config, frames.mm(), ram);
+    if options.create {
+        files::create(&config.files)?;
+    }
+    listing.lines.extend(config.files.iter().map(files::line));
     if options.measure {
         measure::measure(&mut listing);
     }

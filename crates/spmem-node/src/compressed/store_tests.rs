@@ -9,8 +9,8 @@ use proptest::prelude::*;
 use super::store::Store;
 use super::{Codec, Encoded, FrameBytes, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch};
 use crate::backend::{Damage, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
-use crate::conformance::conformance;
-use crate::testing::{FirstFit, Ram, page_with_noise};
+use crate::conformance::{conformance, page_with_noise};
+use crate::testing::{FirstFit, Ram};
 
 type TestStore = Store<FirstFit, Ram>;
 

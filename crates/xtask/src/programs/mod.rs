@@ -5,6 +5,7 @@ pub(crate) mod corpus;
 pub(crate) mod kernels;
 mod shared_map;
 pub(crate) mod values;
+mod vm_backends;
 mod vm_facts;
 mod vm_nodes;
 mod vm_wall;
@@ -27,6 +28,8 @@ pub(crate) enum Program {
     VmWall(vm_wall::Options),
     /// What a program behind a wall tries.
     VmWallProbe(vm_wall_probe::Options),
+    /// In a virtual machine: does every kind of node hold what all must?
+    VmBackends(vm_backends::Options),
 }
 
 /// Runs it.
@@ -38,5 +41,6 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::VmFacts(options) => vm_facts::run(options),
         Program::VmWall(options) => vm_wall::run(options),
         Program::VmWallProbe(options) => vm_wall_probe::run(options),
+        Program::VmBackends(options) => vm_backends::run(options),
     }
 }

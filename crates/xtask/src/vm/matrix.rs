@@ -1,7 +1,8 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! Two checks: [`vm-facts`](crate::programs), is the memory there that the topology's file promises, and does
-//! spmem's discovery find it; and on [`WALLED`], vm-wall, does `spm wall` keep what docs/walls.md says. A row is
+//! Three checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
+//! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; and on [`WALLED`],
+//! `vm-wall`, does `spm wall` keep what docs/walls.md says. Each in a guest of its own. A row is
 //! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -71,7 +72,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
         let checks = modes.flat_map(|(topo, mode)| {
             let walls = (topo.name == WALLED).then_some("walls");
-            [Some("facts"), walls].into_iter().flatten().map(move |check| (topo, mode, check))
+            [Some("facts"), Some("backends"), walls].into_iter().flatten().map(move |check| (topo, mode, check))
         });
         for (topology, mode, check) in checks {
             let started = Instant::now();
@@ -129,11 +130,14 @@ fn run_check(
     let words: &[&str] = match check {
         "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
         "walls" => &["program", "vm-wall", "--spm"],
+        "backends" => &["program", "vm-backends", "--topology", &topology.name, "--mode", &mode.name],
         _ => &["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"],
     };
     let mut command: Vec<OsString> =
         [own.into_os_string()].into_iter().chain(words.iter().map(OsString::from)).collect();
-    command.push(bed.spm()?.into());
+    if words.ends_with(&["--spm"]) {
+        command.push(bed.spm()?.into());
+    }
     let log = bed.dir.join("check.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;

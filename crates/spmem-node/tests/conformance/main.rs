@@ -1,0 +1,98 @@
+//! The conformance suite on what every machine has, and what a crash at any point leaves of a persistent node.
+#![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
+
+mod backend;
+mod crash;
+mod damage;
+mod killed;
+mod suite;
+
+use std::fs::OpenOptions;
+use std::path::Path;
+
+use spmem_core::frames::Metadata;
+use spmem_core::units::FrameCount;
+use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
+use spmem_node::{PAGE_BYTES, file, numa};
+use spmem_sys::fd::Fd;
+use spmem_sys::region::{Access, Region};
+use suite::{Kind, claims};
+
+/// An open file, made where there is none.
+fn fd(path: &Path) -> Fd {
+    use std::os::fd::IntoRawFd;
+    let mut options = OpenOptions::new();
+    Fd::from_raw(options.read(true).write(true).create(true).truncate(false).open(path).unwrap().into_raw_fd())
+}
+
+fn hold(kind: &Kind) {
+    for (name, claim) in claims(kind) {
+        println!("{}: {name}", kind.name);
+        claim(kind);
+    }
+}
+
+#[test]
+fn every_claim_holds_on_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("node");
+    let again = path.clone();
+    hold(&Kind {
+        name: "file".to_owned(),
+        region: Box::new(move || file::create(fd(&path), 4 << 20).unwrap()),
+        again: Some(Box::new(move || file::map(fd(&again), Access::ReadWrite).unwrap())),
+        unit: 4096,
+    });
+}
+
+#[test]
+fn every_claim_holds_on_the_kernels_node_0() {
+    hold(&Kind {
+        name: "numa".to_owned(),
+        region: Box::new(|| numa::region(4 << 20, 0).unwrap()),
+        again: None,
+        unit: 4096,
+    });
+}
+
+/// Memory that the compressed kind is lent.
+struct Lent(Vec<u8>);
+
+impl FrameBytes for Lent {
+    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        &self.0[offset..offset + len]
+    }
+
+    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        &mut self.0[offset..offset + len]
+    }
+
+    fn discard(&mut self, offset: usize, len: usize) {
+        self.0[offset..offset + len].fill(0);
+    }
+}
+
+#[test]
+fn every_claim_about_pages_that_are_copied_holds_on_compressed_memory() {
+    let make = |frames: usize| {
+        let count = FrameCount(frames as u64);
+        let granted = GrantedFrames::embedded(count, Metadata::from_heap(count).unwrap()).unwrap();
+        Store::new(granted, Lent(vec![0; frames * PAGE_BYTES]), 0x5eed)
+    };
+    backend::what_is_stored_comes_back(make);
+    backend::same_as_tells_the_page_from_any_other(make);
+    backend::a_forgotten_page_is_gone_and_its_room_is_back(make);
+    backend::a_full_back_end_refuses_and_loses_nothing(make);
+}
+
+#[test]
+fn a_file_is_one_nodes_at_a_time_and_made_with_all_its_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("node");
+    let region: Region = file::create(fd(&path), 1 << 20).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
+    assert_eq!(file::region(fd(&path)).map(|region| region.len()), Err(spmem_sys::Errno::EAGAIN));
+    assert_eq!(file::map(fd(&path), Access::Read).unwrap().len(), 1 << 20);
+    drop(region);
+    assert_eq!(file::region(fd(&path)).unwrap().len(), 1 << 20);
+}
