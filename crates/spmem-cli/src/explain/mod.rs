@@ -182,7 +182,7 @@ fn node_answer(
         _ if is_allowed => answer.reason = opening(is_spm, request, registry, node).to_owned(),
         _ if open.contains(node) => {
             answer.obstacle = Some("over-quota");
-            answer.reason = "the quota of the grant is used up".to_owned();
+            answer.reason = "less than a page (4096 bytes) is left of the quota of the grant".to_owned();
             answer.remedy = Some("ask the node's owner for a larger one");
         }
         Some(Refusal { reason, .. }) => {
