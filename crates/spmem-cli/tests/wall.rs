@@ -58,6 +58,18 @@ fn the_command_is_the_process_that_was_started_and_keeps_what_it_inherits() {
     assert_eq!(ignored(&there), ignored(&text(&bare.stdout)));
 }
 
+#[test]
+fn a_wall_is_made_for_who_ignores_that_children_end() {
+    let script = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])";
+    let spm = env!("CARGO_BIN_EXE_spm");
+    let Ok(output) = Command::new("python3").args(["-c", script, spm, "wall", "--", "echo", "done"]).output()
+    else {
+        println!("skipped: there is no python3");
+        return;
+    };
+    assert_eq!(text(&output.stdout), "done\n", "{}", text(&output.stderr));
+}
+
 fn text_of_status(arguments: &[&str]) -> String {
     text(&output(arguments).stdout)
 }
