@@ -2,6 +2,7 @@
 //! several nodes: `cargo xtask vm-test --topology numa4`.
 #![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
 
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -101,6 +102,19 @@ fn a_reader_of_the_commands_output_sees_its_end_at_once() {
     let output = output(&["--", "sh", "-c", "sleep 20 >/dev/null 2>&1 & echo done"]);
     assert_eq!(text(&output.stdout), "done\n");
     assert!(start.elapsed() < Duration::from_secs(15), "the keeper holds the pipe");
+}
+
+#[test]
+fn a_file_whose_name_is_no_text_hides_nobody_from_an_audit() {
+    let directory = tempfile::tempdir().unwrap();
+    let name = directory.path().join(std::ffi::OsStr::from_bytes(b"\xff\xfe"));
+    std::fs::copy("/bin/sleep", &name).unwrap();
+    let mut program = Command::new(&name).arg("20").spawn().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", &program.id().to_string()]).output().unwrap();
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert!(!text(&output.stderr).contains("UTF-8"), "{}", text(&output.stderr));
 }
 
 #[test]
