@@ -2,6 +2,7 @@
 //! several nodes: `cargo xtask vm-test --topology numa4`.
 #![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
 
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -59,6 +60,18 @@ fn the_command_is_the_process_that_was_started_and_keeps_what_it_inherits() {
     assert_eq!(ignored(&there), ignored(&text(&bare.stdout)));
 }
 
+#[test]
+fn a_wall_is_made_for_who_ignores_that_children_end() {
+    let script = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])";
+    let spm = env!("CARGO_BIN_EXE_spm");
+    let Ok(output) = Command::new("python3").args(["-c", script, spm, "wall", "--", "echo", "done"]).output()
+    else {
+        println!("skipped: there is no python3");
+        return;
+    };
+    assert_eq!(text(&output.stdout), "done\n", "{}", text(&output.stderr));
+}
+
 fn text_of_status(arguments: &[&str]) -> String {
     text(&output(arguments).stdout)
 }
@@ -90,6 +103,19 @@ fn a_reader_of_the_commands_output_sees_its_end_at_once() {
     let output = output(&["--", "sh", "-c", "sleep 20 >/dev/null 2>&1 & echo done"]);
     assert_eq!(text(&output.stdout), "done\n");
     assert!(start.elapsed() < Duration::from_secs(15), "the keeper holds the pipe");
+}
+
+#[test]
+fn a_file_whose_name_is_no_text_hides_nobody_from_an_audit() {
+    let directory = tempfile::tempdir().unwrap();
+    let name = directory.path().join(std::ffi::OsStr::from_bytes(b"\xff\xfe"));
+    std::fs::copy("/bin/sleep", &name).unwrap();
+    let mut program = Command::new(&name).arg("20").spawn().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", &program.id().to_string()]).output().unwrap();
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert!(!text(&output.stderr).contains("UTF-8"), "{}", text(&output.stderr));
 }
 
 #[test]

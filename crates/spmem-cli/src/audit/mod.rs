@@ -4,7 +4,7 @@
 //! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has.
 //!
 //! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. A page that the supervisor put there by
-//! UFFDIO_COPY looks like one that went astray. Looking at others' processes takes root.
+//! UFFDIO_COPY looks like one that went astray, and a file that is named as doors name theirs like theirs. Looking at others' processes takes root.
 
 mod pages;
 
@@ -60,7 +60,7 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     };
     let (mut findings, mut unseen) = (Vec::new(), 0);
     for pid in processes {
-        match fs::read_to_string(format!("/proc/{pid}/numa_maps")) {
+        match read(pid, "numa_maps") {
             Ok(text) => findings.extend(of_process(pid, &text, &spm)),
             Err(error) if is_asked_for => {
                 return Err(error).with_context(|| format!("process {pid} cannot be looked at"));
@@ -92,12 +92,17 @@ fn all_processes() -> anyhow::Result<Vec<u32>> {
     Ok(all)
 }
 
+/// What is no UTF-8 there is a name that somebody gave.
+fn read(pid: u32, name: &str) -> std::io::Result<String> {
+    Ok(String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{name}"))?).into_owned())
+}
+
 fn of_process(pid: u32, numa_maps: &str, spm: &spmem_core::nodemask::NodeMask) -> Vec<Finding> {
     let found = pages_on(numa_maps, spm);
     if found.is_empty() {
         return Vec::new();
     }
-    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let read = |name| read(pid, name).unwrap_or_default();
     let (command, guard) = (read("comm").trim().to_owned(), guard_of(&read("cgroup")));
     let finding = |((node, by), (pages, bytes)): ((u16, Option<By>), (u64, u64))| Finding {
         pid,

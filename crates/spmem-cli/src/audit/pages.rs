@@ -7,7 +7,7 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::units::NodeId;
 
 /// What doors call the files that they hand over (memfd_create(2)).
-const DOOR: &str = "file=/memfd:spmem-door";
+const DOOR: &str = "file=/memfd:spmem-door\\040(deleted)";
 const PAGE_KIB: u64 = 4;
 
 /// What put pages on a node.
@@ -54,12 +54,13 @@ fn pages_of(word: &str) -> Option<(NodeId, u64)> {
 }
 
 fn by(words: &[&str], node: NodeId) -> Option<By> {
-    if words.iter().any(|word| word.starts_with(DOOR)) {
+    if words.contains(&DOOR) {
         return Some(By::Door);
     }
-    // `bind:2` or `bind=static:2`
+    // `bind:2`, `bind=static:2`, `bind=static|balancing:2`; relative numbers are no names.
     let (mode, nodes) = words.get(1)?.split_once(':')?;
-    let is_bind = mode == "bind" || mode == "bind=static";
+    let (mode, flags) = mode.split_once('=').unwrap_or((mode, ""));
+    let is_bind = mode == "bind" && flags.split('|').all(|flag| flag != "relative");
     let names_it = NodeMask::parse(nodes, NodeMask::EMPTY).is_ok_and(|mask| mask.contains(node));
     (is_bind && names_it).then_some(By::Bind)
 }
@@ -77,12 +78,16 @@ mod tests {
 7f20 interleave:0-3 anon=4 dirty=4 N0=1 N1=1 N2=1 N3=1 kernelpagesize_kB=4
 7f30 default file=/memfd:spmem-door\\040(deleted) dirty=6 N3=6 kernelpagesize_kB=4
 7f40 bind:3 huge anon=1 dirty=1 N3=1 kernelpagesize_kB=2048
+7f50 bind=balancing:2 anon=1 dirty=1 N2=1 kernelpagesize_kB=4
+7f60 bind=static|balancing:2 anon=1 dirty=1 N2=1 kernelpagesize_kB=4
+7f70 bind=relative:2 anon=1 dirty=1 N2=1 kernelpagesize_kB=4
+7f80 default file=/memfd:spmem-doorway\\040(deleted) dirty=1 N2=1 kernelpagesize_kB=4
 ";
         let wanted = NodeMask::parse("2-3", NodeMask::EMPTY).unwrap();
         let found: Vec<_> = pages_on(text, &wanted).into_iter().collect();
         let expected = [
-            ((2, None), (1, 4096)),
-            ((2, Some(By::Bind)), (4, 4 * 4096)),
+            ((2, None), (3, 3 * 4096)),
+            ((2, Some(By::Bind)), (6, 6 * 4096)),
             ((3, None), (1, 4096)),
             ((3, Some(By::Bind)), (1, 2 << 20)),
             ((3, Some(By::Door)), (6, 6 * 4096)),

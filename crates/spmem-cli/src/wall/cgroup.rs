@@ -21,6 +21,8 @@ use crate::remark::remark;
 /// What walls' cgroups are called, before the guard and the number of the process.
 pub const WALL_NAMES: &str = "spm-wall-";
 const KEEPER_NAMES: &str = "spm-keeper-";
+/// Cgroups of one number beside each other, at most.
+const NAMES: u32 = 64;
 const PROCESSES: &str = "cgroup.procs";
 const CHILDREN: &str = "cgroup.subtree_control";
 const REMEDY: &str =
@@ -67,7 +69,7 @@ impl Site {
         let read = |path| fs::read_to_string(path).with_context(|| format!("{path} cannot be read"));
         let own = find(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)
             .context("no cgroups are mounted; mount -t cgroup2 cgroup /sys/fs/cgroup")?;
-        let name = format!("{WALL_NAMES}{guard}-{}", std::process::id());
+        let name = format!("{WALL_NAMES}{guard}-");
         let site = match own.version {
             Version::One => Self { wall: make(&own.directory, &name)?, emptied: None },
             Version::Two => prepare_two(&own, &name)?,
@@ -165,7 +167,7 @@ fn prepare_two(own: &Own, name: &str) -> anyhow::Result<Site> {
 
 /// We are alone in our cgroup, as in one that was delegated: leave it, so that it may give cpusets on.
 fn prepare_emptied(own: &Own, name: &str) -> anyhow::Result<Site> {
-    let keeper = make(&own.directory, &format!("{KEEPER_NAMES}{}", std::process::id()))?;
+    let keeper = make(&own.directory, KEEPER_NAMES)?;
     let wall = make(&own.directory, name)?;
     let site = Site { wall, emptied: Some((keeper.clone(), own.directory.clone())) };
     let id = std::process::id().to_string();
@@ -177,17 +179,27 @@ fn prepare_emptied(own: &Own, name: &str) -> anyhow::Result<Site> {
     result.map(|()| site)
 }
 
-/// Makes a cgroup; removes what walls that are gone have left beside it.
-fn make(host: &Path, name: &str) -> anyhow::Result<PathBuf> {
+/// Makes a cgroup whose name begins so and ends with our number; removes what walls that are gone have left beside it.
+fn make(host: &Path, kind: &str) -> anyhow::Result<PathBuf> {
     let left = fs::read_dir(host).into_iter().flatten().flatten().map(|entry| entry.path());
     for path in left.filter(|path| is_left_over(path)) {
         remove_tree(&path);
     }
-    let path = host.join(name);
-    match fs::create_dir(&path) {
-        Ok(()) => Ok(path),
-        Err(error) => bail!("no cgroup can be made in {}: {error}; {REMEDY}", host.display()),
+    let id = std::process::id();
+    // Who becomes its command may be the next `spm` here; and numbers are given again.
+    let others = (1..NAMES).map(|turn| format!("{kind}{turn}-{id}"));
+    for name in std::iter::once(format!("{kind}{id}")).chain(others) {
+        let path = host.join(name);
+        match fs::create_dir(&path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => bail!("no cgroup can be made in {}: {error}; {REMEDY}", host.display()),
+        }
     }
+    bail!(
+        "{NAMES} cgroups of processes of number {id} are in {}: the last walls there are still inhabited",
+        host.display()
+    )
 }
 
 /// Named after a process that is no more.
@@ -198,11 +210,25 @@ fn is_left_over(path: &Path) -> bool {
     is_ours && maker.is_some_and(|maker| !Path::new(&format!("/proc/{maker}")).exists())
 }
 
-/// The deepest first; whether it is gone. The kernel keeps those that have processes.
+/// All of it, if nobody is in any part: who is may have empty ones for later. Whether it is gone.
 fn remove_tree(path: &Path) -> bool {
-    let children = fs::read_dir(path).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir());
-    children.for_each(|child| {
-        remove_tree(&child.path());
+    !is_inhabited(path) && remove_empty(path)
+}
+
+fn is_inhabited(path: &Path) -> bool {
+    let has_processes = fs::read_to_string(path.join(PROCESSES)).is_ok_and(|text| !text.is_empty());
+    has_processes || below(path).any(|child| is_inhabited(&child))
+}
+
+fn below(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
+/// The deepest first. The kernel keeps those that have processes.
+fn remove_empty(path: &Path) -> bool {
+    below(path).for_each(|child| {
+        remove_empty(&child);
     });
     !matches!(fs::remove_dir(path), Err(error) if error.kind() != ErrorKind::NotFound)
 }
@@ -286,5 +312,27 @@ mod tests {
         assert!(is_left_over(Path::new("/c/spm-wall-hard-4194304")));
         assert!(!is_left_over(Path::new(&format!("/c/spm-wall-hard-{}", std::process::id()))));
         assert!(!is_left_over(Path::new("/c/spm-wall-hard-x")) && !is_left_over(Path::new("/c/other-4194304")));
+    }
+
+    #[test]
+    fn a_number_that_has_a_wall_already_gets_another_which_is_known_by_it_too() {
+        let host = tempfile::tempdir().unwrap();
+        let made: Vec<PathBuf> = (0..3).map(|_| make(host.path(), "spm-wall-easy-").unwrap()).collect();
+        assert!(made.iter().all(|path| path.is_dir() && !is_left_over(path)), "{made:?}");
+        assert!(is_left_over(Path::new("/c/spm-wall-easy-2-4194304")));
+    }
+
+    #[test]
+    fn who_lives_behind_a_wall_keeps_the_empty_cgroups_there() {
+        let host = tempfile::tempdir().unwrap();
+        let wall = host.path().join("spm-wall-hard-4194304");
+        let (inhabited, empty) = (wall.join("a"), wall.join("b/c"));
+        fs::create_dir_all(&inhabited).unwrap();
+        fs::create_dir_all(&empty).unwrap();
+        fs::write(inhabited.join(PROCESSES), "7\n").unwrap();
+        make(host.path(), "spm-wall-hard-").unwrap();
+        assert!(!remove_tree(&wall) && empty.is_dir());
+        fs::remove_file(inhabited.join(PROCESSES)).unwrap();
+        assert!(remove_tree(&wall) && !wall.exists());
     }
 }

@@ -55,9 +55,11 @@ impl Keeper {
             }
             child => {
                 let child = Pid::from_raw(child).context("a child without a number")?;
-                rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty())
-                    .context("the keeper's start was lost")?;
-                Ok(Self { channel: ours })
+                match rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()) {
+                    // Who inherits that SIGCHLD is ignored waits for the end all the same, and has no status (waitpid(2)).
+                    Ok(_) | Err(rustix::io::Errno::CHILD) => Ok(Self { channel: ours }),
+                    Err(error) => Err(error).context("the keeper's start was lost"),
+                }
             }
         }
     }

@@ -326,14 +326,16 @@ impl<M: Medium> MappedNode<M> {
     ///
     /// # Errors
     /// [`Refused::OutOfBlock`] for a frame that is not the node's; [`Refused::Medium`]: it is out of use, but a restart forgets
-    /// that.
+    /// that. So it does of the first frame of a block that a peer has, until the block is back: the record is the peer's.
     pub fn poison(&mut self, frame: FrameNumber) -> Result<Option<Handle>, Refused> {
         if u64::from(frame.0) >= self.capacity.0 {
             return Err(Refused::OutOfBlock { offset: frame.offset().0, len: PAGE_BYTES as u64 });
         }
         let hurt = self.mark_poisoned(frame);
         let entry = self.held.get(&frame).map(|held| held.entry);
-        self.record(frame, entry, true)?;
+        if entry.is_none_or(|entry| entry.owner == PeerId::COMPONENT && !entry.is_fresh) {
+            self.record(frame, entry, true)?;
+        }
         Ok(hurt)
     }
 
@@ -399,11 +401,13 @@ impl<M: Medium> MappedNode<M> {
     /// # Errors
     /// [`Refused::HandedOver`] while a peer has it; [`Refused::NotPersistent`], [`Refused::Corrupt`], [`Refused::Medium`].
     pub fn accept(&mut self, handle: Handle) -> Result<(), Refused> {
-        let (frame, _) = self.find(handle)?;
+        let (frame, held) = self.find(handle)?;
+        let (known, is_poisoned) = (held.entry, held.poisoned == Some(frame));
         let records = self.ledger.as_ref().ok_or(Refused::NotPersistent)?.records;
         records.invalidate(&mut self.medium, frame)?;
         let record = records.read(&self.medium, frame)?.0.ok();
-        let Some(entry) = record.and_then(|record| record.block) else {
+        let is_it = |entry: &Entry| (entry.order, entry.generation) == (known.order, known.generation);
+        let Some(entry) = record.and_then(|record| record.block).filter(is_it) else {
             return Err(self.corrupt(handle, Damage::WrongObject).into());
         };
         if entry.owner != PeerId::COMPONENT {
@@ -411,7 +415,7 @@ impl<M: Medium> MappedNode<M> {
         }
         self.medium.invalidate(self.offset(frame), entry.order.bytes().0)?;
         let entry = Entry { is_fresh: false, ..entry };
-        self.record(frame, Some(entry), record.is_some_and(|record| record.is_poisoned))?;
+        self.record(frame, Some(entry), is_poisoned || record.is_some_and(|record| record.is_poisoned))?;
         if let Some(held) = self.held.get_mut(&frame) {
             held.entry = entry;
         }

@@ -404,8 +404,24 @@ fn a_block_has_one_owner(kind: &Kind) {
     assert!(back == page(3), "every byte came along");
     let owners: Vec<PeerId> = peers[0].blocks().unwrap().iter().map(|block| block.owner).collect();
     assert!(owners.contains(&two) && owners.contains(&PeerId::COMPONENT) && owners.len() == 2);
+    // Its memory breaks meanwhile. The record is the owner's, so nobody else writes it.
+    assert_eq!(node.poison(frame), Ok(Some(block)));
+    peers[1].write(frame, PAGE_SIZE, &page(3)).unwrap();
     peers[1].hand_over(frame, PeerId::COMPONENT).unwrap();
     assert!(node.write(block, 0, &[1; 8]).is_err());
+    node.accept(block).unwrap();
+    assert!(matches!(node.read(block, 0, &mut back), Err(Refused::Corrupt(_))), "it has not been forgotten");
+    drop(node);
+    node = open(again(), OPEN).unwrap();
+    assert!(matches!(node.read(block, 0, &mut back), Err(Refused::Corrupt(_))), "nor by a restart");
+    node.release(block).unwrap();
+
+    let block = node.alloc(DomainId::ROOT, Order::new(1).unwrap()).unwrap();
+    let frame = frame_of(block);
+    node.hand_over(block, one).unwrap();
+    peers[0].accept(frame).unwrap();
+    peers[0].write(frame, PAGE_SIZE, &page(3)).unwrap();
+    peers[0].hand_over(frame, PeerId::COMPONENT).unwrap();
     node.accept(block).unwrap();
     node.read(block, PAGE_SIZE, &mut back).unwrap();
     assert!(back == page(3), "every byte came back");
