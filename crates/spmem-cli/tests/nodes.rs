@@ -152,3 +152,22 @@ fn a_node_of_a_file_is_made_when_asked_for_and_shown_with_what_its_superblock_sa
     let output = nodes_of(&["--json", "--config", config]);
     assert!(String::from_utf8(output.stderr).unwrap().contains("no node of spmem's"));
 }
+
+#[test]
+fn a_pipe_or_a_loose_link_in_place_of_a_file_is_said_and_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, pipe, link) =
+        (directory.path().join("spm.toml"), directory.path().join("pipe"), directory.path().join("link"));
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    for (path, said) in [(&pipe, "no node of spmem's"), (&link, "a link to what is not there")] {
+        std::fs::write(&file, format!("[[node]]\nid = 2\nkind = \"file\"\npath = {path:?}\ncapacity = \"8M\"\n"))
+            .unwrap();
+        let output = Command::new("timeout")
+            .args(["20", env!("CARGO_BIN_EXE_spm"), "nodes", "--config", file.to_str().unwrap()])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(said), "{output:?}");
+    }
+}

@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::IntoRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::Context;
 use spmem_core::node::{NodeSpec, NodeType, Services};
@@ -48,10 +49,14 @@ pub fn line(node: &FileNode) -> NodeLine {
 
 fn read(node: &FileNode) -> anyhow::Result<Summary> {
     let path = node.path.display();
-    let file = File::open(&node.path).with_context(|| match node.path.try_exists() {
-        Ok(false) => format!("{path} is not there (`spm nodes --create` makes it)"),
-        _ => format!("{path} cannot be opened"),
-    })?;
+    // Of a named pipe it would wait for a writer.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node.path).with_context(
+        || match node.path.try_exists() {
+            Ok(false) if node.path.is_symlink() => format!("{path} is a link to what is not there"),
+            Ok(false) => format!("{path} is not there (`spm nodes --create` makes it)"),
+            _ => format!("{path} cannot be opened"),
+        },
+    )?;
     if file.metadata().is_ok_and(|data| data.len() < PAGE_SIZE) {
         return Err(OpenError::NotFormatted).with_context(|| path.to_string());
     }
