@@ -41,7 +41,7 @@ pub fn line(node: &FileNode) -> NodeLine {
         owner: spec.owner.clone().into_owned(),
         capacity: bytes(|summary| summary.capacity),
         used: bytes(|summary| summary.used),
-        free: bytes(|summary| FrameCount(summary.capacity.0 - summary.used.0 - summary.poisoned.0)),
+        free: bytes(|summary| FrameCount(summary.capacity.0.saturating_sub(summary.used.0 + summary.poisoned.0))),
         devices: vec![node.path.display().to_string()],
         measured: None,
     }
