@@ -159,6 +159,20 @@ impl Socket {
         self.send_with(bytes, fds, libc::MSG_DONTWAIT)
     }
 
+    /// Whether the other side has yet to read half of what it can be sent without waiting, or cannot be asked.
+    pub fn is_half_full(&self) -> bool {
+        let (mut limit, mut waiting, mut len) = (0_i32, 0_i32, 4_u32);
+        let (limit_at, len_at) = (core::ptr::from_mut(&mut limit), core::ptr::from_mut(&mut len));
+        // SAFETY: writes one int, and its length.
+        let asked = unsafe {
+            syscall!(Sysno::getsockopt, self.raw(), libc::SOL_SOCKET, libc::SO_SNDBUF, limit_at, len_at)
+        };
+        // SAFETY: writes one int (SIOCOUTQ).
+        let told =
+            unsafe { syscall!(Sysno::ioctl, self.raw(), libc::TIOCOUTQ, core::ptr::from_mut(&mut waiting)) };
+        asked.is_err() || told.is_err() || waiting > limit / 2
+    }
+
     fn send_with(&self, bytes: &[u8], fds: &[i32], flags: i32) -> Result<()> {
         let mut control = Control::default();
         if fds.len() > MAX_FDS {
@@ -279,5 +293,24 @@ mod tests {
         assert_eq!(fd.write(b"x"), Ok(1));
         drop(client);
         assert_eq!(server.receive(&mut bytes).expect("hang-up").len, 0);
+    }
+
+    #[test]
+    fn for_each_message_below_half_another_one_goes_out() {
+        let mut name = [0; MAX_NAME];
+        let (listener, len) = Listener::bind_anywhere(&mut name).expect("bind");
+        let client = Socket::connect(&name[..len]).expect("connect");
+        let _server = listener.accept().expect("accept");
+        let null = Fd::open(c"/dev/null", libc::O_RDWR).expect("/dev/null");
+        let mut sent = 0;
+        while !client.is_half_full() {
+            client.send_now(&[0; 32], &[null.raw()]).expect("half of it is free");
+            sent += 1;
+        }
+        assert!(sent > 8);
+        // All of them, and one more that was sent before.
+        for _ in 0..sent - 1 {
+            client.send_now(&[0; 32], &[]).expect("as many again");
+        }
     }
 }

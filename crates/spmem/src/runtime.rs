@@ -425,18 +425,21 @@ impl Runtime {
     /// Gives `spm` the userfaultfd of a forked child to hold, until [`Runtime::release`]. Does not wait: should `spm` be
     /// stopped, the message keeps the descriptor.
     pub(crate) fn entrust(&self, child: &Uffd, heir: Heir) {
-        // Nothing else holds it if that fails, and nothing else could.
-        self.tell_spm(heir.with(child.raw()), &[child.raw()]);
+        // Nothing else holds it if that fails, and nothing else could. Where `spm` reads nothing, what is left is for letting go:
+        // a child that is held for ever would wait for its parent's end, and be given SIGBUS then.
+        let _ = self.with_socket(|socket| {
+            if socket.is_half_full() {
+                return Err(Errno::EAGAIN);
+            }
+            socket.send_now(&request(Kind::Child, heir.with(child.raw())).to_bytes(), &[child.raw()])
+        });
     }
 
     /// The child stands alone, or has got all its pages. To be called before its userfaultfd is closed here: the number is
     /// another's then.
     pub(crate) fn release(&self, child: &Uffd) {
-        self.tell_spm(Heir::Child.with(child.raw()), &[]);
-    }
-
-    fn tell_spm(&self, value: u64, fds: &[i32]) {
-        let _ = self.with_socket(|socket| socket.send_now(&request(Kind::Child, value).to_bytes(), fds));
+        let message = request(Kind::Child, Heir::Child.with(child.raw())).to_bytes();
+        let _ = self.with_socket(|socket| socket.send_now(&message, &[]));
     }
 
     fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {

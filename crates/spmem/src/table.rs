@@ -389,10 +389,19 @@ impl Table {
         self.spare = Spare::default();
     }
 
-    /// Counts anew: after a fork, counts and entries may be of different times.
+    /// Counts anew: after a fork, counts, bits and words may be of different times.
     pub fn recount(&mut self) {
         self.rows = self.chunks.iter().map(|chunk| chunk.count_rows()).sum();
         for chunk in &mut self.chunks {
+            // A word that a page had before it was discarded would be counted for ever.
+            let Chunk { rows, discarded, .. } = &mut **chunk;
+            for (row, discarded) in rows.iter_mut().zip(discarded) {
+                for (page, word) in row.iter_mut().flat_map(|row| row.iter_mut()).enumerate() {
+                    if *discarded >> page & 1 != 0 {
+                        *word = Entry::default();
+                    }
+                }
+            }
             let words = || chunk.rows.iter().flatten().flat_map(|row| row.iter());
             let count = |is: fn(Entry) -> bool| words().filter(|&&entry| is(entry)).count() as u32;
             let counts = (count(Entry::is_away), count(is_kept), count(Entry::is_refused));
@@ -537,6 +546,23 @@ mod tests {
                 table.recount();
             }
         }
+    }
+
+    /// Bits and words lie on different pages, which a fork copies one after the other.
+    #[test]
+    fn a_word_that_is_older_than_its_bit_is_not_counted() {
+        let mut table = Table::new();
+        table.find_or_add(0);
+        for page in [0, PAGE] {
+            table.set(page, Entry::away(Copy::Stored(1), Age::COLDEST));
+        }
+        table.chunks[0].discarded[0] |= 1;
+        table.recount();
+        assert!(table.get(0).is_discarded() && table.get(PAGE).is_away());
+        assert_eq!(table.find(0).map(|chunk| chunk.away), Some(1));
+        table.set(0, Entry::default());
+        table.set(PAGE, Entry::default());
+        assert_eq!(table.find(0).map(|chunk| chunk.away), Some(0));
     }
 
     #[test]

@@ -20,6 +20,8 @@ use rustix::fs::{FlockOperation, StatVfsMountFlags};
 static AGENT: &[u8] = include_bytes!(env!("SPMEM_AGENT_OBJECT"));
 /// Names it; a new build gets a new name, programs that run keep their old one.
 const NAME: &str = concat!("agent-", env!("SPMEM_AGENT_HASH"), ".so");
+/// Whose turn it is to change what is there.
+const LOCK: &str = "lock";
 /// Where directories are tried, in this order. Not below `$XDG_RUNTIME_DIR`: children of other users cannot read it.
 const ROOTS: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 /// Directory names tried in each root, in case somebody else took the first.
@@ -62,8 +64,7 @@ fn install_in(directory: &Path, uid: u32) -> io::Result<PathBuf> {
         return Err(refusal("is mounted noexec"));
     }
     // A sweep and this do not cross: the file is there, and marked as used, or not looked at yet.
-    let lock = File::open(directory)?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    let _lock = lock(directory)?;
     let path = directory.join(NAME);
     if !is_intact(&path, uid) {
         write(directory, &path)?;
@@ -72,6 +73,15 @@ fn install_in(directory: &Path, uid: u32) -> io::Result<PathBuf> {
     let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
     let _ = sweep(directory, Path::new("/proc"));
     Ok(path)
+}
+
+/// Waits for the directory's turn. By a file that nobody else can open: who can open one can keep its lock for ever.
+fn lock(directory: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(directory.join(LOCK))?;
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive))?;
+    Ok(file)
 }
 
 /// Removes agents of other builds that no run was started with for [`UNUSED`] and that no process has mapped or would preload
@@ -170,7 +180,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
         install_in(&directory, uid()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755);
-        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 2, "no temporary file stays");
     }
 
     #[test]
@@ -202,6 +212,27 @@ mod tests {
         sweep(&directory, &proc).unwrap();
         assert!([own, young, mapped, preloaded, other].iter().all(|path| path.exists()));
         assert!(!unused.exists());
+    }
+
+    #[test]
+    fn nobody_else_can_keep_a_run_from_starting() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("d");
+        install_in(&directory, uid()).unwrap();
+        assert_eq!(fs::metadata(directory.join(LOCK)).unwrap().mode() & 0o777, 0o600);
+        // What others can open they can lock.
+        let others: Vec<File> = std::iter::once(directory.clone())
+            .chain(fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()))
+            .filter(|path| fs::metadata(path).unwrap().mode() & 0o004 != 0)
+            .map(|path| File::open(path).unwrap())
+            .collect();
+        assert_eq!(others.len(), 2);
+        for file in &others {
+            rustix::fs::flock(file, FlockOperation::LockExclusive).unwrap();
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(install_in(&directory, uid()).is_ok()));
+        assert_eq!(receiver.recv_timeout(Duration::from_secs(10)), Ok(true));
     }
 
     #[test]

@@ -23,6 +23,10 @@ use crate::remark::remark;
 /// How often the process that [`Orphans::leave`] starts looks.
 const TICK: Duration = Duration::from_millis(20);
 
+/// Addresses that programs fault at, as far as the kernel takes them in a range (`validate_range` in mm/userfaultfd.c).
+const LOWEST: usize = 1 << 20;
+const HIGHEST: usize = (1 << 47) - PAGE;
+
 /// All memory of that kind.
 #[derive(Default)]
 pub struct Orphans {
@@ -43,6 +47,10 @@ impl Orphans {
     /// agent can be there to read the events.
     pub fn take(&mut self, pid: u32, userfaults: impl IntoIterator<Item = Uffd>, is_unserved: bool) {
         for userfault in userfaults.into_iter().filter(Uffd::has_users) {
+            if is_unserved {
+                // What was read before its reader was killed is not read again: who waits is to fault anew.
+                let _ = userfault.wake(LOWEST, HIGHEST - LOWEST);
+            }
             self.list.push(Orphan { pid, userfault, is_unserved, is_told: false });
         }
     }

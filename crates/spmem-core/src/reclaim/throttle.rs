@@ -109,8 +109,17 @@ impl Throttle {
         // A little slower than pages leave, so that an excess goes away. But where each page that comes in drives one out, what
         // leaves says nothing about what could: the pace would follow itself downwards.
         let pace = since / gained.max(1) * 5 / 4;
-        let is_outrun = gained >= PROGRESS_PAGES && grown >= PROGRESS_PAGES;
-        self.pace_ns = pace.min(if is_outrun { PATIENCE_NS } else { IMPATIENCE_NS });
+        let shrunk = self.window_used.0.saturating_sub(look.tree_used.0) / PAGE_SIZE;
+        self.pace_ns = if gained < PROGRESS_PAGES {
+            IMPATIENCE_NS
+        } else if grown >= PROGRESS_PAGES {
+            pace.min(PATIENCE_NS)
+        } else if shrunk >= gained / 8 {
+            // This pace is what makes the excess go away: a faster one would bring it back.
+            self.pace_ns
+        } else {
+            pace.min(IMPATIENCE_NS.max(self.pace_ns / 2))
+        };
         (self.window_ns, self.window_freed, self.window_used) = (look.now_ns, look.freed_pages, look.tree_used);
     }
 }
@@ -292,6 +301,30 @@ mod tests {
             patience = throttle.look(&Look { tree_used, ..full(look * 10_000_000, look * 20) }).patience_ns;
         }
         assert!((500_000..1_000_000).contains(&patience), "{patience} ns");
+    }
+
+    /// Reclaim can do so much and no more, and pages come in whenever they are let in.
+    #[test]
+    fn where_reclaim_is_slow_the_excess_goes_away_all_the_same() {
+        for pages_a_second in [500, 1000, 2000, 4000] {
+            let (mut throttle, mut turnstile) = (Throttle::new(0), Turnstile::default());
+            let (mut now, mut freed, mut excess, mut most) = (0_u64, 0_u64, 1000_i64, 0);
+            while now < 60_000_000_000 {
+                let tree_used =
+                    Bytes(Marks::of(LIMIT).close.0.saturating_add_signed(excess * PAGE_SIZE.cast_signed()));
+                let admission = throttle.look(&Look { tree_used, ..full(now, freed) });
+                for _ in 0..20 {
+                    excess += i64::from(turnstile.admits(now, 0, admission));
+                    now += 50_000;
+                }
+                let able = now * pages_a_second / 1_000_000_000 - freed;
+                let leaving = able.min(u64::try_from(excess + 1000).unwrap_or(0));
+                freed += leaving;
+                excess -= leaving.cast_signed();
+                most = most.max(excess);
+            }
+            assert!(most < 4000, "{pages_a_second} pages a second: an excess of up to {most} pages");
+        }
     }
 
     #[test]
