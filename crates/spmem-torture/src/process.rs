@@ -59,6 +59,13 @@ pub fn wait(pid: i32) -> Res<End> {
     }
 }
 
+/// Waits for any child; `None` when there is none.
+pub fn wait_any() -> Option<End> {
+    let mut status = 0;
+    // SAFETY: the status is ours.
+    (unsafe { libc::waitpid(-1, &raw mut status, 0) } > 0).then(|| end(status))
+}
+
 /// Reads a wait status.
 pub fn end(status: i32) -> End {
     if libc::WIFSIGNALED(status) {

@@ -10,8 +10,9 @@ pub const CASES: &[Case] = &[
     Case::new(
         "raw-orphan",
         "a raw child whose parent is killed at once sees its pages or SIGBUS, never zeros",
-        orphan,
+        |ctx| orphan(ctx, false),
     ),
+    Case::new("raw-orphan-chain", "the same of a raw child and of a raw child of it", |ctx| orphan(ctx, true)),
 ];
 
 fn raw_clone() -> i32 {
@@ -44,25 +45,26 @@ extern "C" fn on_lost(_: i32) {
     process::leave(0);
 }
 
-fn orphan(ctx: &Ctx) -> Outcome {
+fn orphan(ctx: &Ctx, has_child: bool) -> Outcome {
     // SAFETY: no memory is involved.
     sys::ok("prctl", unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())?;
     for round in ctx.rounds(3) {
         let mut ends = [0; 2];
         // SAFETY: the array takes two descriptors.
         sys::ok("pipe", unsafe { libc::pipe(ends.as_mut_ptr()) }.into())?;
-        let parent = process::fork(|| make_orphan(ctx, ends[1]))?;
+        let parent = process::fork(|| make_orphan(ctx, ends[1], has_child))?;
         let mut child = 0_i32;
         // SAFETY: reads a number into one of ours.
         let read = unsafe { libc::read(ends[0], (&raw mut child).cast(), 4) };
         ensure!(read == 4, "the parent-to-be of an orphan said nothing");
-        // From the start of the child's life to well into its being given pages.
-        std::thread::sleep(std::time::Duration::from_micros(round % 8 * 300));
+        // From when `spm` has the child, soon after its life began, to well into its being given pages.
+        std::thread::sleep(std::time::Duration::from_micros((1 + round % 8) * 500));
         process::kill(parent, libc::SIGKILL)?;
         process::ends("the parent of an orphan", parent, End::Signal(libc::SIGKILL))?;
-        match process::wait(child)? {
-            End::Exit(0) | End::Signal(libc::SIGBUS) => {}
-            other => bail!("an orphan by raw clone ended with {other:?}"),
+        look_at_end(process::wait(child)?)?;
+        // What the child did not wait for because it met a lost page.
+        while let Some(end) = process::wait_any() {
+            look_at_end(end)?;
         }
         for end in ends {
             // SAFETY: ours.
@@ -72,8 +74,16 @@ fn orphan(ctx: &Ctx) -> Outcome {
     Ok(())
 }
 
-/// Makes a child by a raw system call that says its number, waits until its parent is dead and then looks at everything.
-fn make_orphan(ctx: &Ctx, out: i32) -> Outcome {
+fn look_at_end(end: End) -> Outcome {
+    match end {
+        End::Exit(0) | End::Signal(libc::SIGBUS) => Ok(()),
+        other => bail!("an orphan by raw clone ended with {other:?}"),
+    }
+}
+
+/// Makes a child by a raw system call that says its number, waits until its parent is dead and then looks at everything. With
+/// `has_child` so does, at once, one that it makes itself.
+fn make_orphan(ctx: &Ctx, out: i32, has_child: bool) -> Outcome {
     let area = Area::filled(ctx.seed, ctx.pages())?;
     let mut ballast = Ballast::new(ctx)?;
     ballast.sweep()?;
@@ -83,6 +93,8 @@ fn make_orphan(ctx: &Ctx, out: i32) -> Outcome {
     let parent = unsafe { libc::syscall(libc::SYS_getpid) };
     let child = raw_clone();
     process::run_child("raw clone", child, || {
+        let look = || area.check_all("a raw child of an orphan");
+        let own_child = has_child.then(|| process::run_child("raw clone", raw_clone(), look)).transpose()?;
         // SAFETY: takes no pointer.
         let own = unsafe { libc::syscall(libc::SYS_getpid) } as i32;
         // SAFETY: writes a number of ours, on the stack.
@@ -93,7 +105,8 @@ fn make_orphan(ctx: &Ctx, out: i32) -> Outcome {
             // SAFETY: reads the time given.
             unsafe { libc::syscall(libc::SYS_nanosleep, &raw const pause, 0) };
         }
-        area.check_all("an orphan by raw clone")
+        area.check_all("an orphan by raw clone")?;
+        own_child.map_or(Ok(()), |child| look_at_end(process::wait(child)?))
     })?;
     loop {
         process::nap(1000);
