@@ -2,7 +2,7 @@
 //!
 //! [`Backend`] is what the runtime needs from any node. [`compressed`] keeps pages in the memory that its caller lends
 //! ([`compressed::FrameBytes`]). [`mapped`] is every byte-addressable kind: pages lie at addresses, in a
-//! [`mapped::Medium`]; [`numa`], [`dax`] and [`file`] are the kinds that this machine may have, through the calls of
+//! [`mapped::Medium`]; [`numa`], [`dax`] and [`mod@file`] are the kinds that this machine may have, through the calls of
 //! `spmem-sys`. The crate decides nothing about *which* page goes *where*: that is `spmem-core`.
 //!
 //! It takes no lock and keeps no global state. It runs inside other people's programs, so it is

@@ -1,6 +1,6 @@
 //! Nodes of kind "file": what their superblocks say.
 //!
-//! [`line`] reads one, without its lock and without changing it; [`create`] makes those that are not there.
+//! [`line()`] reads one, without its lock and without changing it; [`create`] makes those that are not there.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;

@@ -1,6 +1,6 @@
 //! `spm wall`: a program and all it starts behind a wall that the kernel keeps.
 //!
-//! [`run`] works out what to make ([`spmem_core::enclosure`]), [`enter`] makes it around this process, which then becomes the
+//! [`run()`] works out what to make ([`spmem_core::enclosure`]), [`enter`] makes it around this process, which then becomes the
 //! command: nothing stands between it and its signals, terminal or parent. [`cgroup`] is the hard wall, [`filter`] the
 //! easy guard, [`keeper`] the small process that answers for it and tidies up. `spm run` calls [`enter`], too.
 //!
@@ -50,7 +50,7 @@ pub fn run(options: &WallArguments) -> anyhow::Result<i32> {
 /// Puts this process, and all that it starts from now on, behind the wall. The process must have one thread.
 ///
 /// # Errors
-/// As [`run`]; nothing has changed then.
+/// As [`run()`]; nothing has changed then.
 pub fn enter(flags: &WallFlags, config: &Config, is_best_effort: bool) -> anyhow::Result<()> {
     let nodes = machine::kernel_nodes(config)?;
     let wish = Wish {

@@ -1,6 +1,6 @@
 //! The ledger: what makes a node outlive its process. Formats a medium, opens it, closes it.
 //!
-//! [`Ledger::format`] and [`Ledger::open`] are the two ways in. Every change of a frame is one record's word, written when
+//! [`Ledger::format`] and [`Ledger::find`] are the two ways in. Every change of a frame is one record's word, written when
 //! all that it speaks of is durable: whatever a crash leaves is the state before or after. The superblock only says
 //! where things are, and whether its counts can be believed.
 
