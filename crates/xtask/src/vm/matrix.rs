@@ -26,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 /// Which part of the matrix.
 #[derive(Clone, clap::Args)]
 pub(crate) struct Options {
-    /// Only numa4, hmem and cxl on 6.12, and of the walls only the hard one: half a minute.
+    /// Only numa4, hmem and cxl on 6.12, and of the walls only the hard one: two to three minutes.
     #[arg(long)]
     quick: bool,
     /// Only these topologies.
