@@ -9,6 +9,7 @@
 //! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words afterwards; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
 //! | `shmat` | SHM_REMAP unmaps what is there without a word to userfaultfd, so it is unmapped in words first |
 //! | `process_madvise` | the same for this process's own pidfd |
+//! | `_exit`, `_Exit` | see [`crate::exit`] |
 
 use crate::RUNTIME;
 use core::arch::naked_asm;

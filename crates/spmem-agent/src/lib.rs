@@ -21,6 +21,7 @@
 
 extern crate alloc;
 
+mod exit;
 mod heap;
 mod interpose;
 mod memory;

@@ -172,6 +172,14 @@ pub fn abort() -> ! {
     }
 }
 
+/// Ends the process at once (exit_group(2)).
+pub fn exit(status: i32) -> ! {
+    loop {
+        // SAFETY: takes no pointer.
+        let _ = unsafe { syscall!(Sysno::exit_group, status) };
+    }
+}
+
 /// Sets the calling thread's signal mask (bit n-1 = signal n); what it was.
 pub fn set_signal_mask(mask: u64) -> u64 {
     let mut old = 0_u64;

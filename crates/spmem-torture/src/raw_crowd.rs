@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
         "a raw child whose parent is killed at once sees its pages or SIGBUS, never zeros",
         |ctx| orphan(ctx, false),
     ),
+    Case::new("raw-daemon", "a raw child whose parent exits at once sees its pages", daemon),
     Case::new("raw-orphan-chain", "the same of a raw child and of a raw child of it", |ctx| orphan(ctx, true)),
 ];
 
@@ -69,6 +70,30 @@ fn orphan(ctx: &Ctx, has_child: bool) -> Outcome {
         for end in ends {
             // SAFETY: ours.
             unsafe { libc::close(end) };
+        }
+    }
+    Ok(())
+}
+
+/// The parent goes by _exit(2) and by exit(3) in turn, and unmaps nothing before: that would wait for the child.
+fn daemon(ctx: &Ctx) -> Outcome {
+    // SAFETY: no memory is involved.
+    sys::ok("prctl", unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())?;
+    for does_return in ctx.rounds(2).flat_map(|_| [false, true]) {
+        let parent = process::fork(|| {
+            let area = Area::filled(ctx.seed, ctx.pages())?;
+            let mut ballast = Ballast::new(ctx)?;
+            ballast.sweep()?;
+            process::run_child("raw clone", raw_clone(), || area.check_all("a daemon made by raw clone"))?;
+            if does_return {
+                // SAFETY: this process has nothing to do when it ends.
+                unsafe { libc::exit(0) };
+            }
+            process::leave(0)
+        })?;
+        process::succeed("the parent of a daemon", parent)?;
+        while let Some(end) = process::wait_any() {
+            ensure!(end == End::Exit(0), "a daemon made by raw clone ended with {end:?}");
         }
     }
     Ok(())

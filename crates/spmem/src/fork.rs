@@ -275,6 +275,35 @@ impl Runtime {
 
     /// The first part of `[start, end)`, within one chunk, in which pages are away.
     fn next_away(&self, start: usize, end: usize) -> Option<(usize, usize)> {
+        let find = |space: &Space<Cram>| {
+            let mut at = start;
+            while at < end {
+                let chunk = space.table.next_chunk(at, end)?.max(at);
+                let stop = ((chunk / CHUNK + 1) * CHUNK).min(end);
+                if space.table.has_away(chunk, stop) {
+                    return Some((chunk, stop));
+                }
+                at = stop;
+            }
+            None
+        };
+        self.look(find).flatten()
+    }
+
+    /// Before this process ends by its own will: its children that were made by a raw system call get their pages first, as
+    /// nobody else has them. Called by program threads; returns after five seconds at the latest, in the parent only.
+    pub fn before_exit(&self) {
+        let start = process::now_ns();
+        let are_served = |space: &Space<Cram>| {
+            space.changes.are_all_served() && self.fork_turn.state.load(Ordering::Acquire) != NURSING
+        };
+        while self.look(are_served) == Some(false) && process::now_ns() - start < PATIENCE_NS {
+            process::sleep_ns(1_000_000);
+        }
+    }
+
+    /// Lets a program thread look at what is known. `None` where nothing has ever left.
+    fn look<T>(&self, look: impl FnOnce(&Space<Cram>) -> T) -> Option<T> {
         if !self.is_own() || self.stage() != Stage::Active {
             return None;
         }
@@ -286,21 +315,8 @@ impl Runtime {
         core::hint::black_box(&mut stack);
         let (found, is_quiet) = {
             let space = self.space.lock();
-            let is_quiet = space.as_ref().is_some_and(|space| space.mode == Mode::Quiet);
-            let table = space.as_ref().map(|space| &space.table);
-            let found = table.and_then(|table| {
-                let mut at = start;
-                while at < end {
-                    let chunk = table.next_chunk(at, end)?.max(at);
-                    let stop = ((chunk / CHUNK + 1) * CHUNK).min(end);
-                    if table.has_away(chunk, stop) {
-                        return Some((chunk, stop));
-                    }
-                    at = stop;
-                }
-                None
-            });
-            (found, is_quiet)
+            let space = space.as_ref();
+            (space.map(look), space.is_some_and(|space| space.mode == Mode::Quiet))
         };
         // A fork that has given its turn up may still have a child to nurse: it would be given what is younger than the fork.
         // Whoever ends that time, under the lock, lets reclaimers go on.
