@@ -401,9 +401,9 @@ impl Broker {
             }
             Some(child) if heir == Heir::SpmNow => {
                 children.remove(&number);
-                self.orphans.take(process.pid, [child], true);
+                self.orphans.take_condemned(process.pid, child);
             }
-            Some(child) if children.len() < MAX_CHILDREN => {
+            Some(child) if children.len() < MAX_CHILDREN || children.contains_key(&number) => {
                 children.insert(number, (child, heir));
             }
             Some(_) => {}

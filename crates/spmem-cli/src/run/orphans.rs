@@ -47,12 +47,21 @@ impl Orphans {
     /// agent can be there to read the events.
     pub fn take(&mut self, pid: u32, userfaults: impl IntoIterator<Item = Uffd>, is_unserved: bool) {
         for userfault in userfaults.into_iter().filter(Uffd::has_users) {
-            if is_unserved {
-                // What was read before its reader was killed is not read again: who waits is to fault anew.
-                let _ = userfault.wake(LOWEST, HIGHEST - LOWEST);
-            }
-            self.list.push(Orphan { pid, userfault, is_unserved, is_told: false });
+            self.add(Orphan { pid, userfault, is_unserved, is_told: false });
         }
+    }
+
+    /// Answers from now on for a child of the living process `pid`, which has given it up and has said so.
+    pub fn take_condemned(&mut self, pid: u32, userfault: Uffd) {
+        self.add(Orphan { pid, userfault, is_unserved: true, is_told: true });
+    }
+
+    fn add(&mut self, orphan: Orphan) {
+        if orphan.is_unserved {
+            // What was read before its reader was killed is not read again: who waits is to fault anew.
+            let _ = orphan.userfault.wake(LOWEST, HIGHEST - LOWEST);
+        }
+        self.list.push(orphan);
     }
 
     /// Answers those that wait for a page, and drops what nobody uses any more. Never waits.

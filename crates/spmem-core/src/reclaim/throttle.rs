@@ -114,6 +114,9 @@ impl Throttle {
             IMPATIENCE_NS
         } else if grown >= PROGRESS_PAGES {
             pace.min(PATIENCE_NS)
+        } else if shrunk > gained / 3 {
+            // Far more could leave than comes in.
+            IMPATIENCE_NS.max(self.pace_ns * 3 / 4)
         } else if shrunk >= gained / 8 {
             // This pace is what makes the excess go away: a faster one would bring it back.
             self.pace_ns
@@ -301,6 +304,22 @@ mod tests {
             patience = throttle.look(&Look { tree_used, ..full(look * 10_000_000, look * 20) }).patience_ns;
         }
         assert!((500_000..1_000_000).contains(&patience), "{patience} ns");
+    }
+
+    #[test]
+    fn where_far_more_could_leave_than_comes_in_pages_come_in_faster() {
+        let mut throttle = Throttle::new(0);
+        let mut patience = [0; 2];
+        for look in 0..2000_u64 {
+            // The excess grows for a second; then half of what leaves makes it go away.
+            let is_growing = look < 100;
+            let excess = if is_growing { look * 50 } else { 10_000 - (look - 100) * 5 };
+            let tree_used = Bytes(LIMIT.0 + excess * PAGE_SIZE);
+            let admission = throttle.look(&Look { tree_used, ..full(look * 10_000_000, look * 10) });
+            patience[usize::from(!is_growing)] = admission.patience_ns;
+        }
+        assert!(patience[0] > 1_000_000, "{} ns", patience[0]);
+        assert_eq!(patience[1], IMPATIENCE_NS);
     }
 
     /// Reclaim can do so much and no more, and pages come in whenever they are let in.
