@@ -101,7 +101,7 @@ impl Ledger {
             }
             // From above: as long as the damaged one is there, a crash leaves it to be repaired again.
             for frame in scan.in_doubt(self.records.frames()).into_iter().rev() {
-                self.records.write(medium, frame, Record { block: None, is_poisoned: true })?;
+                self.records.write(medium, frame, Record { is_poisoned: true, ..Record::default() })?;
                 scan.poisoned.push(frame);
                 opened.retired.push(frame);
             }

@@ -24,7 +24,7 @@ use super::error::{OpenError, Refused};
 use super::frames::NodeFrames;
 use super::ledger::{Ledger, Opened, Overwrite, Repair};
 use super::medium::Medium;
-use super::record::{Entry, PeerId, Record};
+use super::record::{Damaged, Entry, PeerId, Record};
 use super::records::checksum;
 use crate::backend::{Backend, Corrupt, Damage, Full, Handle, PAGE_BYTES, Page, Stage, Unfit, Usage};
 use crate::compressed::SetupError;
@@ -41,6 +41,7 @@ pub struct MappedNode<M> {
     held: BTreeMap<FrameNumber, Held>,
     capacity: FrameCount,
     used: FrameCount,
+    /// Of the last block, where no record tells it.
     generation: u16,
     last_refusal: Option<Refused>,
 }
@@ -99,7 +100,7 @@ impl<M: Medium> MappedNode<M> {
         let mut frames =
             NodeFrames::new(node, spec, capacity, lent, Initial::Unknown).map_err(OpenError::Setup)?;
         let scan = ledger.recover(&mut medium, repair, &mut opened)?;
-        let (mut held, mut used, mut generation) = (BTreeMap::new(), 0, 0);
+        let (mut held, mut used) = (BTreeMap::new(), 0);
         for (frame, entry, checksum) in scan.blocks {
             let order = entry.order;
             let block = frames.alloc_at(frame, order).map_err(|error| match error {
@@ -107,12 +108,11 @@ impl<M: Medium> MappedNode<M> {
                 other => OpenError::Alloc(other),
             })?;
             used += order.frames().0;
-            generation = generation.max(entry.generation);
             held.insert(frame, Held { block, entry, checksum, poisoned: None });
         }
         ledger.set_open(&mut medium)?;
         let mut opened_node = Self { held, ..Self::empty(frames, medium, Some(ledger), capacity) };
-        (opened_node.used, opened_node.generation) = (FrameCount(used), generation);
+        opened_node.used = FrameCount(used);
         for frame in scan.poisoned {
             opened_node.mark_poisoned(frame);
         }
@@ -172,9 +172,12 @@ impl<M: Medium> MappedNode<M> {
         loop {
             let block = self.frames.alloc(domain, Order::ZERO)?;
             let frame = block.first_frame();
-            let entry = self.new_entry(Order::ZERO, true);
-            match self.fill(frame, entry, page) {
-                Ok(checksum) => return Ok(self.hold(block, entry, checksum)),
+            let filled = self.new_entry(frame, Order::ZERO, true).and_then(|entry| {
+                let checksum = self.fill(frame, entry, page)?;
+                Ok((entry, checksum))
+            });
+            match filled {
+                Ok((entry, checksum)) => return Ok(self.hold(block, entry, checksum)),
                 Err(cause) => {
                     self.retire(block);
                     tries += 1;
@@ -212,9 +215,12 @@ impl<M: Medium> MappedNode<M> {
     pub fn alloc(&mut self, domain: DomainId, order: Order) -> Result<Handle, Refused> {
         self.check_fence()?;
         let block = self.frames.alloc(domain, order)?;
-        let entry = self.new_entry(order, false);
-        match self.clear(&block, entry) {
-            Ok(()) => Ok(self.hold(block, entry, 0)),
+        let cleared = self.new_entry(block.first_frame(), order, false).and_then(|entry| {
+            self.clear(&block, entry)?;
+            Ok(entry)
+        });
+        match cleared {
+            Ok(entry) => Ok(self.hold(block, entry, 0)),
             Err(cause) => {
                 self.retire(block);
                 Err(cause)
@@ -314,8 +320,9 @@ impl<M: Medium> MappedNode<M> {
     /// [`Refused::Medium`]: it stays taken.
     pub fn release(&mut self, handle: Handle) -> Result<(), Refused> {
         let (frame, held) = self.find_own(handle)?;
-        let is_poisoned = held.poisoned == Some(frame);
-        self.record(frame, None, is_poisoned)?;
+        let record =
+            Record { block: None, is_poisoned: held.poisoned == Some(frame), last: held.entry.generation };
+        self.write_record(frame, record)?;
         let held = self.held.remove(&frame).expect("it was found just now");
         self.used = FrameCount(self.used.0 - held.entry.order.frames().0);
         self.frames.free(held.block);
@@ -422,10 +429,19 @@ impl<M: Medium> MappedNode<M> {
         Ok(())
     }
 
-    fn new_entry(&mut self, order: Order, is_sealed: bool) -> Entry {
-        self.generation = self.generation.checked_add(1).unwrap_or(1);
-        let (generation, owner) = (self.generation, PeerId::COMPONENT);
-        Entry { order, generation, owner, is_sealed, is_fresh: false }
+    /// Of a block that begins at a free frame: no handle from before names it. On a persistent medium the frame's record tells
+    /// which ones there were.
+    fn new_entry(&mut self, frame: FrameNumber, order: Order, is_sealed: bool) -> Result<Entry, Refused> {
+        let last = match &self.ledger {
+            None => self.generation,
+            Some(ledger) => match ledger.records.read(&self.medium, frame)?.0 {
+                Ok(record) => record.last,
+                Err(Damaged) => return Err(self.corrupt(handle(frame, 1), Damage::Unreadable).into()),
+            },
+        };
+        let generation = last.checked_add(1).unwrap_or(1);
+        self.generation = generation;
+        Ok(Entry { order, generation, owner: PeerId::COMPONENT, is_sealed, is_fresh: false })
     }
 
     fn hold(&mut self, block: Block, entry: Entry, checksum: u64) -> Handle {
@@ -461,8 +477,12 @@ impl<M: Medium> MappedNode<M> {
     }
 
     fn record(&mut self, frame: FrameNumber, block: Option<Entry>, is_poisoned: bool) -> Result<(), Refused> {
+        self.write_record(frame, Record { block, is_poisoned, last: 0 })
+    }
+
+    fn write_record(&mut self, frame: FrameNumber, record: Record) -> Result<(), Refused> {
         match &self.ledger {
-            Some(ledger) => Ok(ledger.records.write(&mut self.medium, frame, Record { block, is_poisoned })?),
+            Some(ledger) => Ok(ledger.records.write(&mut self.medium, frame, record)?),
             None => Ok(()),
         }
     }

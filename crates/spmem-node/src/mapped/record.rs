@@ -1,7 +1,8 @@
 //! Records: what the medium says of each frame, in one word that is there whole or not at all.
 //!
 //! A record is 16 bytes: the checksum of what the frame holds, then the word. The word of a frame at which no block begins
-//! is zero, but for poison. Bits of the word:
+//! has poison and the generation of the last one that did, so that a handle from before a restart never names what came later. Bits
+//! of the word:
 //!
 //! | bits | |
 //! |---|---|
@@ -10,7 +11,7 @@
 //! | 2 | poison: the frame is not used again (R20) |
 //! | 3 | handed over: whoever owns it now has not looked at it yet |
 //! | 8..12 | order of the block |
-//! | 16..32 | generation, never 0 |
+//! | 16..32 | generation, never 0; of a free frame the last one, 0 where no block ever began |
 //! | 32..48 | owner: 0 the component, else a peer |
 //! | 48..64 | check of the rest, the frame and the medium's uuid |
 
@@ -42,6 +43,8 @@ pub(super) struct Record {
     /// The block that begins here.
     pub(super) block: Option<Entry>,
     pub(super) is_poisoned: bool,
+    /// Where no block begins, the generation of the last that did; else 0.
+    pub(super) last: u16,
 }
 
 /// The word is none that was ever written there.
@@ -67,6 +70,8 @@ impl Record {
             word |= u64::from(entry.order.get()) << ORDER_SHIFT;
             word |= u64::from(entry.generation) << GENERATION_SHIFT;
             word |= u64::from(entry.owner.0) << OWNER_SHIFT;
+        } else {
+            word |= u64::from(self.last) << GENERATION_SHIFT;
         }
         if word == 0 { 0 } else { word | check(word, key, frame) }
     }
@@ -84,7 +89,9 @@ impl Record {
             is_sealed: word & SEALED != 0,
             is_fresh: word & FRESH != 0,
         };
-        let record = Self { block: (word & USED != 0).then_some(entry), is_poisoned: word & POISON != 0 };
+        let block = (word & USED != 0).then_some(entry);
+        let last = if block.is_some() { 0 } else { entry.generation };
+        let record = Self { block, is_poisoned: word & POISON != 0, last };
         // One record has one word: bits that mean nothing are damage, too.
         let is_aligned = frame.0.is_multiple_of(1 << order);
         if is_aligned && record.encode(key, frame) == word { Ok(record) } else { Err(Damaged) }
@@ -114,9 +121,14 @@ mod tests {
         let mut passed = 0;
         for record in [
             Record::default(),
-            Record { block: None, is_poisoned: true },
-            Record { block: Some(entry), is_poisoned: false },
-            Record { block: Some(Entry { owner: PeerId(0), is_sealed: false, ..entry }), is_poisoned: true },
+            Record { block: None, is_poisoned: true, last: 0 },
+            Record { block: None, is_poisoned: false, last: 7 },
+            Record { block: Some(entry), is_poisoned: false, last: 0 },
+            Record {
+                block: Some(Entry { owner: PeerId(0), is_sealed: false, ..entry }),
+                is_poisoned: true,
+                last: 0,
+            },
         ] {
             let word = record.encode(key, frame);
             assert_eq!(Record::decode(word, key, frame), Ok(record));

@@ -3,11 +3,11 @@
 use spmem_core::frames::Metadata;
 use spmem_core::node::{Class, Services};
 use spmem_core::units::{DomainId, FrameNumber, NodeId, Order, PAGE_SIZE};
-use spmem_node::PAGE_BYTES;
 use spmem_node::mapped::{
     MappedNode, Medium, MediumError, OpenError, Opened, Operation, Overwrite, PeerId, Refused, Repair, Summary,
     mapped_spec,
 };
+use spmem_node::{Backend, PAGE_BYTES};
 
 use super::backend::page_with_noise;
 
@@ -232,5 +232,27 @@ fn a_medium_that_drops_writes_or_fails_gives_no_page_away_and_its_frames_go_out_
         assert!(
             matches!(open(failing, Repair::Refuse), Err(OpenError::Medium(cause)) if cause.operation == operation)
         );
+    }
+}
+
+#[test]
+fn a_handle_from_before_a_restart_names_nothing_that_came_later() {
+    let mut medium = medium();
+    let mut gone: Vec<spmem_node::Handle> = Vec::new();
+    for round in 0..4 {
+        let (mut node, _) = open(medium, Repair::Refuse).unwrap();
+        let mut new = Vec::new();
+        while let Ok(handle) = node.demote(DomainId::ROOT, &page_with_noise(round, 64)) {
+            new.push(handle);
+        }
+        assert!(new.len() >= 52, "{} pages", new.len());
+        for &handle in &gone {
+            let mut page = [1; PAGE_BYTES];
+            assert!(node.load(handle, &mut page).is_err(), "round {round}: {handle:?} names another page");
+            assert_eq!(page, [0; PAGE_BYTES]);
+        }
+        new.iter().for_each(|&handle| node.release(handle).unwrap());
+        gone.append(&mut new);
+        medium = node.close().unwrap();
     }
 }

@@ -9,11 +9,13 @@ mod suite;
 
 use std::fs::OpenOptions;
 use std::path::Path;
+use std::time::Duration;
 
 use spmem_core::frames::Metadata;
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
 use spmem_node::{PAGE_BYTES, file, numa};
+use spmem_sys::Errno;
 use spmem_sys::fd::Fd;
 use spmem_sys::region::{Access, Region};
 use suite::{Kind, claims};
@@ -23,6 +25,17 @@ fn fd(path: &Path) -> Fd {
     use std::os::fd::IntoRawFd;
     let mut options = OpenOptions::new();
     Fd::from_raw(options.read(true).write(true).create(true).truncate(false).open(path).unwrap().into_raw_fd())
+}
+
+/// Waits for a lock that was let go: a child that another test starts has it, too, until it executes its program.
+fn patiently<T: std::fmt::Debug>(open: impl Fn() -> Result<T, Errno>) -> T {
+    for _ in 0..500 {
+        match open() {
+            Err(Errno::EAGAIN) => std::thread::sleep(Duration::from_millis(10)),
+            other => return other.unwrap(),
+        }
+    }
+    open().unwrap()
 }
 
 fn hold(kind: &Kind) {
@@ -39,8 +52,8 @@ fn every_claim_holds_on_a_file() {
     let again = path.clone();
     hold(&Kind {
         name: "file".to_owned(),
-        region: Box::new(move || file::create(fd(&path), 4 << 20).unwrap()),
-        again: Some(Box::new(move || file::map(fd(&again), Access::ReadWrite).unwrap())),
+        region: Box::new(move || patiently(|| file::create(fd(&path), 4 << 20))),
+        again: Some(Box::new(move || patiently(|| file::map(fd(&again), Access::ReadWrite)))),
         unit: 4096,
     });
 }
@@ -91,8 +104,8 @@ fn a_file_is_one_nodes_at_a_time_and_made_with_all_its_room() {
     let path = folder.path().join("node");
     let region: Region = file::create(fd(&path), 1 << 20).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
-    assert_eq!(file::region(fd(&path)).map(|region| region.len()), Err(spmem_sys::Errno::EAGAIN));
+    assert_eq!(file::region(fd(&path)).map(|region| region.len()), Err(Errno::EAGAIN));
     assert_eq!(file::map(fd(&path), Access::Read).unwrap().len(), 1 << 20);
     drop(region);
-    assert_eq!(file::region(fd(&path)).unwrap().len(), 1 << 20);
+    assert_eq!(patiently(|| file::region(fd(&path))).len(), 1 << 20);
 }
