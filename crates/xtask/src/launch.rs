@@ -4,7 +4,7 @@
 //! [`Running`], which is killed with its descendants when dropped, and [`Running::finish`] waits for it. All sides get
 //! the same files for stdout and stderr, and the same sampler, so that what watching costs falls on each alike.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -380,15 +380,29 @@ fn read_tail(file: &Path) -> String {
     lines[lines.len().saturating_sub(8)..].join("\n")
 }
 
-/// `spm` from the variable SPM, else freshly built.
+/// `spm` from the variable SPM, else freshly built by the profile of this program.
 fn find_spm() -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os("SPM") {
         return fs::canonicalize(&path).with_context(|| format!("SPM={} is not there", path.display()));
     }
-    eprintln!("xtask: building spm");
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    // target/PROFILE/xtask
+    let folder = own.parent().and_then(Path::file_name).and_then(OsStr::to_str);
+    let profile = match folder.context("this program is not in a target directory")? {
+        "debug" => "dev",
+        name => name,
+    };
+    eprintln!("xtask: building spm, profile {profile}");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["build", "--release", "--package", "spmem-cli", "--message-format=json-render-diagnostics"])
+        .args([
+            "build",
+            "--profile",
+            profile,
+            "--package",
+            "spmem-cli",
+            "--message-format=json-render-diagnostics",
+        ])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
         .stderr(Stdio::inherit())
         .output()

@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.task {
         Task::Vm(options) => guarded(|| vm::run(&options)),
-        Task::VmTest(options) => succeeding(guarded(|| vm::matrix::run(&options))),
+        Task::VmTest(options) => guarded(|| vm::matrix::run(&options)),
         Task::Workloads(options) => succeeding(guarded(|| workloads::run(&options))),
         Task::Bench(which) => succeeding(guarded(|| bench::run(&which))),
         Task::Sim(options) => succeeding(sim::run(&options)),
