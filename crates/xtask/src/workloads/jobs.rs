@@ -13,7 +13,7 @@ const LIMIT_SECONDS: u64 = 1800;
 pub(super) fn sqlite(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
     let program = packages::need("sqlite3", "sqlite3")?;
     let script = bed.dir.join("sqlite.sql");
-    fs::write(&script, sources::sql_script(scale.pick(5_000_000, 200_000)))?;
+    fs::write(&script, sources::sql_script(scale.pick(5_000_000, 100_000)))?;
     let mut job = Job::new("sqlite", program).args(["-batch", "-bail", ":memory:"]).limit_seconds(LIMIT_SECONDS);
     job.stdin = Some(script);
     Ok(Outcome::of(bed.run(side, &job)?))
@@ -22,7 +22,7 @@ pub(super) fn sqlite(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Out
 /// numpy: sorting, grouping, matrix products.
 pub(super) fn numpy(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
     let python = packages::need_numpy(&bed.cache)?;
-    let (rows, matrix) = scale.pick((12_000_000, 3000), (1_000_000, 800));
+    let (rows, matrix) = scale.pick((12_000_000, 3000), (500_000, 600));
     let job = Job::new("numpy", python)
         .args(["-c", include_str!("../../programs/columns.py"), &rows.to_string(), &matrix.to_string()])
         .limit_seconds(LIMIT_SECONDS);
@@ -34,7 +34,7 @@ pub(super) fn sort(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outco
     let program = packages::need("sort", "coreutils")?;
     let input = bed.dir.join("sort.input");
     if !input.exists() {
-        sources::write_lines(&input, scale.pick(3_500_000, 400_000))?;
+        sources::write_lines(&input, scale.pick(3_500_000, 250_000))?;
     }
     let job = Job::new("sort", program)
         .args(["--buffer-size=4G", "--parallel=2", "--key=3", "sort.input"])
@@ -46,7 +46,7 @@ pub(super) fn sort(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outco
 /// g++ on one large generated file; its assembly is the output.
 pub(super) fn compiler(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
     let program = packages::need("g++", "g++")?;
-    fs::write(bed.dir.join("large.cc"), sources::cxx_source(scale.pick(30, 3)))?;
+    fs::write(bed.dir.join("large.cc"), sources::cxx_source(scale.pick(30, 1)))?;
     let job = Job::new("g++", program)
         .args(["-O1", "-g", "-std=c++17", "-frandom-seed=1", "-S", "-o", "-", "large.cc"])
         .limit_seconds(LIMIT_SECONDS);
@@ -55,7 +55,7 @@ pub(super) fn compiler(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<O
 
 /// Threads over a shared hash map: a program of this tree.
 pub(super) fn threads(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
-    let (keys, operations) = scale.pick(("400000", "1000000"), ("50000", "100000"));
+    let (keys, operations) = scale.pick(("400000", "1000000"), ("50000", "50000"));
     let words = ["shared-map", "--threads", "4", "--keys", keys, "--operations", operations].map(String::from);
     let job = Job::own("threads", &words)?.limit_seconds(LIMIT_SECONDS);
     Ok(Outcome::of(bed.run(side, &job)?))

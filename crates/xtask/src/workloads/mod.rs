@@ -26,7 +26,7 @@ const OVERRUN_PART: u64 = 20;
 /// Command line.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Little data, all in two minutes.
+    /// Little data, for CI: all in two to three minutes.
     #[arg(long)]
     small: bool,
     /// Budgets, percent of the peak RSS of the bare run.

@@ -12,7 +12,7 @@ const SET_PERCENT: u32 = 20;
 
 /// Runs it; both servers, before and after the reload, have the same budget.
 pub(super) fn run(bed: &Bed, side: &Side, scale: Scale) -> anyhow::Result<Outcome> {
-    let (mib, requests) = scale.pick((500, 400_000), (48, 60_000));
+    let (mib, requests) = scale.pick((500, 400_000), (48, 30_000));
     let _ = std::fs::remove_file(bed.dir.join("dump.rdb"));
     let started = Instant::now();
     let lap = |since: &mut Instant| {
