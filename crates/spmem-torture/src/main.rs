@@ -1,7 +1,7 @@
 //! `torture`: ordinary programs that check every byte of their memory.
 //!
 //! `torture CASE [--seed N] [--mib N] [--seconds S] [--out FILE]` checks one claim and exits 0, or prints what differed
-//! and exits 1 (77: this machine cannot run it). `torture list` names the cases. None of them knows about spm: bare
+//! and exits 1 (77: this machine cannot run it). `torture list` names the cases, each with its number in its theme. None of them knows about spm: bare
 //! they pass always; under `spm run --sysram` their pages leave and return in the middle of what they do.
 //!
 //! [`model`] says what a page must hold, [`area`] keeps memory and model together and holds the ballast that drives
@@ -86,8 +86,8 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let name = arguments.next().unwrap_or_default();
     if name == "list" {
-        for case in THEMES.iter().copied().flatten() {
-            println!("{}\t{}\t{}", case.name, if case.cold { "cold" } else { "warm" }, case.claim);
+        for (number, case) in THEMES.iter().flat_map(|theme| theme.iter().enumerate()) {
+            println!("{}\t{}\t{number}\t{}", case.name, if case.cold { "cold" } else { "warm" }, case.claim);
         }
         return;
     }

@@ -1,10 +1,11 @@
 //! The torture suite: every case of `torture`, bare and under `spm run` at budgets of 10, 25 and 50 % of what it
 //! touches.
 //!
-//! `cargo test -p spmem-torture` runs the quick set: each case bare, at 10 %, and at 25 or 50 % in turn. One case:
-//! `cargo test -p spmem-torture -- at-10::fork-cold`; the bare ones: `-- bare::`. Settings, all by environment:
+//! `cargo test -p spmem-torture` runs the quick set: each case bare and at 10 %, and of each theme (fork, remap, ...) every
+//! sixth case at 25 % and the one after it at 50 %. The other trials count as ignored and are printed as left out; `-- --include-ignored`
+//! runs them too. One case: `-- at-10::fork-cold`; the bare ones: `-- bare::`. Settings, all by environment:
 //!
-//! - `SPM`: the binary under test (else `cargo build --release -p spmem-cli` is run once);
+//! - `SPM`: the binary under test (else `spm` is built once, by the profile of this test);
 //! - `SPMEM_TORTURE=long`: all budgets, more data, longer;
 //! - `SPMEM_TORTURE_MIB`, `_SECONDS`, `_SEED`: data and time of a case;
 //! - `SPMEM_TORTURE_BUDGETS`: per cents, `10,25,50`; `SPMEM_TORTURE_FLOOR_MIB`: the least budget;
@@ -31,7 +32,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use watch::{End, Watched};
 
@@ -42,6 +44,10 @@ const EXIT_SKIPPED: i32 = 77;
 const KEEPS_BUDGET: &str = "store-read";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
+/// In the quick set, one in so many cases of a theme is tried at each of the wider budgets.
+const EACH_WIDER: usize = 6;
+/// Trials whose times are printed.
+const SLOWEST: usize = 12;
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -49,31 +55,64 @@ fn main() {
     let list = Command::new(TORTURE).arg("list").output().expect("torture runs");
     let list = String::from_utf8(list.stdout).expect("torture lists text");
     let mut trials = Vec::new();
-    for (number, line) in list.lines().enumerate() {
+    // Who names trials gets all of that name.
+    let is_whole = settings.is_long || arguments.filter.is_some();
+    let mut left_out = 0;
+    for line in list.lines() {
         let mut fields = line.split('\t');
         let case = Case { name: fields.next().unwrap().into(), is_cold: fields.next() == Some("cold") };
+        let number: usize = fields.next().and_then(|text| text.parse().ok()).expect("torture numbers its cases");
         let bare = case.clone();
         trials.push(trial(format!("bare::{}", case.name), move || run_bare(settings, &bare)));
         for (at, &per_cent) in settings.budgets.iter().enumerate() {
-            // The quick set: the tightest budget always, the others in turn.
-            if settings.is_long || at == 0 || number % (settings.budgets.len() - 1) == at - 1 {
-                let case = case.clone();
-                let name = format!("at-{per_cent}::{}", case.name);
-                trials.push(trial(name, move || run_managed(settings, &case, per_cent)));
-            }
+            let is_quick = at == 0 || number % EACH_WIDER == at - 1;
+            let (name, case) = (format!("at-{per_cent}::{}", case.name), case.clone());
+            let trial = trial(name, move || run_managed(settings, &case, per_cent));
+            let is_left_out = !is_quick && !is_whole;
+            left_out += u64::from(is_left_out && !arguments.include_ignored);
+            trials.push(trial.with_ignored_flag(is_left_out));
         }
     }
     trials.push(trial("own-memory-functions".into(), move || run_own_memory_functions(settings)));
     trials.push(trial("under-strace".into(), move || run_under_strace(settings)));
     let conclusion = libtest_mimic::run(&arguments, trials);
-    if conclusion.num_ignored > 0 {
-        println!("{} cases were skipped, not passed", conclusion.num_ignored);
+    if !arguments.list {
+        print_slowest();
+        if left_out > 0 && !arguments.ignored {
+            println!("{left_out} trials at wider budgets were left out: `-- --include-ignored` runs them too");
+        }
+    }
+    let skipped = SKIPPED.load(Relaxed);
+    if skipped > 0 {
+        println!("{skipped} trials were skipped, not passed");
     }
     conclusion.exit();
 }
 
+/// What the trials took, and which.
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+/// Trials that this machine could not run.
+static SKIPPED: AtomicU64 = AtomicU64::new(0);
+
 fn trial(name: String, run: impl FnOnce() -> Result<Completion, Failed> + Send + 'static) -> Trial {
-    Trial::ignorable_test(name, run)
+    let timed = name.clone();
+    Trial::ignorable_test(name, move || {
+        let started = Instant::now();
+        let outcome = run();
+        TIMES.lock().unwrap().push((started.elapsed(), timed));
+        SKIPPED.fetch_add(u64::from(matches!(outcome, Ok(Completion::Ignored { .. }))), Relaxed);
+        outcome
+    })
+}
+
+fn print_slowest() {
+    let mut times = TIMES.lock().unwrap();
+    times.sort_unstable_by(|one, other| other.cmp(one));
+    let all: Duration = times.iter().map(|(time, _)| *time).sum();
+    println!("{} trials took {:.0} s one by one, the slowest:", times.len(), all.as_secs_f64());
+    for (time, name) in times.iter().take(SLOWEST) {
+        println!("{:>6.1} s  {name}", time.as_secs_f64());
+    }
 }
 
 #[derive(Clone)]
@@ -100,7 +139,7 @@ impl Settings {
         let budgets = get("_BUDGETS").unwrap_or_else(|| "10,25,50".into());
         Settings {
             is_long,
-            mib: number("_MIB", if is_long { 64 } else { 16 }),
+            mib: number("_MIB", if is_long { 64 } else { 12 }),
             seconds: get("_SECONDS").unwrap_or_else(|| if is_long { "5" } else { "0.2" }.into()),
             seed: get("_SEED").unwrap_or_else(|| "1".into()),
             budgets: budgets.split(',').map(|text| text.trim().parse().expect("per cents")).collect(),
@@ -285,9 +324,19 @@ fn spm() -> Result<&'static Path, Failed> {
     found.as_ref().map(PathBuf::as_path).map_err(|text| text.as_str().into())
 }
 
+/// By the profile that this test was built with: where the tests of the workspace run, it is there already. The agent
+/// inside is the one that is shipped, whatever the profile.
 fn build_spm() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|error| format!("this program's own file: {error}"))?;
+    // target/PROFILE/deps/torture-HASH
+    let folder = own.ancestors().nth(2).and_then(Path::file_name).and_then(|name| name.to_str());
+    let profile = match folder.ok_or("this test is not in a target directory")? {
+        "debug" => "dev",
+        name => name,
+    };
     let output = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--package", "spmem-cli", "--message-format", "json-render-diagnostics"])
+        .args(["build", "--locked", "--profile", profile, "--package", "spmem-cli"])
+        .args(["--message-format", "json-render-diagnostics"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -298,7 +347,7 @@ fn build_spm() -> Result<PathBuf, String> {
         .filter(|line| line.contains("\"executable\":\""))
         .filter_map(|line| line.split_once("\"executable\":\"")?.1.split('"').next().map(PathBuf::from))
         .find(|path| path.file_name().is_some_and(|name| name == "spm"));
-    path.ok_or_else(|| "cargo build --release -p spmem-cli gave no spm".into())
+    path.ok_or_else(|| "the build of spmem-cli gave no spm".into())
 }
 
 /// Whether this process may have a userfaultfd with the features the agent needs.
