@@ -2,10 +2,11 @@
 
 use std::format;
 use std::string::String;
+use std::vec;
 use std::vec::Vec;
 
 use super::sysfs::Sysfs;
-use super::{Dax, DaxMode, UNDECIDED};
+use super::{Dax, DaxMode, SoftReserved, UNDECIDED};
 
 const DEVICES: &str = "sys/bus/dax/devices";
 
@@ -39,6 +40,21 @@ pub(super) fn read(sysfs: &Sysfs<'_>) -> Vec<Dax> {
         })
     });
     devices.collect()
+}
+
+/// Adds the soft-reserved ranges that /proc/iomem does not name to those that it does. Linux 7.3 keeps them to itself: what
+/// is left to see are the devices that it has made of them, below the driver `hmem`. Who is not root is not told where.
+pub(super) fn add_soft_reserved(sysfs: &Sysfs<'_>, devices: &[Dax], ranges: &mut Vec<SoftReserved>) {
+    for device in devices {
+        let folder = format!("{DEVICES}/{}", device.name);
+        let is_soft_reserved = sysfs.ancestry(&folder).iter().any(|part| part.starts_with("hmem."));
+        let Some(start) = sysfs.number_if_told(format!("{folder}/resource")).filter(|_| is_soft_reserved) else {
+            continue;
+        };
+        if !ranges.iter().any(|range| range.start <= start && start - range.start < range.size) {
+            ranges.push(SoftReserved { start, size: device.bytes, used_by: vec![device.name.clone()] });
+        }
+    }
 }
 
 /// What a device is made of: below a CXL region, `.../region0/dax_region0/dax0.0`, the region; below libnvdimm's bus,

@@ -237,7 +237,7 @@ pub struct Region {
     pub access: Option<Access>,
 }
 
-/// A range that the firmware keeps for special use.
+/// A range that the firmware keeps for special use. On Linux 7.3 only those that dax devices are made of are known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SoftReserved {
     /// First byte.
@@ -265,6 +265,7 @@ impl Machine {
             remarks: Vec::new(),
             unknown: Vec::new(),
         };
+        dax::add_soft_reserved(&sysfs, &machine.dax, &mut machine.soft_reserved);
         for region in &mut machine.regions {
             let made_of_it = |dax: &&Dax| dax.parent.as_deref() == Some(region.region.as_str());
             let node = machine.dax.iter().find(made_of_it).and_then(|dax| dax.target_node);

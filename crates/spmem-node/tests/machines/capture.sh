@@ -51,7 +51,7 @@ for node in $nodes/node[0-9]*; do
     link "$node"/access*/initiators/node*
 done
 file sys/devices/virtual/memory_tiering/*/nodelist
-bus dax size target_node numa_node align
+bus dax size target_node numa_node align resource
 bus cxl devtype mode size start resource interleave_ways interleave_granularity 'target[0-9]*' serial numa_node ram/size pmem/size \
     ram/qos_class 'access*/*'
 bus nd devtype type mode size resource numa_node target_node nstype holder namespace uuid

@@ -1,5 +1,5 @@
 //! What [`spmem_node::machine`] makes of machines: those of `cargo xtask vm`, captured by `capture.sh` in a guest with
-//! Linux 6.12, and ones that were made by hand after the kernel's Documentation/ABI, for what QEMU cannot show.
+//! Linux 6.12 (or what their name says), and ones that were made by hand after the kernel's Documentation/ABI, for what QEMU cannot show.
 #![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 mod damage;
@@ -69,15 +69,17 @@ fn what_the_kernel_makes_up_is_ordinary() {
 
 #[test]
 fn soft_reserved_memory_is_a_dax_device_of_a_node_that_is_not_there() {
-    let machine = machine(include_str!("hmem-devdax.machine"));
-    assert_eq!(nodes(&machine).iter().map(|node| node.0).collect::<Vec<_>>(), [0, 1, 3]);
-    assert_eq!(dax(&machine), [("dax0.0", Some(2), DaxMode::Devdax, None, 1)]);
-    assert_eq!(machine.target_nodes(), [2]);
-    let [range] = &machine.soft_reserved[..] else { panic!("{:?}", machine.soft_reserved) };
-    assert_eq!(
-        (range.start, range.size, &range.used_by[..]),
-        (0x3000_0000, 384 << 20, &["dax0.0".to_owned()][..])
-    );
+    for text in [include_str!("hmem-devdax.machine"), include_str!("hmem-devdax-7.3.machine")] {
+        let machine = machine(text);
+        assert_eq!(nodes(&machine).iter().map(|node| node.0).collect::<Vec<_>>(), [0, 1, 3]);
+        assert_eq!(dax(&machine), [("dax0.0", Some(2), DaxMode::Devdax, None, 1)]);
+        assert_eq!(machine.target_nodes(), [2]);
+        let [range] = &machine.soft_reserved[..] else { panic!("{:?}", machine.soft_reserved) };
+        assert_eq!(
+            (range.start, range.size, &range.used_by[..]),
+            (0x3000_0000, 384 << 20, &["dax0.0".to_owned()][..])
+        );
+    }
 }
 
 #[test]
