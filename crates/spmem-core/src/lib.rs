@@ -23,6 +23,7 @@ pub mod domain;
 pub mod enclosure;
 pub mod frames;
 pub mod grant;
+pub mod heat;
 pub mod lru;
 pub mod migrate;
 pub mod mm;
