@@ -9,7 +9,8 @@
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a
 //! [`Corrupt`] value, never a panic and never wrong bytes (R20).
 //!
-//! The exceptions are `machine`, what memory this machine has, and `door`, memory of a node for a walled program: they
+//! The exceptions are `machine`, what memory this machine has, `door`, memory of a node for a walled program, and `heat`, which
+//! pages a program uses: they
 //! read sysfs or make system calls, take std and are built for tools only (feature `machine`).
 
 #![no_std]
@@ -30,6 +31,8 @@ pub mod dax;
 #[cfg(feature = "machine")]
 pub mod door;
 pub mod file;
+#[cfg(feature = "machine")]
+pub mod heat;
 #[cfg(feature = "machine")]
 pub mod machine;
 pub mod mapped;

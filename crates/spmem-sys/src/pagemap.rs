@@ -22,6 +22,8 @@ const IS_PRESENT: u64 = 1 << 3;
 const IS_ZERO: u64 = 1 << 5;
 const IS_HUGE: u64 = 1 << 6;
 const IS_FILE: u64 = 1 << 2;
+/// 7.3+: not protected by UFFDIO_RWPROTECT.
+const IS_ACCESSED: u64 = 1 << 9;
 
 impl Run {
     /// Mapped as (part of) a transparent huge page.
@@ -51,6 +53,7 @@ const _: () = assert!(size_of::<ScanArgs>() == 96);
 const PAGEMAP_SCAN: u32 = 0xc060_6610;
 
 /// An open pagemap of one address space.
+#[derive(Debug)]
 pub struct Pagemap(Fd);
 
 impl Pagemap {
@@ -85,21 +88,48 @@ impl Pagemap {
         max_pages: usize,
         runs: &mut [Run; RUNS],
     ) -> Result<(usize, usize)> {
+        let (inverted, mask) = (IS_ZERO | IS_FILE, IS_PRESENT | IS_ZERO | IS_FILE);
+        self.scan_by(start..end, max_pages, inverted, mask, runs)
+    }
+
+    /// As [`Pagemap::scan`], the runs of present pages that were accessed since [`crate::uffd::Uffd::begin_tracking`]. What was
+    /// never tracked counts as accessed.
+    ///
+    /// # Errors
+    /// As ioctl(2): `EINVAL` for a kernel that cannot tell (before 7.3).
+    pub fn scan_accessed(
+        &self,
+        start: usize,
+        end: usize,
+        max_pages: usize,
+        runs: &mut [Run; RUNS],
+    ) -> Result<(usize, usize)> {
+        self.scan_by(start..end, max_pages, 0, IS_PRESENT | IS_ACCESSED, runs)
+    }
+
+    fn scan_by(
+        &self,
+        range: core::ops::Range<usize>,
+        max_pages: usize,
+        category_inverted: u64,
+        category_mask: u64,
+        runs: &mut [Run; RUNS],
+    ) -> Result<(usize, usize)> {
         let mut args = ScanArgs {
             size: 96,
-            start: start as u64,
-            end: end as u64,
+            start: range.start as u64,
+            end: range.end as u64,
             vec: runs.as_mut_ptr().expose_provenance() as u64,
             vec_len: RUNS as u64,
             max_pages: max_pages as u64,
-            category_inverted: IS_ZERO | IS_FILE,
-            category_mask: IS_PRESENT | IS_ZERO | IS_FILE,
+            category_inverted,
+            category_mask,
             return_mask: IS_HUGE,
             ..Default::default()
         };
         // SAFETY: the kernel writes at most `vec_len` runs and the args.
         let count = unsafe { syscall!(Sysno::ioctl, self.0.raw(), PAGEMAP_SCAN, core::ptr::from_mut(&mut args)) }?;
-        Ok((count, (args.walk_end as usize).clamp(start, end)))
+        Ok((count, (args.walk_end as usize).clamp(range.start, range.end)))
     }
 
     /// Whether there is a page at `address`: present, being migrated, or in swap space.

@@ -25,6 +25,12 @@ pub mod feature {
     pub const POISON: u64 = 1 << 14;
     /// UFFDIO_MOVE (6.8+).
     pub const MOVE: u64 = 1 << 16;
+    /// UFFDIO_RWPROTECT (7.3+).
+    pub const RWP: u64 = 1 << 17;
+    /// What is protected from reads and writes is let go by the kernel itself at the first access (7.3+).
+    pub const RWP_ASYNC: u64 = 1 << 18;
+    /// What telling accesses takes.
+    pub const TRACKED: u64 = RWP | RWP_ASYNC;
     /// What managing a program takes.
     pub const MANAGED: u64 = EVENT_FORK | EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | THREAD_ID | POISON | MOVE;
     /// What a scratch area takes: pages move in and out of it, nothing is announced.
@@ -50,8 +56,12 @@ const ZEROPAGE: u32 = iowr(0x04, 32);
 const MOVE: u32 = iowr(0x05, 40);
 const WRITEPROTECT: u32 = iowr(0x06, 24);
 const POISON: u32 = iowr(0x08, 32);
+const RWPROTECT: u32 = iowr(0x09, 24);
 const _: () = assert!(API == 0xc018_aa3f && REGISTER == 0xc020_aa00 && COPY == 0xc028_aa03 && MOVE == 0xc028_aa05);
+const _: () = assert!(RWPROTECT == 0xc018_aa09);
 const MODE_MISSING: u64 = 1;
+const MODE_RWP: u64 = 1 << 3;
+const RWPROTECT_ON: u64 = 1;
 const MOVE_ALLOW_SRC_HOLES: u64 = 1 << 1;
 
 /// A userfaultfd, bound to the address space that made it.
@@ -139,6 +149,16 @@ impl Uffd {
         Ok(Self(Fd::from_raw(raw_fd(raw))))
     }
 
+    /// A new one of the calling process by whichever way is open, not yet enabled.
+    ///
+    /// # Errors
+    /// As [`Uffd::from_syscall`].
+    pub fn new() -> Result<Self> {
+        Fd::open(DEVICE, libc::O_RDWR)
+            .and_then(|device| Self::from_device(&device))
+            .or_else(|_| Self::from_syscall())
+    }
+
     /// Takes ownership of a userfaultfd, which may belong to another process.
     pub fn from_fd(fd: Fd) -> Self {
         Self(fd)
@@ -170,6 +190,23 @@ impl Uffd {
     /// As UFFDIO_REGISTER: `EBUSY` when another userfaultfd has a part of it, `EINVAL` when it cannot be served.
     pub fn register(&self, start: usize, len: usize) -> Result<()> {
         self.ioctl(REGISTER, &mut [start as u64, len as u64, MODE_MISSING, 0])
+    }
+
+    /// Accesses to pages of the range can be told from now on ([`feature::TRACKED`]): [`Uffd::begin_tracking`]. Faults on
+    /// missing pages stay the kernel's.
+    ///
+    /// # Errors
+    /// As UFFDIO_REGISTER: `EINVAL` for a kernel without, or a range that cannot be.
+    pub fn register_tracked(&self, start: usize, len: usize) -> Result<()> {
+        self.ioctl(REGISTER, &mut [start as u64, len as u64, MODE_RWP, 0])
+    }
+
+    /// Present pages of a range registered so count as not accessed from now on, until they are.
+    ///
+    /// # Errors
+    /// As UFFDIO_RWPROTECT: `ENOENT` for a range that is not registered so.
+    pub fn begin_tracking(&self, start: usize, len: usize) -> Result<()> {
+        self.ioctl(RWPROTECT, &mut [start as u64, len as u64, RWPROTECT_ON])
     }
 
     /// Missing pages of the range read as zero from now on; waiting threads retry.
