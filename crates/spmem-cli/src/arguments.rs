@@ -146,7 +146,8 @@ pub struct NodesArguments {
     /// Sizes for people: 23.5G
     #[arg(short = 'u', long)]
     pub human: bool,
-    /// Processors, tiers, the firmware's figures and distances also on a machine of one node
+    /// Processors, tiers, the firmware's figures and distances also on a machine of one node; and what tells here which
+    /// pages a program uses
     #[arg(short, long)]
     pub verbose: bool,
     /// Measure latency and bandwidth of each node of the kernel, about two seconds a node
@@ -280,7 +281,7 @@ fn nodes_long_help() -> String {
          device, spmem), class_name, class_reason, cpus, distances, tier, access and any_initiator (latencies in ns,\n\
          bandwidths in MiB/s, from the best processors and from the best initiators of any kind), devices, measured.\n\
          Then, where there are any, an object for each kind of device, as cxl list, daxctl list and ndctl list have\n\
-         them: dax, namespaces, memdevs, regions, soft_reserved (the last for root only).\n\n\
+         them: dax, namespaces, memdevs, regions, soft_reserved (the last for root only); with -v heat, too.\n\n\
          --measure binds memory to each node, sees to it that every page is there, and follows a random ring through\n\
          it (idle latency), the same beside readers on other processors (loaded latency), then reads and writes in order.\n\
          It takes four last-level caches of memory on each node, at most half of what is available and 1G. Where its\n\

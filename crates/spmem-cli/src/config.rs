@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Deserializer};
+use spmem_core::heat::{self, Source};
 use spmem_core::node::{Class, NodeType};
 use spmem_core::units::MAX_NODES;
 use spmem_node::machine::Overrides;
@@ -43,11 +44,14 @@ pub struct Run {
     pub sysram: SysramLimit,
     /// Key `best_effort`.
     pub best_effort: bool,
+    /// Key `heat`.
+    #[serde(deserialize_with = "heat_source")]
+    pub heat: heat::Wish,
 }
 
 impl Default for Run {
     fn default() -> Self {
-        Self { sysram: SysramLimit::Max, best_effort: false }
+        Self { sysram: SysramLimit::Max, best_effort: false, heat: heat::Wish::Auto }
     }
 }
 
@@ -289,6 +293,18 @@ impl<'de> Deserialize<'de> for Capacity {
     }
 }
 
+fn heat_source<'de, D: Deserializer<'de>>(deserializer: D) -> Result<heat::Wish, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == "auto" {
+        return Ok(heat::Wish::Auto);
+    }
+    let source = Source::ALL.into_iter().find(|source| source.name() == text);
+    source.map(heat::Wish::Only).ok_or_else(|| {
+        let names = Source::ALL.map(|source| format!("\"{source}\"")).join(", ");
+        refusal(format_args!("there is no heat `{text}`, expected \"auto\", {names}"))
+    })
+}
+
 fn refusal<E: serde::de::Error>(reason: impl fmt::Display) -> E {
     E::custom(reason)
 }
@@ -309,9 +325,10 @@ mod tests {
 
     #[test]
     fn values_of_the_file_are_taken() {
-        let text = "[run]\nsysram = \"25%\"\n[[node]]\nid = 1\nkind = \"compressed\"\ncapacity = \"2G\"\n";
+        let text = "[run]\nsysram = \"25%\"\nheat = \"idle\"\n[[node]]\nid = 1\nkind = \"compressed\"\ncapacity = \"2G\"\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.run.sysram, SysramLimit::Percent(25));
+        assert_eq!(config.run.heat, heat::Wish::Only(Source::Idle));
         assert_eq!(config.store_capacity, Capacity::Bytes(2 << 30));
     }
 
@@ -355,6 +372,7 @@ mod tests {
         for (text, parts) in [
             ("[run]\nsysram = \"1Q\"\n", ["line 2", "1Q"]),
             ("[runs]\n", ["line 1", "runs"]),
+            ("[run]\nheat = \"warm\"\n", ["line 2", "\"holding\", \"damon\""]),
             ("[[node]]\nid = 1\nkind = \"compressed\"\nclass = 3\n", ["line 4", "class 3"]),
             ("[[node]]\nid = 1\nkind = \"compressed\"\nguard = \"easy\"\n", ["line 4", "guard \"easy\""]),
             ("[[node]]\nid = 1\nkind = \"compressed\"\ncolour = 1\n", ["line 4", "colour"]),

@@ -9,6 +9,7 @@ mod arguments;
 mod audit;
 mod config;
 mod explain;
+mod heat;
 mod machine;
 mod nodes;
 mod remark;

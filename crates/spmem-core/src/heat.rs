@@ -99,8 +99,13 @@ pub enum Lack {
         /// What it would take.
         needs: &'static str,
     },
-    /// Another program uses it, and there is one of it.
-    Taken,
+    /// There is one of it, and it is in use.
+    Taken {
+        /// By whom.
+        by: &'static str,
+    },
+    /// The kernel has it, and nothing here asks it.
+    Unserved,
 }
 
 impl fmt::Display for Lack {
@@ -108,7 +113,8 @@ impl fmt::Display for Lack {
         match self {
             Self::Kernel { needs } => write!(f, "this kernel is without it: it takes {needs}"),
             Self::Forbidden { needs } => write!(f, "not for this user: it takes {needs}"),
-            Self::Taken => f.write_str("another program uses it"),
+            Self::Taken { by } => write!(f, "there is one of it, used by {by}"),
+            Self::Unserved => f.write_str("this kernel has it, but spm run does not use it yet"),
         }
     }
 }
@@ -198,8 +204,8 @@ pub fn choose(wish: Wish, facts: &Facts, asker: Asker) -> Result<Source, Refusal
 /// How a source stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It is used.
-    Used,
+    /// Who asks gets this one.
+    Chosen,
     /// It could be had; another is asked for, or preferred.
     Passed {
         /// Which.
@@ -214,9 +220,9 @@ pub enum Standing {
 impl fmt::Display for Standing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Used => f.write_str("used"),
-            Self::Passed { by } => write!(f, "could be used; {by} is"),
-            Self::Unasked => f.write_str("could be used; another is asked for"),
+            Self::Chosen => f.write_str("chosen"),
+            Self::Passed { by } => write!(f, "could be had; {by} is chosen"),
+            Self::Unasked => f.write_str("could be had; another is asked for, which cannot"),
             Self::Lacking(lack) => write!(f, "{lack}"),
         }
     }
@@ -228,7 +234,7 @@ pub fn standing(source: Source, wish: Wish, facts: &Facts) -> Standing {
         return Standing::Lacking(lack);
     }
     match choose(wish, facts, source.asker()) {
-        Ok(used) if used == source => Standing::Used,
+        Ok(used) if used == source => Standing::Chosen,
         Ok(used) => Standing::Passed { by: used },
         Err(_) => Standing::Unasked,
     }
@@ -281,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forced_is_used_or_refused_with_what_would_work() {
+    fn what_is_forced_is_chosen_or_refused_with_what_would_work() {
         for facts in all_facts() {
             for source in Source::ALL {
                 let auto = choose(Wish::Auto, &facts, source.asker()).ok();
@@ -305,13 +311,13 @@ mod tests {
     }
 
     #[test]
-    fn exactly_the_chosen_source_stands_as_used() {
+    fn exactly_the_chosen_source_stands_as_chosen() {
         for facts in all_facts() {
             for wish in core::iter::once(Wish::Auto).chain(Source::ALL.map(Wish::Only)) {
                 for source in Source::ALL {
-                    let is_used = standing(source, wish, &facts) == Standing::Used;
+                    let is_chosen = standing(source, wish, &facts) == Standing::Chosen;
                     let chosen = choose(wish, &facts, source.asker());
-                    assert_eq!(is_used, chosen == Ok(source), "{source} {wish:?} {facts:?}");
+                    assert_eq!(is_chosen, chosen == Ok(source), "{source} {wish:?} {facts:?}");
                 }
             }
         }

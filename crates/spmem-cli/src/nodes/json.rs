@@ -1,13 +1,15 @@
 //! The JSON of `spm nodes`: an array of objects as `cxl list` prints it. Nodes come first, an object each; then, where
 //! there are any, one object for each kind of device: `{"dax": [...]}`, `{"namespaces": [...]}`, `{"memdevs": [...]}`,
-//! `{"regions": [...]}`, `{"soft_reserved": [...]}`. Sizes are integers in bytes, or text with `-u`; what is not known
+//! `{"regions": [...]}`, `{"heat": [...]}` with `-v`, `{"soft_reserved": [...]}`. Sizes are integers in bytes, or text with `-u`; what is not known
 //! is left out.
 
 use serde_json::{Map, Value, json};
+use spmem_core::heat::Standing;
 use spmem_node::machine::{Dax, Namespace, list_text};
 
 use super::Sizes;
 use super::list::{Listing, NodeLine, Origin};
+use crate::heat::HeatLine;
 use crate::size::human;
 
 /// Keys whose values are bytes.
@@ -24,6 +26,7 @@ pub fn array(listing: &Listing, sizes: Sizes) -> Value {
         group("namespaces", machine.namespaces.iter().map(namespace).collect()),
         group("memdevs", machine.memdevs.iter().map(|one| json!(one)).collect()),
         group("regions", machine.regions.iter().map(|one| json!(one)).collect()),
+        group("heat", listing.heat.iter().map(heat).collect()),
         group("soft_reserved", machine.soft_reserved.iter().map(|one| json!(one)).collect()),
     ];
     objects.extend(groups.into_iter().flatten().map(without_nulls));
@@ -75,6 +78,15 @@ fn node(listing: &Listing, line: &NodeLine) -> Value {
         object.extend(more);
     }
     object
+}
+
+fn heat(line: &HeatLine) -> Value {
+    json!({
+        "source": line.source.name(),
+        "asked": line.source.asker().to_string(),
+        "is_chosen": line.standing == Standing::Chosen,
+        "reason": line.standing.to_string(),
+    })
 }
 
 /// As daxctl-list(1).

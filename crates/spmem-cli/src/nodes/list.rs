@@ -11,6 +11,7 @@ use spmem_node::machine::{Dax, DaxMode, Machine, Namespace, Node};
 
 use super::measure::Measured;
 use crate::config::Config;
+use crate::heat::HeatLine;
 use crate::machine::{Ram, type_of};
 
 /// Who numbers a node and decides what lands there.
@@ -62,6 +63,8 @@ pub struct Listing {
     /// The machine's nodes first, by number, then spmem's.
     pub lines: Vec<NodeLine>,
     pub machine: Machine,
+    /// Sources of heat, where somebody asks.
+    pub heat: Vec<HeatLine>,
 }
 
 impl Listing {
@@ -69,7 +72,7 @@ impl Listing {
     pub fn new(machine: Machine, config: &Config, mm: &MemoryManager, ram: Ram) -> Self {
         let own = registered(mm, ram);
         if machine.nodes.is_empty() {
-            return Self { lines: own, machine };
+            return Self { lines: own, machine, heat: Vec::new() };
         }
         // What the kernel does on a node it does on each.
         let sysram = own.iter().find(|line| line.node_type == NodeType::Sysram);
@@ -87,7 +90,7 @@ impl Listing {
         lines.extend(machine.target_nodes().into_iter().filter_map(|id| of_devices(&machine, id)));
         lines.sort_by_key(|line| line.id);
         lines.extend(own.into_iter().filter(|line| line.node_type == NodeType::Spm));
-        Self { lines, machine }
+        Self { lines, machine, heat: Vec::new() }
     }
 
     /// Whether spmem's own nodes have numbers that the machine's have, too.

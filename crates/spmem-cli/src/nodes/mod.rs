@@ -20,6 +20,7 @@ use spmem_node::machine::Machine;
 
 use crate::arguments::NodesArguments;
 use crate::config::Config;
+use crate::heat;
 use crate::machine::{self, Ram};
 use crate::remark::remark;
 use list::Listing;
@@ -57,6 +58,12 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
         let picture = svg::draw(&listing);
         std::fs::write(file, picture)
             .with_context(|| format!("the picture {} cannot be written", file.display()))?;
+    }
+    if options.verbose {
+        listing.heat = heat::lines(config.run.heat);
+        if let Err(reason) = heat::check(config.run.heat) {
+            remark(format_args!("{reason:#}"));
+        }
     }
     let sizes = if options.human { Sizes::Human } else { Sizes::Bytes };
     let text = if options.json {

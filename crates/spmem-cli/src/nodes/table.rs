@@ -1,5 +1,5 @@
 //! The tables of `spm nodes`: nodes; and, where a machine has more than one or somebody asks, what the firmware says of
-//! them, distances, devices, and what was measured.
+//! them, distances, devices, what was measured, and what tells which pages are used.
 
 use std::fmt::Write as _;
 
@@ -33,6 +33,7 @@ pub fn all(listing: &Listing, sizes: Sizes, is_verbose: bool) -> String {
     }
     parts.push(devices(listing, sizes));
     parts.push(measured(listing));
+    parts.push(heat(listing));
     parts.retain(|part| !part.is_empty());
     parts.join("\n")
 }
@@ -192,6 +193,17 @@ fn measured(listing: &Listing) -> String {
     }
     let header = ["measured node", "from", "threads", "idle ns", "loaded ns", "read MiB/s", "write MiB/s"];
     columns(&header, &[0; 7], [true; 7], rows.into_iter())
+}
+
+fn heat(listing: &Listing) -> String {
+    if listing.heat.is_empty() {
+        return String::new();
+    }
+    let rows = listing.heat.iter().map(|line| {
+        let source = line.source;
+        [source.to_string(), source.summary().to_owned(), source.asker().to_string(), line.standing.to_string()]
+    });
+    columns(&["heat", "what it is", "asked", "is"], &[0; 4], [false; 4], rows)
 }
 
 fn dash() -> String {

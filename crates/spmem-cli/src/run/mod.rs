@@ -37,6 +37,7 @@ use spmem::protocol::SOCKET_ENV;
 
 use crate::arguments::RunArguments;
 use crate::config::Config;
+use crate::heat;
 use crate::machine::Ram;
 use crate::remark::remark;
 use crate::wall;
@@ -62,6 +63,12 @@ const NOT_FOUND: i32 = 127;
 pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     let config = Config::read(options.config.as_deref())?;
     let ram_bytes = Ram::read()?.total_bytes;
+    match heat::check(config.run.heat) {
+        Err(reason) if options.best_effort || config.run.best_effort => {
+            remark(format_args!("heat = \"auto\" in its place: {reason:#}"));
+        }
+        checked => checked.context("refused")?,
+    }
     let limit_bytes = options.sysram.unwrap_or(config.run.sysram).bytes(ram_bytes);
     let outputs = Outputs::open(options)?;
 

@@ -3,7 +3,8 @@
 //! each, splits and joins them by what it sees. A scheme that does nothing (`stat`) lists those with accesses.
 //!
 //! There is one list of kdamonds in a kernel. Ours is made only while there is none, and taken away when the source is
-//! dropped; a killed process leaves it, stopped when the program that it watched ends, and [`Damon`] replaces such a one.
+//! dropped, and none starts beside a module of the kernel's own that uses it (DAMON_STAT, on in Debian's 7.3). A killed process
+//! leaves its own, which stops when the program that it watched ends, and [`Damon`] replaces such a one.
 
 use std::borrow::ToOwned;
 use std::fs;
@@ -20,6 +21,22 @@ use spmem_core::heat::{Accessed, Lack, Source};
 use super::{HeatError, HeatSource};
 
 const ADMIN: &str = "sys/kernel/mm/damon/admin/kdamonds";
+const ANOTHER: &str = "another program (/sys/kernel/mm/damon/admin)";
+/// Modules of the kernel's own beside which it starts no other, and where they are turned off.
+const EXCLUSIVE: [(&str, &str); 3] = [
+    (
+        "sys/module/damon_stat/parameters/enabled",
+        "the kernel's DAMON_STAT (/sys/module/damon_stat/parameters/enabled)",
+    ),
+    (
+        "sys/module/damon_reclaim/parameters/enabled",
+        "the kernel's DAMON_RECLAIM (/sys/module/damon_reclaim/parameters/enabled)",
+    ),
+    (
+        "sys/module/damon_lru_sort/parameters/enabled",
+        "the kernel's DAMON_LRU_SORT (/sys/module/damon_lru_sort/parameters/enabled)",
+    ),
+];
 const OPERATIONS: &str = "fvaddr";
 /// How long its thread may take to end.
 const TURNS: u32 = 50;
@@ -213,8 +230,12 @@ pub(super) fn lack(root: &Path) -> Option<Lack> {
             return Some(Lack::Kernel { needs: "CONFIG_DAMON_SYSFS" });
         }
         Err(_) => return Some(Lack::Forbidden { needs: "root" }),
-        Ok(_) if is_taken(&kdamonds) => return Some(Lack::Taken),
+        Ok(_) if is_taken(&kdamonds) => return Some(Lack::Taken { by: ANOTHER }),
         Ok(_) => {}
+    }
+    let is_on = |path: &str| fs::read_to_string(root.join(path)).is_ok_and(|text| text.trim() == "Y");
+    if let Some((_, by)) = EXCLUSIVE.into_iter().find(|(path, _)| is_on(path)) {
+        return Some(Lack::Taken { by });
     }
     // What it can do is told by a context only, so one is made and taken away; nothing runs meanwhile.
     let has = fs::write(&count, "1")
@@ -224,7 +245,7 @@ pub(super) fn lack(root: &Path) -> Option<Lack> {
     match has {
         Ok(list) if list.split_whitespace().any(|one| one == OPERATIONS) => None,
         Ok(_) => Some(Lack::Kernel { needs: "CONFIG_DAMON_VADDR" }),
-        Err(error) if error.kind() == ErrorKind::ResourceBusy => Some(Lack::Taken),
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => Some(Lack::Taken { by: ANOTHER }),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             Some(Lack::Kernel { needs: "DAMON with avail_operations, Linux 5.19" })
         }
@@ -251,7 +272,7 @@ mod tests {
         let range = memory.start()..memory.start() + PAGES * PAGE;
         let mut source = Damon::new(root, std::process::id(), Pace::of(Duration::from_millis(100)));
         assert_eq!(source.look(std::slice::from_ref(&range)).unwrap(), []);
-        assert_eq!(lack(root), Some(Lack::Taken));
+        assert_eq!(lack(root), Some(Lack::Taken { by: ANOTHER }));
         // Regions follow what they see: it takes as many rounds as it takes.
         let hot = range.start..range.start + PAGES / 4 * PAGE;
         loop {
@@ -279,5 +300,44 @@ mod tests {
     fn a_kernel_without_it_is_said_to_be() {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(lack(root.path()), Some(Lack::Kernel { needs: "CONFIG_DAMON_SYSFS" }));
+    }
+
+    /// A tree with the files that are looked at.
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn what_others_use_is_left_to_them_and_what_the_dead_left_is_not() {
+        const COUNT: &str = "sys/kernel/mm/damon/admin/kdamonds/nr_kdamonds";
+        const STATE: &str = "sys/kernel/mm/damon/admin/kdamonds/0/state";
+        const TARGET: &str = "sys/kernel/mm/damon/admin/kdamonds/0/contexts/0/targets/0/pid_target";
+        const AVAILABLE: &str = "sys/kernel/mm/damon/admin/kdamonds/0/contexts/0/avail_operations";
+        let own = std::process::id().to_string();
+        let cases: [(&str, &str, &str, bool); 4] = [
+            ("on", "4194304", "N", true),
+            ("off", &own, "N", true),
+            ("off", "4194304", "N", false),
+            ("off", "4194304", "Y", true),
+        ];
+        for (state, target, stat, is_taken) in cases {
+            let root = tree(&[
+                (COUNT, "1\n"),
+                (STATE, state),
+                (TARGET, target),
+                (AVAILABLE, "vaddr\nfvaddr\n"),
+                (EXCLUSIVE[0].0, stat),
+            ]);
+            let lack = lack(root.path());
+            assert_eq!(matches!(lack, Some(Lack::Taken { .. })), is_taken, "{state} {target} {stat}: {lack:?}");
+            let is_left = fs::read_to_string(root.path().join(COUNT)).unwrap() == "1\n";
+            assert_eq!(is_left, is_taken, "{state} {target} {stat}");
+        }
     }
 }

@@ -63,7 +63,7 @@ fn listing(count: u16, spm: u16) -> Listing {
     let mut lines: Vec<NodeLine> = (0..count).map(|id| line(id, Origin::Kernel, NodeType::Sysram)).collect();
     let kinds = [Origin::Device, Origin::Spmem].into_iter().cycle();
     lines.extend((count..count + spm).zip(kinds).map(|(id, origin)| line(id, origin, NodeType::Spm)));
-    Listing { lines, machine }
+    Listing { lines, machine, heat: Vec::new() }
 }
 
 fn overlap(one: &Area, other: &Area) -> bool {
