@@ -171,3 +171,114 @@ fn a_pipe_or_a_loose_link_in_place_of_a_file_is_said_and_not_waited_for() {
         assert!(String::from_utf8_lossy(&output.stderr).contains(said), "{output:?}");
     }
 }
+
+/// A configuration with one node of 8 MiB in a folder of its own: the folder, the file, the node.
+fn file_node() -> (tempfile::TempDir, String, std::path::PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let (config, node) = (directory.path().join("spm.toml"), directory.path().join("node2"));
+    std::fs::write(&config, format!("[[node]]\nid = 2\nkind = \"file\"\npath = {node:?}\ncapacity = \"8M\"\n"))
+        .unwrap();
+    let config = config.to_str().unwrap().to_owned();
+    (directory, config, node)
+}
+
+fn names_in(directory: &std::path::Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_an_interrupted_create_leaves_has_no_name_and_the_next_one_begins_anew() {
+    let (directory, config, node) = file_node();
+    std::fs::write(directory.path().join(".node2.spm-create"), [7; 10_000]).unwrap();
+    let shown = json(&["--json", "--config", &config, "--create"]);
+    let shown = shown.as_array().unwrap().iter().find(|one| one["node"] == 2).unwrap();
+    assert_eq!((&shown["used"], shown["capacity"].is_null()), (&0.into(), false), "{shown}");
+    assert_eq!(names_in(directory.path()), ["node2", "spm.toml"]);
+    assert_eq!(std::fs::metadata(node).unwrap().len(), 8 << 20);
+}
+
+#[test]
+fn a_create_that_is_killed_anywhere_leaves_no_file_that_is_no_node() {
+    let (directory, config, node) = file_node();
+    for turn in 0..30 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_spm"))
+            .args(["nodes", "--config", &config, "--create"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(turn));
+        let _ = child.kill();
+        child.wait().unwrap();
+        if node.exists() {
+            let output = nodes_of(&["--json", "--config", &config]);
+            assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+            std::fs::remove_file(&node).unwrap();
+        }
+    }
+    assert!(nodes_of(&["--config", &config, "--create"]).status.success());
+    assert_eq!(names_in(directory.path()), ["node2", "spm.toml"]);
+}
+
+#[test]
+fn a_file_that_was_begun_and_never_finished_is_finished_and_somebody_elses_is_left_alone() {
+    let (_directory, config, node) = file_node();
+    for len in [0, 8 << 20] {
+        std::fs::File::create(&node).unwrap().set_len(len).unwrap();
+        let output = nodes_of(&["--json", "--config", &config, "--create"]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("it is finished now"), "{said}");
+        let of_file = |output: &[u8]| {
+            let nodes: Value = serde_json::from_slice(output).unwrap();
+            nodes.as_array().unwrap().iter().find(|one| one["node"] == 2).unwrap().clone()
+        };
+        assert!(of_file(&output.stdout)["capacity"].is_u64());
+        let again = nodes_of(&["--json", "--config", &config, "--create"]);
+        assert_eq!((again.stderr.len(), of_file(&again.stdout)), (0, of_file(&output.stdout)));
+    }
+    let mut theirs = vec![0; 8 << 20];
+    theirs[5 << 20] = 1;
+    std::fs::write(&node, &theirs).unwrap();
+    let said = String::from_utf8(nodes_of(&["--config", &config, "--create"]).stderr).unwrap();
+    assert!(said.contains("it is left alone"), "{said}");
+    assert!(std::fs::read(&node).unwrap() == theirs);
+}
+
+#[test]
+fn a_verbose_list_says_which_source_of_heat_is_chosen_and_why_not_another() {
+    let listed = json(&["--json", "-v"]);
+    let heat = listed.as_array().unwrap().iter().find_map(|one| one["heat"].as_array()).unwrap();
+    let sources: Vec<&str> = heat.iter().map(|one| one["source"].as_str().unwrap()).collect();
+    assert_eq!(sources, ["rwp", "holding", "damon", "idle"]);
+    let chosen = |asked| heat.iter().filter(move |one| one["asked"] == asked && one["is_chosen"] == true).count();
+    assert_eq!(chosen("within a program"), 1);
+    assert!(chosen("from outside") <= 1);
+    assert!(heat.iter().all(|one| !one["reason"].as_str().unwrap().is_empty()));
+    assert!(!json(&["--json"]).as_array().unwrap().iter().any(|one| one["heat"].is_array()));
+    assert!(String::from_utf8(nodes_of(&["-v"]).stdout).unwrap().contains("holding"));
+}
+
+#[test]
+fn a_source_of_heat_that_is_not_to_be_had_is_refused_with_what_would_work() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("spm.toml");
+    let config = config.to_str().unwrap();
+    let run = |source: &str, more: &[&str]| {
+        std::fs::write(config, format!("[run]\nheat = \"{source}\"\n")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spm"));
+        command.args(["run", "--config", config]).args(more).args(["--", "true"]).output().unwrap()
+    };
+    // spm run does not use it yet, on any kernel.
+    let refused = run("rwp", &[]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(125), "{said}");
+    for part in ["[run]", "\"rwp\" cannot be had", "\"holding\" would work here"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let went_on = run("rwp", &["--best-effort"]);
+    assert!(went_on.status.success());
+    assert!(String::from_utf8(went_on.stderr).unwrap().contains("heat = \"auto\" in its place"));
+}
