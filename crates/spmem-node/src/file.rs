@@ -22,12 +22,15 @@ pub fn create(fd: Fd, bytes: u64) -> Result<Region> {
     map(fd, Access::ReadWrite)
 }
 
-/// Takes the lock of an open file and maps all of it, to run it as a node.
+/// Takes the lock of an open file and maps all of it, to run it as a node. A file that was copied may have holes, and a write into
+/// one that finds the disk full is a SIGBUS: so they are filled first.
 ///
 /// # Errors
-/// `EAGAIN` while another process has it as a node; as mmap(2).
+/// `EAGAIN` while another process has it as a node; `ENOSPC` where its holes find no room, `EOPNOTSUPP` where the file system cannot
+/// fill them; as mmap(2).
 pub fn region(fd: Fd) -> Result<Region> {
     fd.lock_exclusive()?;
+    fd.allocate(fd.size()?)?;
     map(fd, Access::ReadWrite)
 }
 

@@ -109,3 +109,34 @@ fn a_file_is_one_nodes_at_a_time_and_made_with_all_its_room() {
     drop(region);
     assert_eq!(patiently(|| file::region(fd(&path))).len(), 1 << 20);
 }
+
+#[test]
+fn a_node_that_was_copied_with_holes_has_all_its_room_once_it_is_open() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("node");
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let region = file::region(fd(&path)).unwrap();
+    assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 1 << 20);
+    let mut bytes = vec![1; 1 << 20];
+    region.read(0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0));
+}
+
+/// Takes root, to mount a small file system.
+#[test]
+fn a_node_whose_holes_find_no_room_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mount =
+        |words: &[&str]| std::process::Command::new(words[0]).args(&words[1..]).arg(folder.path()).status();
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=1M", "none"]).is_ok_and(|status| status.success()) {
+        println!("skipped: nothing can be mounted here");
+        return;
+    }
+    let path = folder.path().join("node");
+    std::fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
+    let result = file::region(fd(&path)).map(|region| region.len());
+    mount(&["umount"]).unwrap();
+    // ENOSPC
+    assert_eq!(result, Err(Errno(28)));
+}
