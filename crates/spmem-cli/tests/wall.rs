@@ -128,3 +128,99 @@ fn an_audit_of_a_machine_without_spm_nodes_is_clean() {
     let strange = Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", "--all", "1"]).output().unwrap();
     assert_eq!(strange.status.code(), Some(2));
 }
+
+/// The walls of this process number that are there.
+fn walls_of(pid: u32) -> Vec<String> {
+    let name = format!("spm-wall-*-{pid}");
+    let found = Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &name]).output().unwrap();
+    text(&found.stdout).lines().map(str::to_owned).collect()
+}
+
+/// A wall around a program that stays; none where no cgroup can be made.
+fn staying(arguments: &[&str]) -> Option<std::process::Child> {
+    let mut child = wall(arguments).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut line = [0; 1];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+    if walls_of(child.id()).is_empty() {
+        println!("skipped: no cgroup can be made here");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        return None;
+    }
+    Some(child)
+}
+
+fn wait_until_gone(pid: u32) {
+    while !walls_of(pid).is_empty() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The keeper of the wall around a command with this word: it has the command line that it was forked with.
+fn keeper_of(word: &str) -> Option<String> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    numbers.find(|number| {
+        let read = |name| std::fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
+        read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
+    })
+}
+
+fn kill(pid: &str) {
+    assert!(Command::new("kill").args(["-KILL", pid]).status().unwrap().success());
+}
+
+#[test]
+fn a_wall_whose_command_is_killed_goes_and_one_with_a_process_left_stays_until_that_is_gone_too() {
+    let script = "sleep 1000 >/dev/null & echo $!; exec sleep 1000";
+    let Some(mut child) = staying(&["--", "sh", "-c", script]) else { return };
+    let pid = child.id();
+    child.kill().unwrap();
+    let procs = |path: &String| std::fs::read_to_string(format!("{path}/cgroup.procs")).unwrap();
+    let inside: Vec<String> = walls_of(pid).iter().map(procs).collect();
+    let last = inside.concat();
+    let last = last.lines().find(|line| *line != pid.to_string()).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    child.wait().unwrap();
+    assert_eq!(walls_of(pid).len(), 1, "somebody lives there");
+    kill(last);
+    wait_until_gone(pid);
+}
+
+#[test]
+fn what_a_killed_keeper_leaves_the_next_wall_removes() {
+    let word = "1000.0625";
+    let Some(mut child) = staying(&["--", "sh", "-c", &format!("echo; exec sleep {word}")]) else { return };
+    kill(&keeper_of(word).unwrap());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(walls_of(child.id()).len(), 1, "nobody removes it");
+    assert!(wall(&["--", "true"]).status().unwrap().success());
+    wait_until_gone(child.id());
+}
+
+#[test]
+fn a_wall_inside_a_wall_stands_below_it_and_both_go() {
+    let spm = env!("CARGO_BIN_EXE_spm");
+    let script = "cat /proc/self/cgroup; exec sleep 1000";
+    let Some(mut child) = staying(&["--", spm, "wall", "--best-effort", "--", "sh", "-c", script]) else { return };
+    let mut walls = walls_of(child.id());
+    walls.sort();
+    assert!(walls.len() == 2 && walls[1].starts_with(&walls[0]), "{walls:?}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_until_gone(child.id());
+}
+
+#[test]
+fn a_hundred_walls_at_once_leave_nothing() {
+    let start = || wall(&["--", "sleep", "0.1"]).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let all: Vec<_> = (0..100).map(|_| start()).collect();
+    let numbers: Vec<u32> = all.iter().map(std::process::Child::id).collect();
+    for child in all {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    numbers.into_iter().for_each(wait_until_gone);
+}

@@ -7,8 +7,10 @@
 //!
 //! Hole: root inside the wall can write to the cgroup's files, and so can its owner in a delegated cgroup.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
@@ -281,8 +283,20 @@ fn mount_of(mounts: &str, version: Version) -> Option<(PathBuf, PathBuf)> {
         };
         let mut fields = fields.split(' ').skip(3);
         let (root, top) = (fields.next()?, fields.next()?);
-        is_it.then(|| (PathBuf::from(top), PathBuf::from(root)))
+        is_it.then(|| (unescape(top), unescape(root)))
     })
+}
+
+/// A path of mountinfo: blanks, line feeds and backslashes are octal numbers there.
+fn unescape(path: &str) -> PathBuf {
+    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
+    while let Some((&first, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|_| first == b'\\');
+        let value = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(value.unwrap_or(first));
+        rest = if value.is_some() { &after[3..] } else { after };
+    }
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 #[cfg(test)]
@@ -305,6 +319,13 @@ mod tests {
         assert_eq!((own.version, own.directory), (Version::Two, "/sys/fs/cgroup/job".into()));
         assert_eq!(find(mounts, "0::/\n").unwrap().directory, PathBuf::from("/sys/fs/cgroup"));
         assert_eq!(find("", "0::/\n"), None);
+    }
+
+    #[test]
+    fn blanks_and_backslashes_of_a_mount_are_its_own() {
+        let mounts = "30 25 0:26 /a\\134b /mnt/c\\040group\\011x\\08 rw - cgroup2 cgroup rw\n";
+        let own = find(mounts, "0::/a\\b/job\n").unwrap();
+        assert_eq!((own.top, own.directory), ("/mnt/c group\tx\\08".into(), "/mnt/c group\tx\\08/job".into()));
     }
 
     #[test]

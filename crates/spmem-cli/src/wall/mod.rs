@@ -71,26 +71,33 @@ pub fn enter(flags: &WallFlags, config: &Config, is_best_effort: bool) -> anyhow
 fn raise(wall: &Enclosure, nodes: &Nodes, guard: Guard, is_best_effort: bool) -> anyhow::Result<()> {
     let outside = wall.outside(nodes);
     let mut default = wall.default;
+    // Where the cpuset would keep nothing out that is not out already, nobody misses it.
+    let mut go_on_without = |reason: anyhow::Error| {
+        if !is_best_effort && wall.is_narrower {
+            bail!(
+                "refused: node {outside} cannot be walled off: {reason:#}; or have the policy alone with --best-effort"
+            );
+        }
+        if wall.is_narrower {
+            default = default.or(Some(wall.cpuset));
+            remark(format_args!(
+                "no cpuset: {reason:#}; nothing keeps the program from naming node {outside} itself"
+            ));
+        }
+        Ok(())
+    };
     let site = match Site::prepare(&wall.cpuset, guard) {
         Ok(site) => Some(site),
-        Err(reason) if is_best_effort || !wall.is_narrower => {
-            if wall.is_narrower {
-                default = default.or(Some(wall.cpuset));
-                remark(format_args!(
-                    "no cpuset: {reason:#}; nothing keeps the program from naming node {outside} itself"
-                ));
-            }
+        Err(reason) => {
+            go_on_without(reason)?;
             None
         }
-        Err(reason) => bail!(
-            "refused: node {outside} cannot be walled off: {reason:#}; or have the policy alone with --best-effort"
-        ),
     };
     let is_easy = !wall.easy.is_empty();
     let keeper = if site.is_some() || is_easy { Some(Keeper::start(site.as_ref(), wall)?) } else { None };
     if let Some(site) = &site {
         // Nothing of the wall is left behind: the keeper removes what stands empty.
-        site.join(&wall.cpuset).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
+        site.join(&wall.cpuset).or_else(go_on_without)?;
     }
     if let Some(default) = default {
         let mask = mempolicy::mask(default.iter().map(spmem_core::units::NodeId::get));

@@ -45,6 +45,9 @@ pub(crate) struct Options {
     /// The doors only.
     #[arg(long)]
     doors: bool,
+    /// Only who may do what, and what becomes of a keeper.
+    #[arg(long)]
+    rights: bool,
 }
 
 /// What a row says: exactly these nodes, some of these, or an error.
@@ -104,6 +107,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         check_doors(&mut facts, &scene)?;
         return facts.end();
     }
+    if options.rights {
+        check_rights(&mut facts, &scene)?;
+        check_join(&mut facts, &scene)?;
+        check_keeper(&mut facts, &scene)?;
+        check_nothing_is_left(&mut facts);
+        return facts.end();
+    }
     let guards = [("hard", 0), ("easy", 1)];
     for (guard, column) in guards.into_iter().take(if options.quick { 1 } else { 2 }) {
         for (words, hard, easy) in ROWS {
@@ -122,6 +132,8 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     check_pressure(&mut facts, &scene)?;
     check_escapes(&mut facts, &scene)?;
     check_rights(&mut facts, &scene)?;
+    check_join(&mut facts, &scene)?;
+    check_keeper(&mut facts, &scene)?;
     check_run(&mut facts, &scene)?;
     check_audit(&mut facts, &scene)?;
     check_doors(&mut facts, &scene)?;
@@ -289,6 +301,76 @@ fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
     facts.note(is_empty, "a delegated cgroup is given back empty".to_owned());
     Ok(())
+}
+
+/// A user who may make a cgroup and not move there goes on with --best-effort, and is refused without.
+fn check_join(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let parent = PathBuf::from("/sys/fs/cgroup/parent");
+    let job = parent.join("job");
+    fs::create_dir(&parent)?;
+    fs::write(parent.join("cgroup.subtree_control"), "+cpuset")?;
+    fs::create_dir(&job)?;
+    std::os::unix::fs::chown(&parent, Some(NOBODY), Some(NOBODY))?;
+    // Somebody else in it: the wall would stand beside.
+    let mut other = Command::new("sleep").arg("1000").spawn()?;
+    fs::write(job.join("cgroup.procs"), other.id().to_string())?;
+    for (more, is) in [("--best-effort", Within("0-1")), ("--guard=hard", Error(""))] {
+        let mut command = scene.wall(&[more, "--"], &["touch"]);
+        command.uid(NOBODY).gid(NOBODY);
+        let procs = File::options().write(true).open(job.join("cgroup.procs"))?;
+        // SAFETY: writes to a descriptor, between fork and exec.
+        unsafe {
+            command.pre_exec(move || rustix::io::write(&procs, b"0").map(|_| ()).map_err(Into::into));
+        }
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        note(facts, &format!("a user: a cgroup that is not to be joined: {more}"), &output, is);
+        facts.note(said.contains("cgroup.procs may not be written"), format!("it says so: {}", said.trim()));
+    }
+    other.kill()?;
+    other.wait()?;
+    let is_empty = within_seconds(|| fs::remove_dir(&job).is_ok() && fs::remove_dir(&parent).is_ok());
+    facts.note(is_empty, "the cgroup that was not joined is gone".to_owned());
+    Ok(())
+}
+
+/// A stopped keeper holds policy calls until it goes on; one that is killed fails them, those that wait as well.
+fn check_keeper(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    use rustix::process::{Signal, kill_process};
+    let cases: [(&str, &[Signal], Is); 3] = [
+        ("stopped, goes on", &[Signal::STOP, Signal::CONT], On("2")),
+        ("stopped, killed while a call waits", &[Signal::STOP, Signal::KILL], Error("ENOSYS")),
+        ("killed", &[Signal::KILL], Error("ENOSYS")),
+    ];
+    for (number, (name, signals, is)) in cases.into_iter().enumerate() {
+        let script = format!("echo; read word; exec \"$@\" # {number}");
+        let wall = ["--guard", "easy", "--", "sh", "-c", &script, "sh"];
+        let mut command = scene.wall(&wall, &["policy", "bind", "2"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        child.stdout.as_mut().context("no pipe")?.read_exact(&mut [0; 1])?;
+        let keeper = keeper_of(&format!("# {number}")).context("no keeper")?;
+        kill_process(keeper, signals[0])?;
+        child.stdin.take().context("no pipe")?.write_all(b"go\n")?;
+        if let Some(&then) = signals.get(1) {
+            sleep(Duration::from_secs(3));
+            facts.note(child.try_wait()?.is_none(), format!("keeper {name}: the call waits"));
+            kill_process(keeper, then)?;
+        }
+        note(facts, &format!("keeper {name}"), &child.wait_with_output()?, is);
+    }
+    // It removes what the killed ones have left.
+    scene.check(facts, "after killed keepers", &["--guard", "easy", "--"], &["touch"], Within("0-1"))
+}
+
+/// It has the command line that it was forked with.
+fn keeper_of(word: &str) -> Option<Pid> {
+    let entries = fs::read_dir("/proc").ok()?.flatten();
+    let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let number = numbers.find(|number| {
+        let read = |name| fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
+        read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
+    })?;
+    Pid::from_raw(number.parse().ok()?)
 }
 
 /// The same flags on `spm run`.
