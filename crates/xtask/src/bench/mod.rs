@@ -3,6 +3,7 @@
 mod access_rows;
 mod fits;
 mod frames;
+mod heat;
 mod peer;
 mod redis_rows;
 mod wall;
@@ -17,6 +18,8 @@ pub(crate) enum Bench {
     Fits(fits::Options),
     /// The frame allocator: beside others.
     Frames(frames::Options),
+    /// Sources of heat: how soon each follows a hot set that moves.
+    Heat(heat::Options),
     /// A check of the wall: beside working it out each time.
     Wall(wall::Options),
     /// Cold pages: beside kernel swap on zram at equal total RAM (root).
@@ -28,6 +31,7 @@ pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
         Bench::Fits(options) => fits::run(options),
         Bench::Frames(options) => frames::run(options),
+        Bench::Heat(options) => heat::run(options),
         Bench::Wall(options) => wall::run(options),
         Bench::Zram(options) => zram::run(options),
     }

@@ -2,6 +2,7 @@
 
 pub(crate) mod access;
 pub(crate) mod corpus;
+pub(crate) mod heat;
 pub(crate) mod kernels;
 mod shared_map;
 pub(crate) mod values;
@@ -20,6 +21,8 @@ pub(crate) enum Program {
     Access(access::Options),
     /// A CPU-bound, a memory-bound or an allocating loop.
     Kernel(kernels::Options),
+    /// A hot set that moves through a large cold one, and who follows it.
+    Heat(heat::Options),
     /// Threads over one shared hash map.
     SharedMap(shared_map::Options),
     /// In a virtual machine: is the memory what the topology's file promises?
@@ -37,6 +40,7 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
     match program {
         Program::Access(options) => access::run(options),
         Program::Kernel(options) => kernels::run(options),
+        Program::Heat(options) => heat::run(options),
         Program::SharedMap(options) => shared_map::run(options),
         Program::VmFacts(options) => vm_facts::run(options),
         Program::VmWall(options) => vm_wall::run(options),
