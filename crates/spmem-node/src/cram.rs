@@ -15,8 +15,8 @@
 //! One straight line a call: `write` -> `room.rs` (a frame, or who must go) -> `component.rs` (demote, promote); `poll` ->
 //! `poll.rs` (notices, reading, plan, balloon); `teardown.rs`.
 //!
-//! Used by nothing that ships yet: there is no such device in a stock kernel. Proved on [`model`](crate::model) (feature
-//! `model`), by tests/compressed_device. Takes no lock: `&mut self` is the caller's.
+//! Used by nothing that ships yet: there is no such device in a stock kernel. Proved on the device of `model` (feature `model`),
+//! by tests/compressed_device. Takes no lock: `&mut self` is the caller's.
 //!
 //! Holes: sysram pages are boxes on the heap, which must not fail. A program's pages are looked through one by one for what
 //! can leave, in the order of their use; what comes back from the device because it is short comes in the order of frames.

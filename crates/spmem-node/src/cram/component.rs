@@ -4,18 +4,18 @@ use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 
-use spmem_core::compressed::{Converging, Key, NotAdmitted, Plan, Settings, Supply};
+use spmem_core::compressed::{Converging, Gate, Key, NotAdmitted, Plan, Settings, Supply};
 use spmem_core::frames::Metadata;
 use spmem_core::mm::Block;
 use spmem_core::node::{Class, Services};
-use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, PAGE_SIZE};
+use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, PAGE_SIZE, Time};
 use spmem_core::watermark::Watermarks;
 use spmem_core::zero::Initial;
 
 use super::error::{Denied, Hurt, SetupRefused, Ticket, Why};
 use super::teardown::Emptied;
 use super::{PageId, Telemetry, UNFIT_ABOVE_PER_MILLE};
-use crate::backend::{Backend, Handle, PAGE_BYTES, Page};
+use crate::backend::{Backend, Damage, Handle, PAGE_BYTES, Page};
 use crate::mapped::{MappedNode, Medium, Refused, mapped_spec};
 
 /// What a page counts for until it is measured: it may not compress at all.
@@ -175,7 +175,7 @@ impl<D: Medium + Telemetry> Cram<D> {
     /// [`Denied`]; the page is as it was. After [`Denied::Wait`], [`Cram::poll`] and try again, or [`Cram::give_up`].
     pub fn write(
         &mut self,
-        now: spmem_core::units::Time,
+        now: Time,
         id: PageId,
         offset: usize,
         bytes: &[u8],
@@ -231,7 +231,7 @@ impl<D: Medium + Telemetry> Cram<D> {
     }
 
     /// Moves a page of sysram to the device, if it may enter.
-    pub(super) fn demote(&mut self, now: spmem_core::units::Time, id: PageId) -> Result<(), Why> {
+    pub(super) fn demote(&mut self, now: Time, id: PageId) -> Result<(), Why> {
         let Some(Entry::Sysram { bytes, is_unfit, .. }) = self.pages.get_mut(&id) else { return Ok(()) };
         let weight = self.node.medium().weigh(bytes);
         if *is_unfit || weight.is_some_and(|weight| weight.0 > PAGE_SIZE * UNFIT_ABOVE_PER_MILLE / 1000) {
@@ -264,7 +264,7 @@ impl<D: Medium + Telemetry> Cram<D> {
     }
 
     /// A page of the device is lost: its owner is told, its frame goes out of use, nobody else is touched (R20).
-    pub(super) fn lose(&mut self, id: PageId, handle: Handle, damage: crate::backend::Damage) -> Hurt {
+    pub(super) fn lose(&mut self, id: PageId, handle: Handle, damage: Damage) -> Hurt {
         let frame = frame_of(handle);
         let hurt = Hurt { page: id, node: self.node.node(), frame: Some(frame), damage };
         // The frame is this node's: a page was in it.
@@ -324,7 +324,7 @@ impl<D: Medium + Telemetry> Cram<D> {
 
 /// Whether a refusal of the device's memory will be decided without its owner.
 pub(super) const fn will_pass(cause: &NotAdmitted, is_stalled: bool) -> bool {
-    let is_converging = matches!(cause, NotAdmitted::Gate(spmem_core::compressed::Gate::Converging));
+    let is_converging = matches!(cause, NotAdmitted::Gate(Gate::Converging));
     cause.may_pass() && !(is_converging && is_stalled)
 }
 

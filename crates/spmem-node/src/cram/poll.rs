@@ -1,13 +1,16 @@
 //! Polling: what the device says, what follows from it, and doing that. Notices are hints: one that is lost is made up for by
 //! the next poll, a thousand are as good as one.
 
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
 use spmem_core::compressed::{Change, Plan};
 use spmem_core::mm::AllocError;
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, Order, PAGE_SIZE, Time};
 
 use super::component::{Cram, Entry};
 use super::{Notice, PageId, Telemetry};
-use crate::backend::{Backend, Damage, PAGE_BYTES};
+use crate::backend::{Backend, PAGE_BYTES};
 use crate::mapped::Medium;
 
 /// Notices taken at a time: a storm must not keep the component from its work.
@@ -143,7 +146,7 @@ impl<D: Medium + Telemetry> Cram<D> {
             return;
         }
         let most = usize::try_from(wanted.0).unwrap_or(EVACUATED).min(EVACUATED);
-        let there: alloc::vec::Vec<PageId> = self.in_frame.values().copied().collect();
+        let there: Vec<PageId> = self.in_frame.values().copied().collect();
         let mut left = most;
         for id in there {
             if left == 0 {
@@ -165,7 +168,7 @@ impl<D: Medium + Telemetry> Cram<D> {
     /// Moves a page of the device to sysram as it is; whether it could be read.
     pub(super) fn promote(&mut self, id: PageId) -> bool {
         let Some(&Entry::Device(handle)) = self.pages.get(&id) else { return false };
-        let mut page = alloc::boxed::Box::new([0; PAGE_BYTES]);
+        let mut page = Box::new([0; PAGE_BYTES]);
         match self.node.load(handle, &mut page) {
             Ok(()) => {
                 self.release(handle);
@@ -173,8 +176,7 @@ impl<D: Medium + Telemetry> Cram<D> {
                 true
             }
             Err(corrupt) => {
-                let damage: Damage = corrupt.damage;
-                self.lose(id, handle, damage);
+                self.lose(id, handle, corrupt.damage);
                 false
             }
         }

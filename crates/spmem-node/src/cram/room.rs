@@ -1,12 +1,11 @@
 //! Room: a frame of sysram for a page that is to be written, or who must leave for it.
 
-use spmem_core::units::Time;
+use spmem_core::units::{DomainId, Time};
 
 use super::component::{Cram, Entry, will_pass};
 use super::error::{Denied, Ticket, Why};
 use super::{PageId, Telemetry};
 use crate::mapped::{Medium, Refused};
-use spmem_core::units::DomainId;
 
 /// What reclaim of a program's pages came to.
 enum Reclaimed {

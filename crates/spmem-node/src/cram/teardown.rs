@@ -6,6 +6,7 @@
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 
 use spmem_core::compressed::{Attempt, IsSet, Teardown};
 use spmem_core::units::{FrameCount, Time};
@@ -118,7 +119,7 @@ impl<D: Medium + Telemetry> Cram<D> {
             .copies
             .retain(|id, (handle, _)| matches!(pages.get(id), Some(Entry::Device(now)) if now == handle));
         let missing = self.in_frame.values().filter(|id| !emptied.copies.contains_key(id));
-        let batch: alloc::vec::Vec<PageId> = missing.copied().take(COPY_BATCH).collect();
+        let batch: Vec<PageId> = missing.copied().take(COPY_BATCH).collect();
         for &id in &batch {
             let Some(&Entry::Device(handle)) = self.pages.get(&id) else { continue };
             let mut page = Box::new([0; PAGE_BYTES]);

@@ -150,14 +150,14 @@ impl Bench {
     /// How many pages do not hold what they should, or are lost.
     pub fn count_lost(&mut self) -> usize {
         let mut page = [0; PAGE_BYTES];
-        let lost = |(id, known): (&PageId, &Box<Page>)| match self.cram.read(*id, &mut page) {
+        let is_lost = self.model.iter().map(|(id, known)| match self.cram.read(*id, &mut page) {
             Ok(()) => {
                 assert!(page == **known, "wrong bytes are never handed out (R20): {id:?}");
                 false
             }
             Err(_) => true,
-        };
-        self.model.iter().map(lost).filter(|&is_lost| is_lost).count()
+        });
+        is_lost.filter(|&is_lost| is_lost).count()
     }
 }
 

@@ -8,7 +8,7 @@ use spmem_node::{PAGE_BYTES, Page};
 
 use super::harness::{BY_LINE, Bench, STALE, page_of};
 
-const WRITERS: u64 = 6;
+const WRITERS: usize = 6;
 const WRITES: u64 = 60;
 
 /// A thread of a program: what it is about to write, and since when.
@@ -22,9 +22,8 @@ struct Writer {
 fn run(seed: u64, shape: Shape, fault: Fault) -> (u64, u64) {
     let mut bench = Bench::new(seed, shape, 8, |_| {});
     let programs = [bench.program("one", 5), bench.program("other", 3)];
-    let mut writers: Vec<Writer> = (0..WRITERS)
-        .map(|number| Writer { program: programs[number as usize % 2], left: WRITES, pending: None })
-        .collect();
+    let mut writers: Vec<Writer> =
+        (0..WRITERS).map(|number| Writer { program: programs[number % 2], left: WRITES, pending: None }).collect();
     let (mut round, mut longest, mut errors) = (0_u64, 0, 0);
     while writers.iter().any(|writer| writer.left > 0) {
         round += 1;
@@ -32,7 +31,7 @@ fn run(seed: u64, shape: Shape, fault: Fault) -> (u64, u64) {
             bench.device.set_fault(fault);
         }
         // Every actor once a round, in a random order: writers, the device, who polls.
-        let mut order: Vec<u64> = (0..WRITERS + 2).collect();
+        let mut order: Vec<usize> = (0..WRITERS + 2).collect();
         for at in (1..order.len()).rev() {
             order.swap(at, usize::try_from(bench.random.below(at as u64 + 1)).unwrap());
         }
@@ -43,7 +42,7 @@ fn run(seed: u64, shape: Shape, fault: Fault) -> (u64, u64) {
                 bench.now += 1;
                 bench.cram.poll(Time(bench.now));
             } else {
-                errors += step(&mut bench, &mut writers[actor as usize], round, &mut longest);
+                errors += step(&mut bench, &mut writers[actor], round, &mut longest);
             }
         }
         assert!(round < 1_000_000, "somebody waits for ever");
@@ -90,7 +89,7 @@ fn step(bench: &mut Bench, writer: &mut Writer, round: u64, longest: &mut u64) -
 #[test]
 fn every_write_ends_within_a_bound() {
     // Whoever is first is told as soon as the device is heard, or is dead; those before him are as many as there are writers.
-    let bound = WRITERS * (STALE + 2);
+    let bound = WRITERS as u64 * (STALE + 2);
     for fault in [Fault::None, Fault::Stuck, Fault::Silent] {
         for does_weigh in [true, false] {
             let mut longest = 0;
