@@ -18,6 +18,7 @@ extern crate alloc;
 
 pub mod class;
 pub mod compact;
+pub mod compressed;
 pub mod distance;
 pub mod domain;
 pub mod enclosure;

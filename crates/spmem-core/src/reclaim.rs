@@ -23,7 +23,7 @@ mod sharing;
 mod throttle;
 
 pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
-pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, is_node_full, keeps_copies};
+pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
 pub use self::helpers::{HELPER_REST_NS, MAX_RECLAIMERS, Needs, reclaimers};
 pub use self::managed::{Mapping, Origin};
 pub use self::progress::Progress;

@@ -9,7 +9,7 @@ use spmem_core::node::Services;
 use spmem_core::units::PAGE_SIZE;
 
 use crate::model;
-use crate::step::{Ask, Mode, Step, Terms};
+use crate::step::{Ask, GateName, Mode, Step, Telemetry, Terms};
 use crate::world::World;
 
 /// Nodes that come and go.
@@ -36,6 +36,21 @@ const MODES: [Mode; 9] = [
     Mode::Default,
     Mode::Local,
 ];
+
+/// Compressing devices.
+const DEVICES: u8 = 2;
+/// Mostly one that works.
+const TELEMETRY: [Telemetry; 8] = [
+    Telemetry::True,
+    Telemetry::True,
+    Telemetry::True,
+    Telemetry::True,
+    Telemetry::True,
+    Telemetry::True,
+    Telemetry::Stuck,
+    Telemetry::Silent,
+];
+const GATES: [GateName; 3] = [GateName::Allocation, GateName::Converging, GateName::TearingDown];
 
 /// None, static, relative, and both, which is an error.
 const FLAGS: [u8; 10] = [0, 0, 0, 0, 0, 1, 1, 2, 2, 3];
@@ -64,7 +79,7 @@ impl Generator {
         if model.nodes.is_empty() {
             return self.add_node();
         }
-        match self.random.random_range(0..142) {
+        match self.random.random_range(0..182) {
             0..3 => self.add_node(),
             100..105 => self.add_range(world),
             105..108 => self.remove_range(world),
@@ -100,6 +115,7 @@ impl Generator {
                 node: self.random.random_range(0..NODES),
                 frames: self.random.random_range(0..200),
             },
+            142..182 => self.compressed(),
             3..5 => Step::RemoveNode { node: self.random.random_range(0..NODES) },
             5..8 if model.domains.len() < DOMAINS => {
                 let above = self.path(world);
@@ -145,6 +161,30 @@ impl Generator {
                 Step::Free { block: self.block(world), is_zeroed: self.random.random_bool(0.3) }
             }
             _ => self.alloc(world),
+        }
+    }
+
+    /// What happens to compressing devices: mostly pages that enter, some of which turn out not to compress.
+    fn compressed(&mut self) -> Step {
+        let device = self.random.random_range(0..DEVICES);
+        match self.random.random_range(0..40) {
+            0 => Step::AddDevice {
+                device,
+                frames: self.random.random_range(0..64),
+                waiting: self.random.random_range(0..8),
+            },
+            1..20 => {
+                let most = if self.random.random_bool(0.5) { PAGE_SIZE } else { 600 };
+                Step::Enter { device, takes: self.random.random_range(1..=most) }
+            }
+            20..25 => Step::Leave { device, is_oldest: self.random.random() },
+            25..36 => Step::Measure { device, telemetry: TELEMETRY[self.random.random_range(0..TELEMETRY.len())] },
+            36 | 37 => Step::Shut { device, gate: GATES[self.random.random_range(0..GATES.len())] },
+            _ => {
+                let with =
+                    if self.random.random_bool(0.7) { device } else { self.random.random_range(0..DEVICES) };
+                Step::Open { device, gate: GATES[self.random.random_range(0..GATES.len())], with }
+            }
         }
     }
 

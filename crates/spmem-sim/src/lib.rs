@@ -21,5 +21,5 @@ mod world;
 pub use self::check::Violation;
 pub use self::generate::Generator;
 pub use self::machine::{Shape, lend};
-pub use self::step::{Ask, Mode, Step, Terms};
+pub use self::step::{Ask, GateName, Mode, Step, Telemetry, Terms};
 pub use self::world::{Checks, Outcome, World};

@@ -286,6 +286,52 @@ pub enum Step {
         /// Whether its holder has zeroed it (R21).
         is_zeroed: bool,
     },
+    /// A compressing device appears; one of that number before is gone.
+    AddDevice {
+        /// Its number.
+        device: u8,
+        /// Physical memory, 4 KiB frames.
+        frames: u64,
+        /// Pages that its measure may not show yet, the newest.
+        waiting: u64,
+    },
+    /// A page asks to enter a device (R18).
+    Enter {
+        /// The device.
+        device: u8,
+        /// What it turns out to take, bytes, at most 4096.
+        takes: u64,
+    },
+    /// A page leaves a device.
+    Leave {
+        /// The device.
+        device: u8,
+        /// Whether it is the oldest; else the newest.
+        is_oldest: bool,
+    },
+    /// A device is asked what it has in use, and what follows is done: pressure, a step of the balloon.
+    Measure {
+        /// The device.
+        device: u8,
+        /// How it answers.
+        telemetry: Telemetry,
+    },
+    /// A gate of a device is shut.
+    Shut {
+        /// The device.
+        device: u8,
+        /// The gate.
+        gate: GateName,
+    },
+    /// A gate of a device is opened, with a key.
+    Open {
+        /// The device.
+        device: u8,
+        /// The gate.
+        gate: GateName,
+        /// Of which device the key is: any other's does not fit.
+        with: u8,
+    },
 }
 
 /// A request for memory, as a program makes it.
@@ -383,4 +429,28 @@ impl Mode {
             Self::WeightedInterleave => policy::Mode::WeightedInterleave,
         }
     }
+}
+
+/// How a device answers when it is asked what it has in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Telemetry {
+    /// As it is, but for what waits.
+    True,
+    /// As it did last.
+    Stuck,
+    /// Not at all.
+    Silent,
+}
+
+/// A gate of a compressed node: `spmem_core::compressed::Gate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateName {
+    /// The owner's.
+    Allocation,
+    /// The balloon's.
+    Converging,
+    /// The teardown's.
+    TearingDown,
 }

@@ -2,6 +2,7 @@
 //! checked of all; what a step does is in a file for nodes, domains, grants, requests, blocks or services.
 
 mod blocks;
+mod compressed;
 mod domains;
 mod grants;
 mod nodes;
@@ -57,6 +58,7 @@ pub struct World {
     blocks: BTreeMap<u32, Block>,
     tasks: BTreeMap<u32, Task>,
     promotions: BTreeMap<u16, Promotion>,
+    devices: BTreeMap<u8, compressed::Device>,
 }
 
 impl Default for World {
@@ -73,9 +75,9 @@ impl World {
         let mut model = Model::default();
         model.domains.insert(String::new(), model::Domain::default());
         let (owners, former, grants, ids) = Default::default();
-        let (blocks, tasks, promotions) = Default::default();
+        let (blocks, tasks, promotions, devices) = Default::default();
         let mm = MemoryManager::new();
-        Self { checks, mm, model, owners, former, grants, ids, blocks, tasks, promotions }
+        Self { checks, mm, model, owners, former, grants, ids, blocks, tasks, promotions, devices }
     }
 
     /// The memory manager, to look at.
@@ -153,6 +155,12 @@ impl World {
             Step::Pin { block, grants } => self.pin(*block, grants),
             Step::Unpin { block } => self.unpin(*block),
             Step::Poison { node, frame } => self.poison(*node, *frame),
+            Step::AddDevice { device, frames, waiting } => self.add_device(*device, *frames, *waiting),
+            Step::Enter { device, takes } => self.enter(*device, *takes),
+            Step::Leave { device, is_oldest } => self.leave(*device, *is_oldest),
+            Step::Measure { device, telemetry } => self.measure(*device, *telemetry),
+            Step::Shut { device, gate } => self.shut(*device, *gate),
+            Step::Open { device, gate, with } => self.open_gate(*device, *gate, *with),
             Step::Free { block, is_zeroed } => self.free(*block, *is_zeroed),
         }
     }

@@ -1,4 +1,4 @@
-//! R1 to R16, R20 and R21 on random machines: every step of many seeds is held against the model.
+//! R1 to R16, R18, R20 and R21 on random machines: every step of many seeds is held against the model.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
@@ -8,7 +8,7 @@ use spmem_sim::{Generator, Outcome, Step, World, trace};
 const SEEDS: u64 = 100;
 const STEPS: usize = 1500;
 /// Of steps: `Step` has so many variants.
-const KINDS: usize = 32;
+const KINDS: usize = 38;
 
 /// The name of a step, as a trace has it.
 fn kind(step: &Step) -> String {

@@ -75,6 +75,8 @@ impl Errno {
     pub const EACCES: Self = Self(libc::EACCES);
     /// The kernel or the file system cannot do it.
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// The device failed.
+    pub const EIO: Self = Self(libc::EIO);
     /// Memory is somewhere else than it was asked for.
     pub const EXDEV: Self = Self(libc::EXDEV);
 }

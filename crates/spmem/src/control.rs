@@ -40,6 +40,10 @@ pub struct Control {
     pub stored_bytes_peak: AtomicU64,
     /// Sum of [`Slot::store_used_bytes`] at the moment of that peak.
     pub store_used_bytes_peak: AtomicU64,
+    /// Most of node 1 that was kept free for what processes had under way, bytes (R18).
+    pub store_reserve_bytes_peak: AtomicU64,
+    /// Highest pressure on node 1: 0 with an eighth of its capacity free above that reserve, 1000 at it.
+    pub store_pressure_peak: AtomicU64,
     /// Slots from this one on were never taken.
     pub slots_ever: AtomicU64,
     /// What happened, over the tree.

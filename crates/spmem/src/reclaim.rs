@@ -12,6 +12,7 @@ use crate::gate::GateKeeper;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
 use core::sync::atomic::Ordering::{self, Relaxed};
+use spmem_core::compressed::Room;
 use spmem_core::reclaim::{
     self, BATCH_PAGES, Facts, Floor, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS, Sharing,
     Throttle, is_near, plan,
@@ -304,9 +305,13 @@ impl Gauge {
         let stored = shared.sum(|slot| &slot.store_used_bytes);
         let own_stored = Bytes(slot.store_used_bytes.load(Relaxed));
         let capacity = Bytes(shared.store_capacity_bytes.load(Relaxed));
-        runtime.is_node_full.store(reclaim::is_node_full(Bytes(stored), own_stored, capacity), Relaxed);
-        let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
         let processes = shared.count_processes();
+        // R18: the decision of every compressed node, with the open transactions of the others for its reserve.
+        let room = Room::shared(Bytes(stored), capacity, processes);
+        runtime.is_node_full.store(room.is_full_for(own_stored), Relaxed);
+        shared.store_reserve_bytes_peak.fetch_max(room.reserve.0, Relaxed);
+        shared.store_pressure_peak.fetch_max(room.pressure().into(), Relaxed);
+        let fixed = stored + shared.sum(|slot| &slot.refused_bytes);
         let FrameCount(floor) = self.floor.update(Bytes(limit), Bytes(fixed), own_stored, processes);
         (self.floor_pages, self.resident_pages, self.refused_pages) = (floor, resident, refused);
         let movable = Movable::above(FrameCount(floor), resident, holding, refused);

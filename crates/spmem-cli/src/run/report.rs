@@ -180,6 +180,10 @@ struct NodeUse {
     used_bytes_peak: u64,
     /// Null when nothing was stored.
     ratio: Option<f64>,
+    /// Kept free for what processes had under way; 0 for RAM.
+    reserve_bytes_peak: u64,
+    /// 0 to 1000; 0 for RAM.
+    pressure_peak: u64,
 }
 
 impl Summary {
@@ -331,6 +335,8 @@ fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
             stored_bytes_peak: peak,
             used_bytes_peak: peak,
             ratio: ratio(peak, peak),
+            reserve_bytes_peak: 0,
+            pressure_peak: 0,
         },
         NodeUse {
             node: 1,
@@ -340,6 +346,8 @@ fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
             stored_bytes_peak: stored,
             used_bytes_peak: used,
             ratio: ratio(stored, used),
+            reserve_bytes_peak: control.store_reserve_bytes_peak.load(Relaxed),
+            pressure_peak: control.store_pressure_peak.load(Relaxed),
         },
     ]
 }

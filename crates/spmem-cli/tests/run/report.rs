@@ -49,8 +49,17 @@ fn the_json_has_exactly_the_documented_fields() {
     assert_eq!(keys(&report["fault_us"]), ["max", "p50", "p99"]);
     assert_eq!(report["nodes"].as_array().unwrap().len(), 2);
     for node in report["nodes"].as_array().unwrap() {
-        let expected =
-            ["capacity_bytes", "class", "node", "ratio", "stored_bytes_peak", "type", "used_bytes_peak"];
+        let expected = [
+            "capacity_bytes",
+            "class",
+            "node",
+            "pressure_peak",
+            "ratio",
+            "reserve_bytes_peak",
+            "stored_bytes_peak",
+            "type",
+            "used_bytes_peak",
+        ];
         assert_eq!(keys(node), expected);
     }
     assert_eq!(report["schema"], 1);

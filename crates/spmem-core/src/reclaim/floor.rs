@@ -98,19 +98,6 @@ pub const fn keeps_copies(limit: Bytes, tree_used: Bytes, kept: Bytes) -> bool {
     kept.0 < limit.0 / KEPT_SHARE && tree_used.0 < limit.0
 }
 
-/// Whether the processes of a tree have filled node 1 together, so that none may store more there (R18): `stored` by all and
-/// `own` by this one, whose own frames say themselves when they are full.
-///
-/// ```
-/// use spmem_core::{reclaim::is_node_full, units::Bytes};
-/// assert!(is_node_full(Bytes(100), Bytes(60), Bytes(100)));
-/// assert!(!is_node_full(Bytes(99), Bytes(60), Bytes(100)));
-/// assert!(!is_node_full(Bytes(100), Bytes(100), Bytes(100)), "alone");
-/// ```
-pub const fn is_node_full(stored: Bytes, own: Bytes, capacity: Bytes) -> bool {
-    stored.0 != own.0 && stored.0 >= capacity.0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

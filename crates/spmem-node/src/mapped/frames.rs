@@ -77,7 +77,7 @@ impl NodeFrames {
         spec.is_some_and(|spec| spec.services.contains(Services::WRITE_FENCE))
     }
 
-    pub(super) fn alloc(&mut self, domain: DomainId, order: Order) -> Result<Block, AllocError> {
+    pub(crate) fn alloc(&mut self, domain: DomainId, order: Order) -> Result<Block, AllocError> {
         self.mm.alloc(&Request::on(domain, self.node, &[&self.grant]), order)
     }
 

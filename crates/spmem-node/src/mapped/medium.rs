@@ -47,6 +47,10 @@ pub trait Medium {
         Ok(())
     }
 
+    /// Nobody needs what is there any more. A medium that compresses, or gives memory out by need, takes it back; what cannot be
+    /// taken back stays.
+    fn discard(&mut self, _offset: u64, _len: u64) {}
+
     /// Where the byte at an offset can be read without asking: an address of this process; `None` where nothing is mapped.
     fn address(&self, _offset: u64) -> Option<usize> {
         None

@@ -324,6 +324,7 @@ impl<M: Medium> MappedNode<M> {
             Record { block: None, is_poisoned: held.poisoned == Some(frame), last: held.entry.generation };
         self.write_record(frame, record)?;
         let held = self.held.remove(&frame).expect("it was found just now");
+        self.medium.discard(self.offset(frame), held.block.bytes().0);
         self.used = FrameCount(self.used.0 - held.entry.order.frames().0);
         self.frames.free(held.block);
         Ok(())
@@ -460,6 +461,7 @@ impl<M: Medium> MappedNode<M> {
             // Whether that can be written matters to the next process only.
             let _ = self.record(frame, None, true);
         }
+        self.medium.discard(self.offset(block.first_frame()), block.bytes().0);
         self.frames.free(block);
     }
 

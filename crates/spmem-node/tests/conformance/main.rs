@@ -12,13 +12,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use spmem_core::frames::Metadata;
-use spmem_core::units::FrameCount;
+use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
+use spmem_node::model::{Device, Shape};
 use spmem_node::{PAGE_BYTES, file, numa};
 use spmem_sys::Errno;
 use spmem_sys::fd::Fd;
 use spmem_sys::region::{Access, Region};
-use suite::{Kind, claims};
+use suite::{Kind, Mapped, claims};
 
 /// An open file, made where there is none.
 fn fd(path: &Path) -> Fd {
@@ -38,7 +39,7 @@ fn patiently<T: std::fmt::Debug>(open: impl Fn() -> Result<T, Errno>) -> T {
     open().unwrap()
 }
 
-fn hold(kind: &Kind) {
+fn hold<M: Mapped>(kind: &Kind<M>) {
     for (name, claim) in claims(kind) {
         println!("{}: {name}", kind.name);
         claim(kind);
@@ -66,6 +67,21 @@ fn every_claim_holds_on_the_kernels_node_0() {
         again: None,
         unit: 4096,
     });
+}
+
+impl Mapped for Device {
+    fn region(&self) -> &Region {
+        Device::region(self)
+    }
+}
+
+/// The claims are about every byte of random pages, so the model has memory for all of them.
+#[test]
+fn every_claim_holds_on_the_model_of_a_compressing_device() {
+    for shape in [Shape::new(Bytes::mib(4)), Shape { granule: 64, sector: 8, ..Shape::new(Bytes::mib(4)) }] {
+        let region = move || Device::new(numa::region(4 << 20, 0).unwrap(), shape).unwrap();
+        hold(&Kind { name: "model".to_owned(), region: Box::new(region), again: None, unit: 4096 });
+    }
 }
 
 /// Memory that the compressed kind is lent.

@@ -14,26 +14,38 @@ use spmem_sys::region::{Access, Region};
 
 use super::backend::{self, page_with_noise};
 
-type Node = MappedNode<Region>;
+type Node<M> = MappedNode<M>;
+
+/// A medium that lies in a region, which others map.
+pub trait Mapped: Medium {
+    /// What they map.
+    fn region(&self) -> &Region;
+}
+
+impl Mapped for Region {
+    fn region(&self) -> &Region {
+        self
+    }
+}
 
 /// One kind of node, as this machine has it.
-pub struct Kind {
+pub struct Kind<M = Region> {
     /// For reports.
     pub name: String,
     /// Memory of its own for each call: at least 256 frames.
-    pub region: Box<dyn Fn() -> Region>,
+    pub region: Box<dyn Fn() -> M>,
     /// The same memory again, mapped anew; none for what does not outlive its process.
-    pub again: Option<Box<dyn Fn() -> Region>>,
+    pub again: Option<Box<dyn Fn() -> M>>,
     /// What mappings are multiples of.
     pub unit: usize,
 }
 
 /// A claim and its name.
-pub type Claim = (&'static str, fn(&Kind));
+pub type Claim<M> = (&'static str, fn(&Kind<M>));
 
 /// All claims that apply to a kind.
-pub fn claims(kind: &Kind) -> Vec<Claim> {
-    let mut all: Vec<Claim> = vec![
+pub fn claims<M: Mapped>(kind: &Kind<M>) -> Vec<Claim<M>> {
+    let mut all: Vec<Claim<M>> = vec![
         ("what is stored comes back", |kind| backend::what_is_stored_comes_back(|_| kind.node(FENCED))),
         ("same_as tells a page from any other", |kind| {
             backend::same_as_tells_the_page_from_any_other(|_| kind.node(FENCED));
@@ -54,7 +66,7 @@ pub fn claims(kind: &Kind) -> Vec<Claim> {
     ];
     if kind.again.is_some() {
         all.extend([
-            ("what was there is there after reopening", what_was_there_is_there as fn(&Kind)),
+            ("what was there is there after reopening", what_was_there_is_there as fn(&Kind<M>)),
             ("a block has one owner at any time", a_block_has_one_owner),
         ]);
     }
@@ -65,12 +77,12 @@ const FENCED: Services = Services::MIGRATION.union(Services::WRITE_FENCE);
 const OPEN: Services = Services::MIGRATION;
 const THIS: NodeId = NodeId::ONE;
 
-impl Kind {
+impl<M: Mapped> Kind<M> {
     /// A node of its own, empty. Persistent media are formatted and opened, others used as they are.
-    fn node(&self, services: Services) -> Node {
+    fn node(&self, services: Services) -> Node<M> {
         let mut region = (self.region)();
         if self.again.is_some() {
-            Node::format(&mut region, [9; 16], PAGE_SIZE, spmem_node::mapped::Overwrite::Yes).unwrap();
+            MappedNode::format(&mut region, [9; 16], PAGE_SIZE, spmem_node::mapped::Overwrite::Yes).unwrap();
             return open(region, services).unwrap();
         }
         let lent = Metadata::from_heap(FrameCount(Medium::len(&region) / PAGE_SIZE)).unwrap();
@@ -79,7 +91,7 @@ impl Kind {
     }
 }
 
-fn open(region: Region, services: Services) -> Result<Node, OpenError> {
+fn open<M: Mapped>(region: M, services: Services) -> Result<Node<M>, OpenError> {
     let spec = mapped_spec(Class::Shared, services, "suite");
     MappedNode::open(region, THIS, spec, Repair::Refuse, Metadata::from_heap).map(|(node, _)| node)
 }
@@ -88,17 +100,17 @@ fn page(seed: u64) -> Page {
     page_with_noise(seed + 1, 256)
 }
 
-fn assert_holds(node: &Node, handle: Handle, page: &Page) {
+fn assert_holds<M: Mapped>(node: &Node<M>, handle: Handle, page: &Page) {
     let mut back = [0x5a; PAGE_BYTES];
     node.load(handle, &mut back).unwrap();
     assert!(back == *page, "every byte of the page");
 }
 
 /// Reads as a program does that has the page mapped: through another mapping, which may only be read.
-fn read_in_place(kind: &Kind, node: &Node, handle: Handle) -> Page {
+fn read_in_place<M: Mapped>(kind: &Kind<M>, node: &Node<M>, handle: Handle) -> Page {
     let offset = usize::try_from(node.place_on_medium(handle).unwrap()).unwrap();
     let first = offset / kind.unit * kind.unit;
-    let view = node.medium().view(first, kind.unit, Access::Read).unwrap();
+    let view = node.medium().region().view(first, kind.unit, Access::Read).unwrap();
     assert_eq!(kernel_says(view.start()), "r--s", "the fence is the kernel's");
     let mut page = [0; PAGE_BYTES];
     view.read(offset - first, &mut page).unwrap();
@@ -116,7 +128,7 @@ fn kernel_says(address: usize) -> String {
     line.and_then(|line| line.split_whitespace().nth(1)).unwrap_or("none").to_owned()
 }
 
-fn a_full_node_refuses_and_loses_nothing(kind: &Kind) {
+fn a_full_node_refuses_and_loses_nothing<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let capacity = node.usage().capacity.0 / PAGE_SIZE;
     // The rest is taken under another grant: so the claim ends where memory is large, and it is not the quota that ends.
@@ -142,7 +154,7 @@ fn a_full_node_refuses_and_loses_nothing(kind: &Kind) {
     assert_holds(&node, again, &page(7));
 }
 
-fn without_a_grant_nothing_is_had(kind: &Kind) {
+fn without_a_grant_nothing_is_had<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let handle = node.demote(DomainId::ROOT, &page(1)).unwrap();
     let used = node.frames().mm().stats(THIS).unwrap().used;
@@ -153,10 +165,10 @@ fn without_a_grant_nothing_is_had(kind: &Kind) {
     assert_eq!(node.frames().mm().stats(THIS).unwrap().used, used);
     let address = node.place_to_read(handle, &[node.frames().grant()]).unwrap().unwrap();
     let offset = usize::try_from(node.place_on_medium(handle).unwrap()).unwrap();
-    assert_eq!(address, node.medium().start() + offset);
+    assert_eq!(address, node.medium().region().start() + offset);
 }
 
-fn a_revoked_grant_gives_nothing(kind: &Kind) {
+fn a_revoked_grant_gives_nothing<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let stored: Vec<Handle> = (0..20).map(|seed| node.demote(DomainId::ROOT, &page(seed)).unwrap()).collect();
     let mut moved = Vec::new();
@@ -176,7 +188,7 @@ fn a_revoked_grant_gives_nothing(kind: &Kind) {
     assert_eq!(node.usage().used.0, 0);
 }
 
-fn what_stays_after_revocation_is_listed(kind: &Kind) {
+fn what_stays_after_revocation_is_listed<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(OPEN);
     let sealed = node.demote(DomainId::ROOT, &page(3)).unwrap();
     let written = node.alloc(DomainId::ROOT, Order::new(2).unwrap()).unwrap();
@@ -193,7 +205,7 @@ fn what_stays_after_revocation_is_listed(kind: &Kind) {
     assert_eq!(node.frames().mm().registry().held(grant).unwrap(), []);
 }
 
-fn a_fenced_page_is_read_in_place(kind: &Kind) {
+fn a_fenced_page_is_read_in_place<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let handle = node.demote(DomainId::ROOT, &page(5)).unwrap();
     assert!(read_in_place(kind, &node, handle) == page(5), "every byte, in place");
@@ -211,7 +223,7 @@ fn a_fenced_page_is_read_in_place(kind: &Kind) {
     assert_eq!(moved, [0; PAGE_BYTES]);
 }
 
-fn an_unfenced_block_is_written_in_place(kind: &Kind) {
+fn an_unfenced_block_is_written_in_place<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(OPEN);
     for order in [0, 3, 7].map(|order| Order::new(order).unwrap()) {
         let handle = node.alloc(DomainId::ROOT, order).unwrap();
@@ -239,7 +251,7 @@ fn an_unfenced_block_is_written_in_place(kind: &Kind) {
     assert_holds(&node, handle, &expected);
 }
 
-fn another_domain_gets_zeros(kind: &Kind) {
+fn another_domain_gets_zeros<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(OPEN);
     let registry = node.frames_mut().mm_mut().registry_mut();
     let other = registry.create_domain(DomainId::ROOT, "other").unwrap();
@@ -263,7 +275,7 @@ fn another_domain_gets_zeros(kind: &Kind) {
     assert!(reused, "the frames that were written are given out again");
 }
 
-fn poison_hurts_the_holder_only(kind: &Kind) {
+fn poison_hurts_the_holder_only<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(OPEN);
     let order = Order::new(2).unwrap();
     let hurt = node.alloc(DomainId::ROOT, order).unwrap();
@@ -291,13 +303,13 @@ fn frame_of(handle: Handle) -> FrameNumber {
     FrameNumber(u32::try_from(handle.raw() & 0xffff_ffff).unwrap())
 }
 
-fn wrong_bytes_are_not_handed_out(kind: &Kind) {
+fn wrong_bytes_are_not_handed_out<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let handle = node.demote(DomainId::ROOT, &page(2)).unwrap();
     let other = node.demote(DomainId::ROOT, &page(3)).unwrap();
     let offset = usize::try_from(node.place_on_medium(handle).unwrap()).unwrap();
     let first = offset / kind.unit * kind.unit;
-    let view = node.medium().view(first, kind.unit, Access::ReadWrite).unwrap();
+    let view = node.medium().region().view(first, kind.unit, Access::ReadWrite).unwrap();
     let mut word = [0; 8];
     view.read(offset - first + 808, &mut word).unwrap();
     word[3] ^= 0x10;
@@ -312,7 +324,7 @@ fn wrong_bytes_are_not_handed_out(kind: &Kind) {
     assert_eq!(node.frames().mm().stats(THIS).unwrap().poisoned, FrameCount(1));
 }
 
-fn a_block_given_back_twice_is_reported(kind: &Kind) {
+fn a_block_given_back_twice_is_reported<M: Mapped>(kind: &Kind<M>) {
     let mut node = kind.node(FENCED);
     let handle = node.demote(DomainId::ROOT, &page(1)).unwrap();
     node.release(handle).unwrap();
@@ -325,7 +337,7 @@ fn a_block_given_back_twice_is_reported(kind: &Kind) {
     assert!(matches!(node.release(unknown), Err(Refused::Corrupt(_))));
 }
 
-fn what_was_there_is_there(kind: &Kind) {
+fn what_was_there_is_there<M: Mapped>(kind: &Kind<M>) {
     let again = kind.again.as_ref().expect("the claim is for persistent kinds");
     let mut node = kind.node(OPEN);
     let order = Order::new(3).unwrap();
@@ -368,7 +380,7 @@ fn what_was_there_is_there(kind: &Kind) {
     }
 }
 
-fn a_block_has_one_owner(kind: &Kind) {
+fn a_block_has_one_owner<M: Mapped>(kind: &Kind<M>) {
     let again = kind.again.as_ref().expect("the claim is for persistent kinds");
     let mut node = kind.node(OPEN);
     let sealed = node.demote(DomainId::ROOT, &page(1)).unwrap();
