@@ -49,6 +49,9 @@ fn build_agent(manifest: &Path) -> PathBuf {
     }
     // Symbols stay for gdb; what the debug lines would add is many times the code.
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
+    // Else zstd calls functions of that name of whatever program it is loaded into.
+    let flags = env::var("CFLAGS").unwrap_or_default();
+    cargo.env("CFLAGS", format!("{flags} -DZSTD_TRACE=0"));
     if let Ok(jobs) = env::var("CARGO_MAKEFLAGS") {
         cargo.env("MAKEFLAGS", jobs);
     }

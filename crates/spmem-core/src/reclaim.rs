@@ -7,12 +7,14 @@
 //! The processes share the excess in proportion to what they use. What goes with it: [`Floor`] (what stays), [`Throttle`]
 //! and [`Turnstile`] (who waits), [`Coverage`] (who can be made to wait), [`Progress`] and [`Retry`] (what could not leave),
 //! [`Mapping`] (what may leave at all), [`Sharing`] (what counts), [`reclaimers`] and [`Needs`] (how many threads work), [`Spin`] and
-//! [`answer_sleep_ns`] (how long they wait for each other).
+//! [`answer_sleep_ns`] (how long they wait for each other), [`Stay`], [`Rounds`] and [`Dictionaries`] (what is stored more
+//! densely).
 //! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
 //!
 //! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
 //! A process with nothing left to evict is never held at the gate, even where others could make room for it.
 
+mod density;
 mod encoding;
 mod floor;
 mod helpers;
@@ -22,6 +24,9 @@ mod retry;
 mod sharing;
 mod throttle;
 
+pub use self::density::{
+    DENSE_PAGES, Dictionaries, LOOK_ENTRIES, Rounds, SAMPLE_PAGES, Stay, Way, compacts, on_round,
+};
 pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
 pub use self::helpers::{HELPER_REST_NS, MAX_RECLAIMERS, Needs, reclaimers};

@@ -207,6 +207,11 @@ impl Drop for Urgent {
     }
 }
 
+/// From now on the calling thread runs only where nobody else wants the processor (SCHED_IDLE, sched(7)).
+pub fn be_idle() {
+    set_policy(libc::SCHED_IDLE, 0);
+}
+
 fn set_policy(policy: i32, priority: i32) -> bool {
     let parameter = libc::sched_param { sched_priority: priority };
     // SAFETY: reads the parameter.

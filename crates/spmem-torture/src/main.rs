@@ -42,6 +42,7 @@ mod remap;
 mod signals;
 mod stacks;
 mod store;
+mod store_cold;
 mod supervisor;
 mod sys;
 mod thread_ends;
@@ -79,6 +80,7 @@ const THEMES: &[&[Case]] = &[
     limits::CASES,
     neighbours::CASES,
     store::CASES,
+    store_cold::CASES,
     supervisor::CASES,
 ];
 

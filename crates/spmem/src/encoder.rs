@@ -10,6 +10,7 @@
 //! they do not change meanwhile. Nothing depends on an answer: a lane whose answer does not come stays out of use, and
 //! the agent encodes by itself.
 
+use crate::dense::DenseLane;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 use spmem_core::reclaim::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 use spmem_node::compressed::{Codec, Label, Verified};
@@ -48,6 +49,8 @@ const NOT_REPRODUCED: u32 = 3;
 pub struct Exchange {
     posted: Event<true>,
     lanes: [Lane; LANES],
+    /// See [`crate::dense`].
+    pub(crate) dense: DenseLane,
 }
 
 #[repr(C, align(64))]
@@ -69,9 +72,10 @@ struct Item {
 }
 
 impl Exchange {
-    /// Wakes the encoder, to look at its orders.
+    /// Wakes the threads that serve it, to look at their orders.
     pub fn wake(&self) {
         self.posted.signal();
+        self.dense.posted.signal();
     }
 }
 
@@ -163,7 +167,7 @@ impl Lane {
     }
 }
 
-fn put(words: &[AtomicU64], bytes: &[u8]) {
+pub(crate) fn put(words: &[AtomicU64], bytes: &[u8]) {
     let (whole, rest) = bytes.as_chunks::<8>();
     for (word, bytes) in words.iter().zip(whole) {
         word.store(u64::from_ne_bytes(*bytes), Relaxed);
@@ -265,13 +269,13 @@ impl Client {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     extern crate std;
     use super::*;
     use alloc::boxed::Box;
     use alloc::vec::Vec;
 
-    fn exchange() -> &'static Exchange {
+    pub(crate) fn exchange() -> &'static Exchange {
         let item = || Item {
             address: AtomicU64::new(0),
             kind: AtomicU32::new(0),
@@ -285,7 +289,8 @@ mod tests {
             pages: core::array::from_fn(|_| item()),
             bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; LANE_PAGES],
         };
-        Box::leak(Box::new(Exchange { posted: Event::new(), lanes: core::array::from_fn(|_| lane()) }))
+        let lanes = core::array::from_fn(|_| lane());
+        Box::leak(Box::new(Exchange { posted: Event::new(), lanes, dense: DenseLane::new() }))
     }
 
     fn memory() -> Fd {

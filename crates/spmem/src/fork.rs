@@ -490,6 +490,7 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
         let mut space = runtime.space.lock();
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
         let pagemap = Pagemap::open();
+        space.store.settle_after_fork();
         space.settle_after_fork(|page| {
             pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_there(page).unwrap_or(false))
         });

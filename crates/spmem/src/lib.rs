@@ -19,6 +19,7 @@ extern crate alloc;
 mod changes;
 pub mod control;
 pub mod demote;
+pub mod dense;
 pub mod encoder;
 mod fault;
 mod follow;

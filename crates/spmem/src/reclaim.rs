@@ -7,6 +7,7 @@
 //! demote, and only while the gate is shut: then the program waits for memory, so its processors are free for it.
 
 use crate::demote::Demoter;
+use crate::dense::Densifier;
 use crate::follow::Shadow;
 use crate::gate::GateKeeper;
 use crate::runtime::{Runtime, Stage};
@@ -14,8 +15,8 @@ use crate::sweep::Sweeper;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::compressed::Room;
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Facts, Floor, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS, Sharing,
-    Throttle, is_near, plan,
+    self, BATCH_PAGES, Facts, Floor, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS,
+    SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
@@ -144,6 +145,7 @@ struct Tools {
     sweeper: Sweeper,
     demoter: Demoter,
     gate: GateKeeper,
+    densifier: Densifier,
 }
 
 impl Monitor {
@@ -165,9 +167,13 @@ impl Monitor {
         let has_encoder = runtime.exchange().is_some();
         self.shadow.follow(if has_encoder { runtime.home_cpu.load(Relaxed) } else { -1 });
         if plan.evict_pages == 0 {
-            runtime.working(0, || tools.demoter.drain());
-            return Some((ticket, plan.sleep_ns));
+            runtime.working(0, || {
+                tools.demoter.drain();
+                tools.densifier.run(false);
+            });
+            return Some((ticket, plan.sleep_ns.min(tools.densifier.rest_ns().max(SLEEP_MIN_NS))));
         }
+        runtime.working(0, || tools.densifier.run(true));
         let done = runtime.working(0, || {
             let held = u64::from(runtime.space.lock().as_ref().map_or(0, |space| space.holding.held()));
             let moved = match plan.sweep_pages(held) {
@@ -201,6 +207,7 @@ impl Monitor {
                 sweeper: Sweeper::new(runtime)?,
                 demoter: Demoter::new(runtime, 0),
                 gate: GateKeeper::new(runtime)?,
+                densifier: Densifier::new(runtime),
             })
         });
         if let Some(limit) = limit_before {

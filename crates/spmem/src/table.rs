@@ -16,6 +16,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use spmem_core::lru::Age;
+use spmem_core::reclaim::Stay;
 use spmem_sys::PAGE;
 
 /// Pages in a chunk.
@@ -38,6 +39,7 @@ const ROW: usize = 64;
 const ROWS: usize = CHUNK_PAGES / ROW;
 const DISCARDED: u64 = 1 << 54;
 const REFUSED: u64 = 1 << 55;
+const STAY_SHIFT: u32 = 56;
 
 /// Where a page's contents are, besides its place in the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +95,24 @@ impl Entry {
     /// How recently it was used, as the replacement policy counts.
     pub fn age(self) -> Age {
         Age::from_bits((self.0 >> AGE_SHIFT & 7) as u8)
+    }
+
+    /// In how many rounds it was met on node 1; new with each other change.
+    pub fn stay(self) -> Stay {
+        Stay::from_bits((self.0 >> STAY_SHIFT & 3) as u8)
+    }
+
+    /// The same with another stay.
+    #[must_use]
+    pub fn with_stay(self, stay: Stay) -> Self {
+        Self(self.0 & !(3 << STAY_SHIFT) | u64::from(stay.bits()) << STAY_SHIFT)
+    }
+
+    /// The same page with its copy under another handle.
+    #[must_use]
+    pub fn stored_as(self, handle: u64) -> Self {
+        debug_assert!(matches!(self.copy(), Copy::Stored(_)) && handle & !PAYLOAD == 0, "it is on node 1 already");
+        Self(self.0 & !PAYLOAD | handle)
     }
 
     /// It could not leave when it was tried: seldom to be tried again.

@@ -108,7 +108,7 @@ fn read_children(pid: u32) -> Vec<u32> {
     children
 }
 
-fn read_rss_bytes(pid: u32) -> u64 {
+pub(crate) fn read_rss_bytes(pid: u32) -> u64 {
     sum_kib_lines(&format!("/proc/{pid}/status"), &["RssAnon:", "RssShmem:"])
 }
 

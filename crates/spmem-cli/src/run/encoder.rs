@@ -1,4 +1,5 @@
-//! The encoder of one managed process (`spmem::encoder`): a thread of `spm`.
+//! The encoders of one managed process: a thread of `spm` for pages that leave (`spmem::encoder`), another for those that
+//! stay away (`spmem::dense`).
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
@@ -6,8 +7,9 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
+use spmem::dense;
 use spmem::encoder::{self, Exchange};
-use spmem_node::compressed::Codec;
+use spmem_node::compressed::{Codec, train};
 use spmem_sys::fd::Fd;
 
 use super::shared::Shared;
@@ -31,6 +33,10 @@ impl Encoder {
         let memory = Fd::from_raw(memory.into_raw_fd());
         let work = move || encoder::serve(&its_exchange, Codec::new(seed), &memory, &its_end);
         std::thread::Builder::new().name("spm-encoder".into()).spawn(work).context("no thread for an encoder")?;
+        let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
+        let work = move || dense::serve(&its_exchange, Codec::new(seed), train, &its_end);
+        // Without it what is stored stays as it is.
+        let _ = std::thread::Builder::new().name("spm-dense".into()).spawn(work);
         Ok(Self { exchange, is_over })
     }
 

@@ -142,6 +142,7 @@ pub struct Summary {
     promoted_pages: u64,
     rescued_pages: u64,
     same_filled_pages: u64,
+    dense_pages: u64,
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
     nodes: [NodeUse; 2],
@@ -212,6 +213,7 @@ impl Summary {
             promoted_pages: read(&counters.promoted_pages),
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
+            dense_pages: read(&counters.dense_pages),
             refused_pages: RefusedPages {
                 pinned: read(&counters.refused_pinned),
                 shared_by_fork: read(&counters.refused_shared),
@@ -247,8 +249,8 @@ impl Summary {
         writeln!(to, "  processes  {} managed, {} unmanaged", self.processes, self.unmanaged_processes)?;
         writeln!(
             to,
-            "  pages      {} demoted ({} same-filled), {} promoted, {} rescued from the holding area",
-            self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages
+            "  pages      {} demoted ({} same-filled), {} promoted, {} rescued from the holding area, {} recompressed",
+            self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages, self.dense_pages
         )?;
         let refused = &self.refused_pages;
         writeln!(

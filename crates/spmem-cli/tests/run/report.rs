@@ -35,6 +35,7 @@ fn the_json_has_exactly_the_documented_fields() {
         "promoted_pages",
         "rescued_pages",
         "same_filled_pages",
+        "dense_pages",
         "refused_pages",
         "fault_us",
         "stall_seconds",

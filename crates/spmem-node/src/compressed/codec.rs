@@ -143,6 +143,10 @@ impl Codec {
         Err(damage)
     }
 
+    pub(super) const fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Could a store with this codec load it?
     pub(super) fn made(&self, page: &Verified<'_>) -> bool {
         page.is_same_filled() || page.seed == self.seed

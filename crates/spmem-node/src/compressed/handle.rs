@@ -2,7 +2,7 @@
 //!
 //! | bits | object | same-filled page |
 //! |---|---|---|
-//! | 44..48 | 1 | 2, 3, 4: where the value stands in the repeating word |
+//! | 44..48 | 1: lz4; 5, 6, 7: dense, without a dictionary or with one of two | 2, 3, 4: where the value stands in the repeating word |
 //! | 32..44 | tag: low bits of the object's checksum | 0 |
 //! | 8..32 | block | value |
 //! | 0..8 | slot in the block | value |
@@ -10,6 +10,7 @@
 //! The tag tells a stale handle (its slot was given to another object) from a good one. It has
 //! 12 bits: a stale handle passes once in 4096 times. It guards against mistakes, not attackers.
 
+use super::dense::{Encoding, Slot};
 use crate::backend::{Handle, PAGE_BYTES, Page};
 
 /// Blocks that a handle can name; with one frame each, 64 GiB of compressed bytes.
@@ -20,6 +21,9 @@ const KIND_OBJECT: u64 = 1;
 const KIND_FILL_BOTH: u64 = 2;
 const KIND_FILL_LOW: u64 = 3;
 const KIND_FILL_HIGH: u64 = 4;
+const KIND_DENSE: u64 = 5;
+const KIND_DENSE_A: u64 = 6;
+const KIND_DENSE_B: u64 = 7;
 const TAG_SHIFT: u32 = 32;
 const TAG_MASK: u64 = 0xfff;
 const BLOCK_SHIFT: u32 = 8;
@@ -89,7 +93,7 @@ impl Fill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Fill(Fill),
-    Object { block: u32, slot: u8, tag: u16 },
+    Object { block: u32, slot: u8, tag: u16, encoding: Encoding },
 }
 
 impl Place {
@@ -99,8 +103,8 @@ impl Place {
                 let (kind, value) = fill.encode().expect("a fill is made only if it encodes");
                 kind << KIND_SHIFT | value
             }
-            Self::Object { block, slot, tag } => {
-                KIND_OBJECT << KIND_SHIFT
+            Self::Object { block, slot, tag, encoding } => {
+                kind_of(encoding) << KIND_SHIFT
                     | (u64::from(tag) & TAG_MASK) << TAG_SHIFT
                     | (u64::from(block) & BLOCK_MASK) << BLOCK_SHIFT
                     | u64::from(slot)
@@ -115,8 +119,9 @@ impl Place {
         let value = raw & 0xffff_ffff;
         let above = raw >> TAG_SHIFT & TAG_MASK;
         let fill = match raw >> KIND_SHIFT {
-            KIND_OBJECT => {
+            kind @ (KIND_OBJECT | KIND_DENSE | KIND_DENSE_A | KIND_DENSE_B) => {
                 return Some(Self::Object {
+                    encoding: encoding_of(kind),
                     block: u32::try_from(raw >> BLOCK_SHIFT & BLOCK_MASK).ok()?,
                     slot: u8::try_from(raw & 0xff).ok()?,
                     tag: u16::try_from(above).ok()?,
@@ -130,6 +135,25 @@ impl Place {
         // One fill has one handle: a value that `encode` would write differently is not ours.
         let place = Self::Fill(Fill(fill));
         (above == 0 && place.pack() == handle).then_some(place)
+    }
+}
+
+fn kind_of(encoding: Encoding) -> u64 {
+    match encoding {
+        Encoding::Lz4 => KIND_OBJECT,
+        Encoding::Dense(None) => KIND_DENSE,
+        Encoding::Dense(Some(Slot::A)) => KIND_DENSE_A,
+        Encoding::Dense(Some(Slot::B)) => KIND_DENSE_B,
+    }
+}
+
+/// Of an object's kind.
+fn encoding_of(kind: u64) -> Encoding {
+    match kind {
+        KIND_DENSE => Encoding::Dense(None),
+        KIND_DENSE_A => Encoding::Dense(Some(Slot::A)),
+        KIND_DENSE_B => Encoding::Dense(Some(Slot::B)),
+        _ => Encoding::Lz4,
     }
 }
 
@@ -179,13 +203,16 @@ mod tests {
     #[test]
     fn an_object_survives_the_handle_and_foreign_values_are_refused() {
         for place in [
-            Place::Object { block: 0, slot: 0, tag: 0 },
-            Place::Object { block: (1 << 24) - 1, slot: 255, tag: 0xfff },
+            Place::Object { block: 0, slot: 0, tag: 0, encoding: Encoding::Lz4 },
+            Place::Object { block: (1 << 24) - 1, slot: 255, tag: 0xfff, encoding: Encoding::Lz4 },
+            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(None) },
+            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(Some(Slot::A)) },
+            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(Some(Slot::B)) },
         ] {
             assert_eq!(Place::unpack(place.pack()), Some(place));
             assert!(place.pack().raw() < 1 << 48);
         }
-        for raw in [1, 5 << KIND_SHIFT, KIND_FILL_LOW << KIND_SHIFT, KIND_FILL_BOTH << KIND_SHIFT | 1 << 33] {
+        for raw in [1, 8 << KIND_SHIFT, KIND_FILL_LOW << KIND_SHIFT, KIND_FILL_BOTH << KIND_SHIFT | 1 << 33] {
             assert_eq!(Place::unpack(Handle::from_raw(raw).unwrap()), None, "{raw:#x}");
         }
     }

@@ -4,7 +4,8 @@
 //! kept by [`Store`] in a slot of its size class, in frames from a [`FrameSource`] whose bytes are
 //! [`FrameBytes`]. [`Stats`] names every byte, used or wasted.
 //!
-//! The line of a store, one file a step: `codec` -> `store` -> `class` -> `block` -> `frames`.
+//! The line of a store, one file a step: `codec` -> `store` -> `class` -> `block` -> `frames`. What stays cold is encoded
+//! once more, smaller: `dense` -> `densify`.
 //!
 //! ```
 //! use spmem_node::compressed::{Scratch, Store};
@@ -42,6 +43,10 @@
 mod block;
 mod class;
 mod codec;
+mod dense;
+#[cfg(test)]
+mod dense_tests;
+mod densify;
 mod frames;
 mod granted;
 mod handle;
@@ -51,6 +56,10 @@ mod store;
 mod store_tests;
 
 pub use codec::{Codec, Encoded, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
+#[cfg(any(test, feature = "train"))]
+pub use dense::train;
+pub use dense::{Dense, DenseEncoder, MAX_DICTIONARY_BYTES, Slot};
+pub use densify::{Kept, Original};
 pub use frames::{FrameBlock, FrameBytes, FrameSource};
 pub use granted::{GrantedFrames, Owners, SetupError, cram_spec, sysram_spec};
 pub use handle::Fill;

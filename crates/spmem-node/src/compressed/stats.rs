@@ -4,6 +4,7 @@ use spmem_core::units::{Bytes, FrameCount, PAGE_SIZE};
 
 use super::block::Blocks;
 use super::codec::HEADER_BYTES;
+use super::dense::Encoding;
 
 /// What a store holds and what it loses, in bytes.
 ///
@@ -13,6 +14,8 @@ use super::codec::HEADER_BYTES;
 pub struct Stats {
     /// Pages stored as objects, in frames.
     pub object_pages: u64,
+    /// Of these, in the dense encoding.
+    pub dense_pages: u64,
     /// Pages stored as a value in their handle.
     pub same_filled_pages: u64,
     /// Compressed bytes of all objects.
@@ -27,7 +30,7 @@ pub struct Stats {
     pub free_slot: Bytes,
     /// Waste: empty blocks kept at hand.
     pub spare: Bytes,
-    /// Waste outside the frames: descriptions of blocks.
+    /// Waste outside the frames: descriptions of blocks, and what decoding takes.
     pub metadata: Bytes,
     /// Frames in use.
     pub frames_used: FrameCount,
@@ -48,12 +51,13 @@ impl Stats {
 }
 
 /// O(number of classes).
-pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals) -> Stats {
+pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals, decoder_bytes: usize) -> Stats {
     let mut stats = Stats {
         same_filled_pages: totals.same_filled_pages,
+        dense_pages: totals.dense_pages.iter().sum(),
         payload: Bytes(totals.payload_bytes),
         spare: Bytes(totals.spare_frames * PAGE_SIZE),
-        metadata: Bytes(blocks.metadata_bytes() as u64),
+        metadata: Bytes((blocks.metadata_bytes() + decoder_bytes) as u64),
         ..Stats::default()
     };
     let mut slot_bytes = 0;
@@ -74,10 +78,22 @@ pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals) -> Stats {
     stats
 }
 
+impl Totals {
+    /// How many objects are so encoded, of dense encodings.
+    pub(super) fn dense_mut(&mut self, encoding: Encoding) -> Option<&mut u64> {
+        match encoding {
+            Encoding::Lz4 => None,
+            Encoding::Dense(slot) => Some(&mut self.dense_pages[slot.map_or(0, |slot| 1 + slot.index())]),
+        }
+    }
+}
+
 /// The counts that are kept as pages come and go.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Totals {
     pub(super) same_filled_pages: u64,
+    /// Without a dictionary, and with that of each slot.
+    pub(super) dense_pages: [u64; 3],
     pub(super) payload_bytes: u64,
     pub(super) spare_frames: u64,
 }

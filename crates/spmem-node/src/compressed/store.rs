@@ -16,6 +16,7 @@ use spmem_core::units::{Bytes, FrameNumber, NodeId, Order};
 use super::block::{Blocks, Removed};
 use super::class::{CLASSES, MAX_SLOT, class_for, is_fine};
 use super::codec::{Codec, HEADER_BYTES, MAX_PAYLOAD_BYTES, Storable, Verified};
+use super::dense::{DenseDecoder, Encoding};
 use super::frames::{FrameBlock, FrameBytes, FrameSource};
 use super::handle::{Place, tag_of};
 use super::stats::{self, Stats, Totals};
@@ -32,21 +33,22 @@ const ADDRESSABLE: &str = "frames that a `FrameBytes` covers are within the addr
 
 /// A store of compressed pages on frames from `F`, whose bytes are in `M`.
 pub struct Store<F: FrameSource, M> {
-    frames: F,
-    memory: M,
-    codec: Codec,
-    blocks: Blocks<F::Block>,
+    pub(super) frames: F,
+    pub(super) memory: M,
+    pub(super) codec: Codec,
+    pub(super) blocks: Blocks<F::Block>,
     /// Oldest first, `None` behind the last.
     spares: [Option<F::Block>; MAX_SPARES],
-    totals: Totals,
+    pub(super) totals: Totals,
+    pub(super) dense: DenseDecoder,
 }
 
 /// An object found and its header read, nothing verified yet.
-struct Object<'a> {
+pub(super) struct Object<'a> {
     block: u32,
     slot: u8,
-    payload: &'a [u8],
-    checksum: u64,
+    pub(super) payload: &'a [u8],
+    pub(super) checksum: u64,
 }
 
 impl<F: FrameSource, M: FrameBytes> Store<F, M> {
@@ -61,6 +63,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             blocks: Blocks::new(),
             spares: [const { None }; MAX_SPARES],
             totals: Totals::default(),
+            dense: DenseDecoder::new(),
         }
     }
 
@@ -86,7 +89,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
 
     /// Where every byte is. O(number of size classes).
     pub fn stats(&self) -> Stats {
-        stats::collect(&self.blocks, &self.totals)
+        stats::collect(&self.blocks, &self.totals, self.dense.metadata_bytes())
     }
 
     /// Stores a page.
@@ -110,18 +113,32 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             return Err(full(self));
         };
         let Some(block) = self.block_with_room(class) else { return Err(full(self)) };
+        Ok(self.write(block, bytes, length, checksum, Encoding::Lz4))
+    }
+
+    /// Puts an object of `length` bytes into a block that has room.
+    pub(super) fn write(
+        &mut self,
+        block: u32,
+        bytes: &[u8],
+        length: u16,
+        checksum: u64,
+        encoding: Encoding,
+    ) -> Handle {
         let slot = self.blocks.take_slot(block, u32::from(length));
         self.totals.payload_bytes += u64::from(length);
-
+        if let Some(count) = self.totals.dense_mut(encoding) {
+            *count += 1;
+        }
         let (offset, _) = self.slot_range(block, slot).expect("the slot was taken just now");
         let object = self.memory.bytes_mut(offset, HEADER_BYTES + bytes.len());
         object[..2].copy_from_slice(&length.to_le_bytes());
         object[2..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
         object[HEADER_BYTES..].copy_from_slice(bytes);
-        Ok(Place::Object { block, slot, tag: tag_of(checksum) }.pack())
+        Place::Object { block, slot, tag: tag_of(checksum), encoding }.pack()
     }
 
-    /// Writes the stored page to `page`. Takes about 3 us.
+    /// Writes the stored page to `page`. Takes about 3 us, 10 if it is dense.
     ///
     /// # Errors
     /// [`Corrupt`] if what is stored is not what was stored (R20); `page` is then zeros.
@@ -131,9 +148,9 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
                 fill.expand(page);
                 Ok(())
             }
-            Some(Place::Object { block, slot, tag }) => self
+            Some(Place::Object { block, slot, tag, encoding }) => self
                 .object(block, slot, tag)
-                .and_then(|object| self.codec.decode(object.payload, object.checksum, page))
+                .and_then(|object| self.decode(&object, encoding, page))
                 .map_err(|damage| {
                     page.fill(0);
                     self.corrupt(handle, damage)
@@ -150,10 +167,10 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     pub fn same_as(&self, handle: Handle, page: &Page, readback: &mut Page) -> bool {
         match Place::unpack(handle) {
             Some(Place::Fill(fill)) => fill.is(page),
-            Some(Place::Object { block, slot, tag }) => {
+            Some(Place::Object { block, slot, tag, encoding }) => {
                 let Ok(object) = self.object(block, slot, tag) else { return false };
                 self.codec.checksum(page, object.payload) == object.checksum
-                    && self.codec.decode(object.payload, object.checksum, readback).is_ok()
+                    && self.decode(&object, encoding, readback).is_ok()
                     && readback == page
             }
             None => false,
@@ -166,18 +183,22 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     /// [`Corrupt`] if the handle does not name what is stored there; then nothing has changed: a
     /// damaged object keeps its place, so that the frame is not used again (R20).
     pub fn remove(&mut self, handle: Handle) -> Result<(), Corrupt> {
-        let (block, slot, length) = match Place::unpack(handle) {
+        let (block, slot, length, encoding) = match Place::unpack(handle) {
             Some(Place::Fill(_)) => {
                 self.totals.same_filled_pages = self.totals.same_filled_pages.saturating_sub(1);
                 return Ok(());
             }
-            Some(Place::Object { block, slot, tag }) => {
+            Some(Place::Object { block, slot, tag, encoding }) => {
                 let object = self.object(block, slot, tag).map_err(|damage| self.corrupt(handle, damage))?;
-                (object.block, object.slot, object.payload.len())
+                (object.block, object.slot, object.payload.len(), encoding)
             }
             None => return Err(self.corrupt(handle, Damage::UnknownHandle)),
         };
         self.give_up(block, slot, u32::try_from(length).expect(SHORT_PAYLOAD));
+        if let Some(count) = self.totals.dense_mut(encoding) {
+            // The handle says it, which is not in the store's memory: no damage there makes a dictionary seem unused.
+            *count = count.saturating_sub(1);
+        }
         Ok(())
     }
 
@@ -189,7 +210,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     /// # Errors
     /// [`Corrupt`] if the handle does not name what is stored there; then nothing has changed.
     pub fn relocate(&mut self, handle: Handle) -> Result<Option<Handle>, Corrupt> {
-        let Some(Place::Object { block, slot, tag }) = Place::unpack(handle) else { return Ok(None) };
+        let Some(Place::Object { block, slot, tag, encoding }) = Place::unpack(handle) else { return Ok(None) };
         let object = self.object(block, slot, tag).map_err(|damage| self.corrupt(handle, damage))?;
         let (length, bytes) = (object.payload.len(), HEADER_BYTES + object.payload.len());
         let Some(target) = self.fuller_block(block, bytes) else { return Ok(None) };
@@ -203,7 +224,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         }
         self.totals.payload_bytes += u64::from(length);
         self.give_up(block, slot, length);
-        Ok(Some(Place::Object { block: target, slot: new_slot, tag }.pack()))
+        Ok(Some(Place::Object { block: target, slot: new_slot, tag, encoding }.pack()))
     }
 
     /// Gives back the frames of all empty blocks that are kept at hand.
@@ -218,7 +239,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
 
     /// A block of the class, or failing that of a larger one, that has room: a page is refused only
     /// if no frame can be had and no slot takes it.
-    fn block_with_room(&mut self, class: u8) -> Option<u32> {
+    pub(super) fn block_with_room(&mut self, class: u8) -> Option<u32> {
         if let Some(block) = self.blocks.fullest(class) {
             return Some(block);
         }
@@ -243,7 +264,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     }
 
     /// The class itself, or the next coarse one while that is too small for finer steps to pay.
-    fn populous_class(&self, class: u8) -> u8 {
+    pub(super) fn populous_class(&self, class: u8) -> u8 {
         let mut populous = class;
         while is_fine(populous) && self.blocks.count_of(populous + 1) < FINE_FROM_BLOCKS {
             populous += 1;
@@ -332,15 +353,30 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         self.frames.free(frames);
     }
 
+    /// Checks and decodes.
+    pub(super) fn decode(&self, object: &Object<'_>, encoding: Encoding, page: &mut Page) -> Result<(), Damage> {
+        let Encoding::Dense(slot) = encoding else {
+            return self.codec.decode(object.payload, object.checksum, page);
+        };
+        self.dense.decode(&self.codec, object.payload, slot, page).and_then(|()| {
+            let found = self.codec.checksum(page, object.payload);
+            if found == object.checksum {
+                Ok(())
+            } else {
+                Err(Damage::Checksum { stored: object.checksum, found })
+            }
+        })
+    }
+
     /// Offset and size of a taken slot.
-    fn slot_range(&self, block: u32, slot: u8) -> Option<(usize, usize)> {
+    pub(super) fn slot_range(&self, block: u32, slot: u8) -> Option<(usize, usize)> {
         let block = self.blocks.get(block).filter(|block| block.is_taken(slot))?;
         let size = block.class().slot_bytes();
         let first = usize::try_from(block.frames()?.first_frame().offset().0).ok()?;
         Some((first + usize::from(slot) * size, size))
     }
 
-    fn object(&self, block: u32, slot: u8, tag: u16) -> Result<Object<'_>, Damage> {
+    pub(super) fn object(&self, block: u32, slot: u8, tag: u16) -> Result<Object<'_>, Damage> {
         let (offset, size) = self.slot_range(block, slot).ok_or(Damage::UnknownHandle)?;
         let (header, payload) =
             self.memory.bytes(offset, size).split_first_chunk::<HEADER_BYTES>().ok_or(Damage::UnknownHandle)?;
@@ -355,7 +391,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         Ok(Object { block, slot, payload, checksum })
     }
 
-    fn corrupt(&self, handle: Handle, damage: Damage) -> Corrupt {
+    pub(super) fn corrupt(&self, handle: Handle, damage: Damage) -> Corrupt {
         let frame = match Place::unpack(handle) {
             Some(Place::Object { block, slot, .. }) => self
                 .slot_range(block, slot)

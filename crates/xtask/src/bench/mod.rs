@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: speed, always as a ratio to something run beside it.
 
 mod access_rows;
+mod density;
 mod fits;
 mod frames;
 mod heat;
@@ -14,6 +15,8 @@ use clap::Subcommand;
 /// Which bench.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
+    /// What a page takes once it is cold: beside zram, on the memory of real programs (root).
+    Density(density::Options),
     /// A program that fits its budget: pairs of bare and managed runs.
     Fits(fits::Options),
     /// The frame allocator: beside others.
@@ -29,6 +32,7 @@ pub(crate) enum Bench {
 /// Runs it.
 pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
+        Bench::Density(options) => density::run(options),
         Bench::Fits(options) => fits::run(options),
         Bench::Frames(options) => frames::run(options),
         Bench::Heat(options) => heat::run(options),

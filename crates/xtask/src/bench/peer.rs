@@ -26,6 +26,55 @@ pub(crate) struct Zram {
     _device: Option<Undo>,
 }
 
+/// A device that pages are written to, without a file system or swap.
+pub(crate) struct ZramDisk {
+    sys: PathBuf,
+    device: PathBuf,
+    _reset: Undo,
+    _device: Option<Undo>,
+}
+
+impl ZramDisk {
+    /// Makes a device of `bytes` with lz4.
+    ///
+    /// # Errors
+    /// As [`Zram::new`].
+    pub(crate) fn new(bytes: u64) -> anyhow::Result<Self> {
+        ensure!(rustix::process::geteuid().is_root(), "a zram device needs root");
+        let (sys, device, reset, undo) = make_device(bytes)?;
+        Ok(Self { sys, device, _reset: reset, _device: undo })
+    }
+
+    /// The block device.
+    pub(crate) fn device(&self) -> &Path {
+        &self.device
+    }
+
+    /// What it holds now.
+    pub(crate) fn read_use(&self) -> anyhow::Result<ZramUse> {
+        read_use(&self.sys)
+    }
+}
+
+/// A device with lz4: its directory in /sys, its file, what resets it, and what removes it.
+fn make_device(bytes: u64) -> anyhow::Result<(PathBuf, PathBuf, Undo, Option<Undo>)> {
+    let (number, device_undo) = take_device()?;
+    let sys = PathBuf::from(format!("/sys/block/zram{number}"));
+    let reset = Undo::new(Step::WriteOne(sys.join("reset")));
+    write(&sys.join("comp_algorithm"), "lz4")?;
+    let chosen = read(&sys.join("comp_algorithm"))?;
+    ensure!(chosen.contains("[lz4]"), "this kernel's zram has no lz4: {}", chosen.trim());
+    write(&sys.join("disksize"), &bytes.to_string())?;
+    Ok((sys, PathBuf::from(format!("/dev/zram{number}")), reset, device_undo))
+}
+
+fn read_use(sys: &Path) -> anyhow::Result<ZramUse> {
+    let text = read(&sys.join("mm_stat"))?;
+    let words: Vec<u64> = text.split_ascii_whitespace().map_while(|word| word.parse().ok()).collect();
+    ensure!(words.len() >= 3, "mm_stat of zram is not what it was: {text}");
+    Ok(ZramUse { stored: words[0], used: words[2] })
+}
+
 /// What `mm_stat` says, bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct ZramUse {
@@ -43,14 +92,7 @@ impl Zram {
     pub(crate) fn new(bytes: u64) -> anyhow::Result<Self> {
         ensure!(rustix::process::geteuid().is_root(), "swap on zram and a memory cgroup need root");
         let (mkswap, swapon) = (packages::need("mkswap", "util-linux")?, packages::need("swapon", "mount")?);
-        let (number, device_undo) = take_device()?;
-        let sys = PathBuf::from(format!("/sys/block/zram{number}"));
-        let device = PathBuf::from(format!("/dev/zram{number}"));
-        let reset = Undo::new(Step::WriteOne(sys.join("reset")));
-        write(&sys.join("comp_algorithm"), "lz4")?;
-        let chosen = read(&sys.join("comp_algorithm"))?;
-        ensure!(chosen.contains("[lz4]"), "this kernel's zram has no lz4: {}", chosen.trim());
-        write(&sys.join("disksize"), &bytes.to_string())?;
+        let (sys, device, reset, device_undo) = make_device(bytes)?;
         run(&mkswap, &[device.as_os_str()])?;
         let swap = Undo::new(Step::Swapoff(device.clone()));
         run(&swapon, &["--priority".as_ref(), "32767".as_ref(), device.as_os_str()])?;
@@ -59,10 +101,7 @@ impl Zram {
 
     /// What it holds now.
     pub(crate) fn read_use(&self) -> anyhow::Result<ZramUse> {
-        let text = read(&self.sys.join("mm_stat"))?;
-        let words: Vec<u64> = text.split_ascii_whitespace().map_while(|word| word.parse().ok()).collect();
-        ensure!(words.len() >= 3, "mm_stat of zram is not what it was: {text}");
-        Ok(ZramUse { stored: words[0], used: words[2] })
+        read_use(&self.sys)
     }
 }
 

@@ -107,6 +107,13 @@ impl Outcome {
     }
 }
 
+/// Runs one program of the list bare, with all its data.
+pub(crate) fn run_bare(bed: &Bed, name: &str) -> anyhow::Result<()> {
+    let workload = WORKLOADS.iter().find(|workload| workload.name == name);
+    let workload = workload.ok_or_else(|| anyhow::anyhow!("there is no workload called {name}"))?;
+    (workload.run)(bed, &Side::Bare, Scale::Full).map(|_| ())
+}
+
 /// Runs it.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let unknown = options.names.iter().find(|name| WORKLOADS.iter().all(|workload| workload.name != *name));

@@ -1,0 +1,307 @@
+//! Density: which stored pages are worth a denser encoding, when, and whether a dictionary pays.
+//!
+//! A hand goes round the pages that are away ([`Rounds`]); a page that it has met so often without its having come back is
+//! cold ([`Stay`], [`on_round`]). Cold pages go in batches with a rest between them, so that this work takes a few
+//! hundredths of a processor at most. [`Dictionaries`] says page by page how to encode and learns from what it came to.
+//! [`compacts`] says when the room that is lost in half-empty blocks is worth moving pages for.
+//!
+//! Pure: the caller has the clock. Called by the runtime's monitor and by the thread of `spm` that encodes densely.
+
+use crate::units::Bytes;
+
+/// Pages of a batch: it is encoded in a millisecond or two.
+pub const DENSE_PAGES: usize = 16;
+/// A process spends about 20 us on a page that is encoded anew: of these, so much rest after a batch makes a fiftieth ...
+const REST_NS: u64 = 16_000_000;
+/// ... and a twenty-fifth where it has nothing else to do.
+const REST_IDLE_NS: u64 = 8_000_000;
+/// Entries that the hand looks at between two rests.
+pub const LOOK_ENTRIES: usize = 1024;
+/// A round of the hand takes no less, ns.
+const ROUND_NS: u64 = 3_000_000_000;
+/// Rounds that find a page stored before it is cold: it has been away for 6 s at least, mostly for 8.
+const COLD_ROUNDS: u8 = 2;
+
+/// In how many rounds the hand has met a page where it is now. Two bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stay(u8);
+
+impl Stay {
+    /// It came a moment ago.
+    pub const NEW: Self = Self(0);
+    /// It was tried and stays as it is.
+    pub const FOR_GOOD: Self = Self(3);
+
+    /// The stay in the low two bits of `bits`.
+    pub const fn from_bits(bits: u8) -> Self {
+        Self(bits & 3)
+    }
+
+    /// As two bits.
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+}
+
+/// What the hand does with a stored page that it meets: `Ok` if it is cold, else what to remember.
+///
+/// ```
+/// use spmem_core::reclaim::{Stay, on_round};
+/// let (mut stay, mut rounds) = (Stay::NEW, 1);
+/// while let Err(next) = on_round(stay) {
+///     (stay, rounds) = (next, rounds + 1);
+/// }
+/// assert_eq!(rounds, 3);
+/// assert_eq!(on_round(Stay::FOR_GOOD), Err(Stay::FOR_GOOD));
+/// ```
+pub const fn on_round(stay: Stay) -> Result<(), Stay> {
+    match stay.0 {
+        COLD_ROUNDS => Ok(()),
+        3 => Err(stay),
+        rounds => Err(Stay(rounds + 1)),
+    }
+}
+
+/// The pace of the hand.
+#[derive(Clone, Debug, Default)]
+pub struct Rounds {
+    next_ns: u64,
+    round_ns: u64,
+}
+
+impl Rounds {
+    /// Whether the hand may look further now.
+    pub const fn may_look(&self, now_ns: u64) -> bool {
+        now_ns >= self.next_ns
+    }
+
+    /// It has looked, or a batch came back. `is_busy`: the process has pages to evict.
+    pub const fn note_looked(&mut self, now_ns: u64, is_busy: bool) {
+        self.next_ns = now_ns.saturating_add(if is_busy { REST_NS } else { REST_IDLE_NS });
+    }
+
+    /// It has come round: it begins the next one no sooner than a round takes.
+    pub const fn note_round(&mut self, now_ns: u64) {
+        let due = self.round_ns.saturating_add(ROUND_NS);
+        self.next_ns = if due > now_ns { due } else { now_ns };
+        self.round_ns = self.next_ns;
+    }
+
+    /// How long until it may look, ns.
+    pub const fn rest_ns(&self, now_ns: u64) -> u64 {
+        self.next_ns.saturating_sub(now_ns)
+    }
+}
+
+/// Whether so much room in blocks that have other pages is worth moving pages for: more than a sixteenth of the frames.
+///
+/// ```
+/// use spmem_core::{reclaim::compacts, units::Bytes};
+/// assert!(!compacts(Bytes::mib(1), Bytes::mib(16)) && compacts(Bytes::mib(2), Bytes::mib(16)));
+/// assert!(!compacts(Bytes(65536), Bytes(131072)), "a few half-filled blocks are always there");
+/// ```
+pub const fn compacts(free_slots: Bytes, used: Bytes) -> bool {
+    free_slots.0 > used.0 / 16 && free_slots.0 > Bytes::mib(1).0
+}
+
+/// Pages that a dictionary is made from.
+pub const SAMPLE_PAGES: u32 = 128;
+/// Pages encoded both ways before it is judged.
+const TRIALS: u32 = 32;
+/// Once it has paid, one page of so many is encoded both ways.
+const TRIAL_EVERY: u32 = 16;
+/// It pays if it makes pages smaller by this part: one in so many.
+const WORTH_PART: u64 = 32;
+/// Pages without one after one that does not pay, at first; each failure doubles it.
+const REST_PAGES: u32 = 1024;
+const REST_PAGES_MAX: u32 = 1 << 20;
+
+/// How to encode a page densely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Without a dictionary.
+    Plain,
+    /// Without one, and it is a sample for the next.
+    Sample,
+    /// As `Sample`, and now the dictionary is to be made ([`Dictionaries::note_made`]).
+    Train,
+    /// With the dictionary.
+    With,
+    /// Both ways ([`Dictionaries::note_trial`]); the smaller one is kept.
+    Both,
+}
+
+/// When to make a dictionary and when to give it up. One process's.
+#[derive(Clone, Debug)]
+pub struct Dictionaries {
+    phase: Phase,
+    /// Of this phase.
+    pages: u32,
+    trials: u32,
+    plain_bytes: u64,
+    with_bytes: u64,
+    /// It has paid at least once.
+    is_proven: bool,
+    rest_pages: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Gather,
+    Use,
+    Rest,
+}
+
+impl Default for Dictionaries {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Dictionaries {
+    /// None was made yet.
+    pub const fn new() -> Self {
+        Self {
+            phase: Phase::Gather,
+            pages: 0,
+            trials: 0,
+            plain_bytes: 0,
+            with_bytes: 0,
+            is_proven: false,
+            rest_pages: REST_PAGES,
+        }
+    }
+
+    /// How to encode the next page. `has_room`: a further dictionary could be kept.
+    pub fn next(&mut self, has_room: bool) -> Way {
+        match self.phase {
+            Phase::Gather if !has_room => Way::Plain,
+            Phase::Gather => {
+                self.pages += 1;
+                if self.pages < SAMPLE_PAGES { Way::Sample } else { Way::Train }
+            }
+            Phase::Use => {
+                self.pages = self.pages.wrapping_add(1);
+                if !self.is_proven || self.pages.is_multiple_of(TRIAL_EVERY) { Way::Both } else { Way::With }
+            }
+            Phase::Rest => {
+                self.pages += 1;
+                if self.pages >= self.rest_pages {
+                    self.enter(Phase::Gather);
+                }
+                Way::Plain
+            }
+        }
+    }
+
+    /// Whether a dictionary could be made of the samples.
+    pub fn note_made(&mut self, is_made: bool) {
+        if is_made {
+            self.is_proven = false;
+            self.enter(Phase::Use);
+        } else {
+            self.give_up();
+        }
+    }
+
+    /// What a page came to both ways, bytes.
+    pub fn note_trial(&mut self, plain_bytes: usize, with_bytes: usize) {
+        self.trials += 1;
+        self.plain_bytes += plain_bytes as u64;
+        self.with_bytes += with_bytes as u64;
+        if self.trials < TRIALS {
+            return;
+        }
+        let pays = self.with_bytes + self.plain_bytes / WORTH_PART <= self.plain_bytes;
+        (self.trials, self.plain_bytes, self.with_bytes) = (0, 0, 0);
+        if !pays {
+            if self.is_proven {
+                // It paid for a while, so another one will.
+                self.enter(Phase::Gather);
+            } else {
+                self.give_up();
+            }
+        } else if !self.is_proven {
+            self.is_proven = true;
+            self.rest_pages = REST_PAGES;
+        }
+    }
+
+    fn give_up(&mut self) {
+        self.rest_pages = (self.rest_pages * 2).min(REST_PAGES_MAX);
+        self.enter(Phase::Rest);
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        (self.pages, self.trials, self.plain_bytes, self.with_bytes) = (0, 0, 0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Drives it for so many pages, of each of which `lengths` says what it comes to; how often each way was taken.
+    fn drive(dictionaries: &mut Dictionaries, pages: u32, lengths: (usize, usize)) -> [u32; 5] {
+        let mut ways = [0; 5];
+        for _ in 0..pages {
+            let way = dictionaries.next(true);
+            ways[way as usize] += 1;
+            match way {
+                Way::Train => dictionaries.note_made(true),
+                Way::Both => dictionaries.note_trial(lengths.0, lengths.1),
+                _ => {}
+            }
+        }
+        ways
+    }
+
+    #[test]
+    fn a_dictionary_that_pays_is_used_and_one_page_of_sixteen_tries_both() {
+        let mut dictionaries = Dictionaries::new();
+        let ways = drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 900));
+        assert_eq!(ways, [0, SAMPLE_PAGES - 1, 1, 0, TRIALS]);
+        let ways = drive(&mut dictionaries, 1600, (1000, 900));
+        assert_eq!((ways[Way::Both as usize], ways[Way::With as usize]), (100, 1500));
+    }
+
+    #[test]
+    fn one_that_stops_paying_is_made_anew_and_one_that_never_paid_rests_longer_each_time() {
+        let mut dictionaries = Dictionaries::new();
+        drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 900));
+        let ways = drive(&mut dictionaries, TRIALS * TRIAL_EVERY + SAMPLE_PAGES, (1000, 990));
+        assert!(ways[Way::Sample as usize] > 0, "samples are gathered again: {ways:?}");
+
+        let mut dictionaries = Dictionaries::new();
+        let mut rests = [0; 3];
+        for rest in &mut rests {
+            drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 1000));
+            while dictionaries.phase == Phase::Rest {
+                assert_eq!(dictionaries.next(true), Way::Plain);
+                *rest += 1;
+            }
+        }
+        assert_eq!(rests, [2048, 4096, 8192]);
+    }
+
+    #[test]
+    fn without_room_for_another_none_is_made() {
+        let mut dictionaries = Dictionaries::new();
+        assert!((0..10_000).all(|_| dictionaries.next(false) == Way::Plain));
+    }
+
+    #[test]
+    fn the_hand_rests_between_looks_and_a_round_takes_its_time() {
+        let mut rounds = Rounds::default();
+        assert!(rounds.may_look(0));
+        rounds.note_looked(0, true);
+        assert!(!rounds.may_look(REST_NS - 1) && rounds.may_look(REST_NS));
+        rounds.note_round(1000);
+        assert_eq!(rounds.rest_ns(1000), ROUND_NS - 1000);
+        rounds.note_round(10 * ROUND_NS);
+        assert_eq!(rounds.rest_ns(10 * ROUND_NS), 0, "a round that took long enough is followed by the next");
+        rounds.note_round(10 * ROUND_NS + 1);
+        assert_eq!(rounds.rest_ns(10 * ROUND_NS + 1), ROUND_NS - 1);
+    }
+}

@@ -1,0 +1,222 @@
+//! The dense encoding: zstd, with or without a dictionary, for pages that are stored already and stay cold.
+//!
+//! [`DenseEncoder`] encodes, anywhere; the store takes the result for a page that it has
+//! ([`super::Store::densify`]) once [`DenseDecoder`], its own, has made the same page of it. A dictionary has one of two
+//! [`Slot`]s, so that a new one can be used while pages still need the old one.
+//!
+//! An encoding is a zstd frame without magic and sizes, and [`CHECK_BYTES`] of xxh3 over it: the decoder, which is C, is
+//! run on bytes that an encoder made, not on what damage made of them. The page's own checksum is [`Codec`]'s.
+//!
+//! Takes no lock. The decoder's memory is there before it is needed: decoding allocates nothing, as a fork may be under
+//! way.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use core::cell::Cell;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+use zstd_safe::{CCtx, CParameter, DCtx, DDict, DParameter, FrameFormat};
+
+use super::codec::Codec;
+use crate::backend::{Damage, PAGE_BYTES, Page};
+
+/// The check at the end of an encoding.
+const CHECK_BYTES: usize = 4;
+/// Longest dictionary: more of it makes pages hardly smaller, and each process has a digest of it (ADR 19).
+pub const MAX_DICTIONARY_BYTES: usize = 4096;
+/// Higher ones give a percent for several times the time.
+const LEVEL: i32 = 1;
+/// What a page cannot come to: zstd's bound for one is 4096 + 80 bytes.
+const OUT_BYTES: usize = PAGE_BYTES + 256;
+
+/// One of the two dictionaries that can be in use at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// The first.
+    A,
+    /// The other.
+    B,
+}
+
+impl Slot {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::A, Self::B];
+
+    pub(super) const fn index(self) -> usize {
+        match self {
+            Self::A => 0,
+            Self::B => 1,
+        }
+    }
+}
+
+/// How an object's payload is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encoding {
+    Lz4,
+    Dense(Option<Slot>),
+}
+
+/// A page in the dense encoding, not compared with anything yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Dense<'a> {
+    /// The frame and its check.
+    pub bytes: &'a [u8],
+    /// The dictionary that it needs.
+    pub slot: Option<Slot>,
+}
+
+/// Makes dense encodings. About 0.7 MiB of heap for each dictionary and for none.
+pub struct DenseEncoder {
+    seed: u64,
+    plain: CCtx<'static>,
+    with: [Option<CCtx<'static>>; 2],
+    out: Box<[u8]>,
+}
+
+impl DenseEncoder {
+    /// An encoder for the stores with that codec.
+    #[must_use]
+    pub fn new(codec: &Codec) -> Self {
+        Self {
+            seed: codec.seed(),
+            plain: context(),
+            with: [None, None],
+            out: vec![0; OUT_BYTES].into_boxed_slice(),
+        }
+    }
+
+    /// From now on `slot` means this dictionary; whether zstd takes it.
+    pub fn set_dictionary(&mut self, slot: Slot, bytes: &[u8]) -> bool {
+        let mut with = context();
+        let is_taken = with.load_dictionary(bytes).is_ok();
+        self.with[slot.index()] = is_taken.then_some(with);
+        is_taken
+    }
+
+    /// Encodes `page`; `None` if it needs a dictionary that is not there, or comes to more than a page.
+    pub fn encode(&mut self, page: &Page, slot: Option<Slot>) -> Option<Dense<'_>> {
+        let context = match slot {
+            None => &mut self.plain,
+            Some(slot) => self.with[slot.index()].as_mut()?,
+        };
+        let room = self.out.len() - CHECK_BYTES;
+        let len = context.compress2(&mut self.out[..room], page).ok()?;
+        let check = check_of(&self.out[..len], self.seed);
+        self.out[len..len + CHECK_BYTES].copy_from_slice(&check);
+        (len + CHECK_BYTES <= PAGE_BYTES).then_some(Dense { bytes: &self.out[..len + CHECK_BYTES], slot })
+    }
+}
+
+fn context() -> CCtx<'static> {
+    let mut context = CCtx::create();
+    let parameters = [
+        CParameter::CompressionLevel(LEVEL),
+        // What a frame would say of itself is known: 4096 bytes, this codec, a checksum of ours.
+        CParameter::Format(FrameFormat::Magicless),
+        CParameter::ContentSizeFlag(false),
+        CParameter::ChecksumFlag(false),
+        CParameter::DictIdFlag(false),
+    ];
+    for parameter in parameters {
+        context.set_parameter(parameter).expect("zstd knows its own parameters");
+    }
+    context
+}
+
+fn check_of(frame: &[u8], seed: u64) -> [u8; CHECK_BYTES] {
+    let [a, b, c, d, ..] = xxh3_64_with_seed(frame, seed).to_le_bytes();
+    [a, b, c, d]
+}
+
+/// What a store needs to read dense encodings: about 130 KiB, once there is one, and 31 KiB for each dictionary.
+pub(super) struct DenseDecoder {
+    /// Taken while it works.
+    context: Cell<Option<DCtx<'static>>>,
+    dictionaries: [Option<DDict<'static>>; 2],
+    bytes: usize,
+}
+
+impl DenseDecoder {
+    pub(super) const fn new() -> Self {
+        Self { context: Cell::new(None), dictionaries: [None, None], bytes: 0 }
+    }
+
+    /// Heap that it takes.
+    pub(super) fn metadata_bytes(&self) -> usize {
+        self.bytes + self.dictionaries.iter().flatten().map(DDict::sizeof).sum::<usize>()
+    }
+
+    /// Gets ready; whether there is memory for it.
+    pub(super) fn prepare(&mut self) -> bool {
+        if self.context.get_mut().is_none() {
+            *self.context.get_mut() = Self::make();
+        }
+        self.bytes = self.context.get_mut().as_ref().map_or(0, DCtx::sizeof);
+        self.bytes > 0
+    }
+
+    /// In a forked child: the parent may have been decoding, in memory that is torn now. It is left as it is.
+    pub(super) fn renew(&mut self) {
+        if self.bytes > 0 {
+            core::mem::forget(self.context.take());
+            self.prepare();
+        }
+    }
+
+    /// As a fork in the middle of a decoding leaves it.
+    #[cfg(test)]
+    pub(super) fn lose_context(&self) {
+        core::mem::forget(self.context.take());
+    }
+
+    fn make() -> Option<DCtx<'static>> {
+        let mut context = DCtx::try_create()?;
+        context.set_parameter(DParameter::Format(FrameFormat::Magicless)).ok()?;
+        Some(context)
+    }
+
+    /// From now on `slot` means this dictionary: no object may need another. Whether zstd and memory allow it.
+    pub(super) fn set_dictionary(&mut self, slot: Slot, bytes: &[u8]) -> bool {
+        let digest = DDict::try_create(bytes);
+        let is_made = digest.is_some();
+        self.dictionaries[slot.index()] = digest;
+        is_made
+    }
+
+    /// Writes the page that `payload` encodes; it is anything after an error.
+    pub(super) fn decode(
+        &self,
+        codec: &Codec,
+        payload: &[u8],
+        slot: Option<Slot>,
+        page: &mut Page,
+    ) -> Result<(), Damage> {
+        let (frame, check) = payload.split_last_chunk().ok_or(Damage::Undecodable { decoded: None })?;
+        let found = check_of(frame, codec.seed());
+        if found != *check {
+            let word = |bytes: &[u8; CHECK_BYTES]| u64::from(u32::from_le_bytes(*bytes));
+            return Err(Damage::Checksum { stored: word(check), found: word(&found) });
+        }
+        let mut context = self.context.take().ok_or(Damage::Undecodable { decoded: None })?;
+        let decoded = match slot {
+            None => context.decompress(&mut page[..], frame).ok(),
+            Some(slot) => self.dictionaries[slot.index()]
+                .as_ref()
+                .and_then(|dictionary| context.decompress_using_ddict(&mut page[..], frame, dictionary).ok()),
+        };
+        self.context.set(Some(context));
+        if decoded == Some(PAGE_BYTES) { Ok(()) } else { Err(Damage::Undecodable { decoded }) }
+    }
+}
+
+/// A dictionary for pages like these; `None` if zstd finds nothing that they have in common.
+#[cfg(any(test, feature = "train"))]
+#[must_use]
+pub fn train(pages: &[Page]) -> Option<Box<[u8]>> {
+    let mut dictionary = vec![0; MAX_DICTIONARY_BYTES];
+    let sizes = vec![PAGE_BYTES; pages.len()];
+    let len = zstd_safe::train_from_buffer(&mut dictionary[..], pages.as_flattened(), &sizes).ok()?;
+    dictionary.truncate(len);
+    Some(dictionary.into_boxed_slice())
+}

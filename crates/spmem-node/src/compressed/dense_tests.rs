@@ -1,0 +1,285 @@
+//! Claims about recompression: whatever goes wrong, a page is what it was or its loss is said.
+
+use std::boxed::Box;
+use std::vec::Vec;
+
+use super::dense::{Dense, DenseEncoder, Slot, train};
+use super::densify::Kept;
+use super::store::Store;
+use super::{Codec, FrameBytes, HEADER_BYTES};
+use crate::backend::{Handle, PAGE_BYTES, Page, Stage};
+use crate::conformance::page_with_noise;
+use crate::testing::{FirstFit, Ram};
+
+type TestStore = Store<FirstFit, Ram>;
+const SEED: u64 = 0x5eed;
+
+fn new_store(frames: usize) -> TestStore {
+    Store::new(FirstFit::new(frames), Ram::new(frames), SEED)
+}
+
+/// A page of records that have much in common, and of which no two are equal.
+fn record_page(number: u64) -> Page {
+    let mut page = [0; PAGE_BYTES];
+    let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for (index, record) in page.chunks_exact_mut(64).enumerate() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        record[..16].copy_from_slice(b"{\"city\":\"Ravenna");
+        record[16..24].copy_from_slice(&(number * 64 + index as u64).to_le_bytes());
+        record[24..32].copy_from_slice(&state.to_le_bytes());
+        record[40..52].copy_from_slice(b"\",\"visits\":0");
+    }
+    page
+}
+
+fn dictionary() -> Box<[u8]> {
+    let pages: Vec<Page> = (0..128).map(|number| record_page(1000 + number)).collect();
+    train(&pages).expect("records have much in common")
+}
+
+/// Pages in a store, and an encoder for it; both know the dictionary as A and as B.
+fn filled(pages: &[Page], frames: usize) -> (TestStore, Vec<Handle>, DenseEncoder) {
+    let mut store = new_store(frames);
+    let mut encoder = DenseEncoder::new(&store.codec());
+    for slot in Slot::ALL {
+        assert!(store.set_dictionary(slot, &dictionary()) && encoder.set_dictionary(slot, &dictionary()));
+    }
+    let mut workspace = store.codec().workspace();
+    let handles = pages
+        .iter()
+        .map(|page| store.insert(&store.codec().stage(page, &mut workspace).unwrap()).unwrap())
+        .collect();
+    (store, handles, encoder)
+}
+
+fn densify(
+    store: &mut TestStore,
+    handle: Handle,
+    encoder: &mut DenseEncoder,
+    slot: Option<Slot>,
+) -> Result<Handle, Kept> {
+    let mut page = [0; PAGE_BYTES];
+    let original = store.original(handle).expect("it is in the first encoding");
+    assert!(original.read(&store.codec(), &mut page));
+    let label = original.label;
+    store.densify(handle, label, &encoder.encode(&page, slot).expect("it compresses"))
+}
+
+fn assert_holds(store: &TestStore, handle: Handle, page: &Page) {
+    let (mut out, mut readback) = ([0x5a; PAGE_BYTES], [0; PAGE_BYTES]);
+    store.load(handle, &mut out).unwrap();
+    assert_eq!(out, *page);
+    assert!(store.same_as(handle, page, &mut readback));
+}
+
+fn offset_of(store: &TestStore, handle: Handle) -> usize {
+    let Some(super::handle::Place::Object { block, slot, .. }) = super::handle::Place::unpack(handle) else {
+        panic!("an object")
+    };
+    store.slot_range(block, slot).unwrap().0
+}
+
+#[test]
+fn every_byte_survives_recompression_with_and_without_a_dictionary() {
+    let pages: Vec<Page> =
+        (0..300).map(|i| if i % 3 == 0 { page_with_noise(i, 40) } else { record_page(i) }).collect();
+    let (mut store, mut handles, mut encoder) = filled(&pages, 600);
+    let before = store.stats();
+    for (index, handle) in handles.iter_mut().enumerate() {
+        let slot = [None, Some(Slot::A), Some(Slot::B)][index / 3 % 3];
+        match densify(&mut store, *handle, &mut encoder, slot) {
+            Ok(dense) => *handle = dense,
+            Err(kept) => assert_eq!((kept, index % 3), (Kept::NoGain, 0), "noise may not get smaller, records do"),
+        }
+    }
+    for (handle, page) in handles.iter().zip(&pages) {
+        assert_holds(&store, *handle, page);
+    }
+    let after = store.stats();
+    assert!(after.dense_pages >= 200 && after.object_pages == before.object_pages);
+    assert!(after.payload < before.payload);
+    for handle in &mut handles {
+        *handle = store.relocate(*handle).unwrap().unwrap_or(*handle);
+    }
+    for (handle, page) in handles.iter().zip(&pages) {
+        assert_holds(&store, *handle, page);
+        store.remove(*handle).unwrap();
+    }
+    let empty = store.stats();
+    assert_eq!((empty.object_pages, empty.dense_pages, empty.payload.0), (0, 0, 0));
+    assert_eq!(Slot::ALL.map(|slot| store.dictionary_pages(slot)), [0, 0]);
+}
+
+#[test]
+fn every_flipped_bit_of_a_dense_object_is_found() {
+    let page = record_page(5);
+    for slot in [None, Some(Slot::A)] {
+        let (mut store, handles, mut encoder) = filled(&[page], 64);
+        let handle = densify(&mut store, handles[0], &mut encoder, slot).unwrap();
+        let offset = offset_of(&store, handle);
+        let len = HEADER_BYTES + usize::try_from(store.stats().payload.0).unwrap();
+        for bit in 0..len * 8 {
+            store.memory_mut().bytes_mut(offset + bit / 8, 1)[0] ^= 1 << (bit % 8);
+            let mut out = [0x5a; PAGE_BYTES];
+            assert!(store.load(handle, &mut out).is_err(), "bit {bit}");
+            assert_eq!(out, [0; PAGE_BYTES], "nothing is handed out with an error");
+            store.memory_mut().bytes_mut(offset + bit / 8, 1)[0] ^= 1 << (bit % 8);
+        }
+        assert_holds(&store, handle, &page);
+    }
+}
+
+#[test]
+fn what_the_check_does_not_see_the_pages_checksum_does() {
+    let (page, other) = (record_page(5), record_page(6));
+    let (mut store, handles, mut encoder) = filled(&[page], 64);
+    let handle = densify(&mut store, handles[0], &mut encoder, None).unwrap();
+    // A whole encoding, check and all, of another page, as long or shorter.
+    let forged = encoder.encode(&other, None).unwrap().bytes.to_vec();
+    let offset = offset_of(&store, handle);
+    let length = u16::try_from(forged.len()).unwrap().to_le_bytes();
+    store.memory_mut().bytes_mut(offset, 2).copy_from_slice(&length);
+    store.memory_mut().bytes_mut(offset + HEADER_BYTES, forged.len()).copy_from_slice(&forged);
+    let mut out = [0x5a; PAGE_BYTES];
+    assert!(store.load(handle, &mut out).is_err() && out == [0; PAGE_BYTES]);
+}
+
+#[test]
+fn a_damaged_dictionary_gives_no_wrong_byte() {
+    let pages: Vec<Page> = (0..32).map(record_page).collect();
+    let (mut store, handles, mut encoder) = filled(&pages, 200);
+    let handles: Vec<Handle> =
+        handles.iter().map(|handle| densify(&mut store, *handle, &mut encoder, Some(Slot::A)).unwrap()).collect();
+    let (mut lost, good) = (0, dictionary());
+    for at in (0..good.len()).step_by(7) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        store.dense.set_dictionary(Slot::A, &bad);
+        for (handle, page) in handles.iter().zip(&pages) {
+            let mut out = [0x5a; PAGE_BYTES];
+            match store.load(*handle, &mut out) {
+                Ok(()) => assert_eq!(out, *page, "byte {at}"),
+                Err(_) => {
+                    assert_eq!(out, [0; PAGE_BYTES]);
+                    lost += 1;
+                }
+            }
+        }
+    }
+    assert!(lost > 0, "pages need the dictionary");
+    assert!(store.dense.set_dictionary(Slot::A, &good));
+    for (handle, page) in handles.iter().zip(&pages) {
+        assert_holds(&store, *handle, page);
+    }
+}
+
+#[test]
+fn an_encoding_that_does_not_read_back_leaves_the_old_one() {
+    let (page, other) = (record_page(1), record_page(2));
+    let (mut store, handles, mut encoder) = filled(&[page], 64);
+    let label = store.original(handles[0]).unwrap().label;
+    let good = encoder.encode(&page, Some(Slot::A)).unwrap().bytes.to_vec();
+    let wrong = encoder.encode(&other, None).unwrap().bytes.to_vec();
+    let before = store.stats();
+    for (bytes, slot) in [(&wrong, None), (&good, None), (&Vec::new(), None)] {
+        let result = store.densify(handles[0], label, &Dense { bytes, slot });
+        assert_eq!(result.unwrap_err(), Kept::NotReproduced);
+    }
+    for bit in 0..good.len() * 8 {
+        let mut flipped = good.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        let result = store.densify(handles[0], label, &Dense { bytes: &flipped, slot: Some(Slot::A) });
+        assert_eq!(result.unwrap_err(), Kept::NotReproduced, "bit {bit}");
+    }
+    assert_eq!(store.stats(), before);
+    assert_holds(&store, handles[0], &page);
+}
+
+#[test]
+fn a_page_that_changed_meanwhile_is_not_replaced() {
+    let (page, other) = (record_page(1), record_page(2));
+    let (mut store, handles, mut encoder) = filled(&[page], 64);
+    let label = store.original(handles[0]).unwrap().label;
+    store.remove(handles[0]).unwrap();
+    let bytes = encoder.encode(&page, None).unwrap().bytes.to_vec();
+    let dense = Dense { bytes: &bytes, slot: None };
+    assert_eq!(store.densify(handles[0], label, &dense).unwrap_err(), Kept::Changed);
+    let mut workspace = store.codec().workspace();
+    let taken = store.insert(&store.codec().stage(&other, &mut workspace).unwrap()).unwrap();
+    assert_eq!(store.densify(taken, label, &dense).unwrap_err(), Kept::Changed);
+    assert_holds(&store, taken, &other);
+}
+
+#[test]
+fn a_damaged_page_keeps_its_place_and_is_not_taken_for_good() {
+    let page = record_page(1);
+    let (mut store, handles, mut encoder) = filled(&[page], 64);
+    let label = store.original(handles[0]).unwrap().label;
+    let bytes = encoder.encode(&page, None).unwrap().bytes.to_vec();
+    let offset = offset_of(&store, handles[0]) + HEADER_BYTES + 20;
+    store.memory_mut().bytes_mut(offset, 1)[0] ^= 4;
+    let before = store.stats();
+    let result = store.densify(handles[0], label, &Dense { bytes: &bytes, slot: None });
+    assert!(matches!(result, Err(Kept::Corrupt(_))));
+    assert_eq!(store.stats(), before);
+}
+
+#[test]
+fn a_full_store_keeps_what_it_has() {
+    let pages: Vec<Page> = (0..60).map(record_page).collect();
+    let mut store = new_store(8);
+    let mut workspace = store.codec().workspace();
+    let mut handles = Vec::new();
+    for page in &pages {
+        match store.insert(&store.codec().stage(page, &mut workspace).unwrap()) {
+            Ok(handle) => handles.push(handle),
+            Err(_) => break,
+        }
+    }
+    assert!(handles.len() < pages.len(), "it is full");
+    let mut encoder = DenseEncoder::new(&store.codec());
+    let mut results = Vec::new();
+    for handle in &mut handles {
+        let result = densify(&mut store, *handle, &mut encoder, None);
+        *handle = result.unwrap_or(*handle);
+        results.push(result.err());
+    }
+    assert!(results.contains(&Some(Kept::NoRoom)));
+    for (handle, page) in handles.iter().zip(&pages) {
+        assert_holds(&store, *handle, page);
+    }
+}
+
+#[test]
+fn a_dictionary_is_not_replaced_while_a_page_needs_it() {
+    let pages = [record_page(1), record_page(2)];
+    let (mut store, handles, mut encoder) = filled(&pages, 64);
+    let dense = densify(&mut store, handles[0], &mut encoder, Some(Slot::A)).unwrap();
+    assert_eq!(store.dictionary_pages(Slot::A), 1);
+    assert!(!store.set_dictionary(Slot::A, &dictionary()));
+    assert!(store.set_dictionary(Slot::B, &dictionary()));
+    assert_holds(&store, dense, &pages[0]);
+    store.remove(dense).unwrap();
+    assert!(store.set_dictionary(Slot::A, &dictionary()));
+}
+
+#[test]
+fn a_child_forked_while_a_page_was_decoded_can_decode() {
+    let page = record_page(1);
+    let (mut store, handles, mut encoder) = filled(&[page], 64);
+    let dense = densify(&mut store, handles[0], &mut encoder, Some(Slot::B)).unwrap();
+    store.dense.lose_context();
+    let mut out = [0x5a; PAGE_BYTES];
+    assert!(store.load(dense, &mut out).is_err() && out == [0; PAGE_BYTES], "a refusal, not a wrong page");
+    store.settle_after_fork();
+    assert_holds(&store, dense, &page);
+}
+
+#[test]
+fn an_encoder_of_another_seed_is_refused() {
+    let page = record_page(1);
+    let (mut store, handles, _) = filled(&[page], 64);
+    let mut foreign = DenseEncoder::new(&Codec::new(SEED + 1));
+    assert_eq!(densify(&mut store, handles[0], &mut foreign, None).unwrap_err(), Kept::NotReproduced);
+    assert_holds(&store, handles[0], &page);
+}

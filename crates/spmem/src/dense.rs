@@ -1,0 +1,544 @@
+//! Density: pages that stay cold on node 1 are encoded once more, smaller, by a thread of `spm` that runs while nobody else
+//! wants its processor; blocks of the store that ran half empty are emptied.
+//!
+//! The monitor's [`Densifier`] goes round the table at a pace of `spmem_core::reclaim`'s, copies the encodings of cold pages
+//! into its lane of the exchange, and puts what comes back in their place ([`spmem_node::compressed::Store::densify`]): under the space's lock, one
+//! page at a time, after the store has read both and compared them. So nothing depends on what `spm` sends: an answer that
+//! is wrong, late, or about a page that has moved on changes nothing.
+//!
+//! `spm`'s side is [`serve`]. It makes the dictionaries, of the pages that it is sent, and leaves them in the lane.
+
+use crate::encoder::{Exchange, put};
+use crate::runtime::{Cram, Runtime};
+use crate::space::{Mode, Space};
+use crate::table::{CHUNK, CHUNK_PAGES, Copy};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
+use spmem_core::reclaim::{
+    self, DENSE_PAGES, Dictionaries, ENCODER_IDLE_NS, LOOK_ENTRIES, Rounds, SAMPLE_PAGES, Stay, Way,
+};
+use spmem_node::compressed::{
+    Codec, Dense, DenseEncoder, Kept, Label, MAX_DICTIONARY_BYTES, MAX_PAYLOAD_BYTES, Original, Slot,
+};
+use spmem_node::{Handle, Page};
+use spmem_sys::futex::Event;
+use spmem_sys::{PAGE, clock, thread};
+
+/// A page that is moved within the store takes as long as so many that are looked at: a fault may have to wait for it.
+const MOVE_LOOKS: usize = 32;
+
+/// States of the lane; it is free in any other.
+const POSTED: u32 = 1;
+const DONE: u32 = 2;
+
+/// Kinds of an item: what the agent sent, ...
+const ORIGINAL: u32 = 1;
+/// ... nothing was made of it, ...
+const NONE: u32 = 0;
+/// ... or this, without a dictionary or with one of two.
+const PLAIN: u32 = 2;
+const WITH: [u32; 2] = [3, 4];
+
+/// The part of the exchange that is about density. Atomics only.
+#[repr(C, align(64))]
+pub(crate) struct DenseLane {
+    state: AtomicU32,
+    count: AtomicU32,
+    pub(crate) posted: Event<true>,
+    /// A bit for each dictionary that pages need.
+    slots_in_use: AtomicU32,
+    /// Number of the newest dictionary; its slot is the number modulo 2, or it is 0: there is none.
+    number: AtomicU32,
+    dictionary_len: AtomicU32,
+    items: [Item; DENSE_PAGES],
+    dictionary: [AtomicU64; MAX_DICTIONARY_BYTES / 8],
+    bytes: [[AtomicU64; PAGE / 8]; DENSE_PAGES],
+}
+
+#[repr(C)]
+struct Item {
+    kind: AtomicU32,
+    len: AtomicU32,
+    word: AtomicU64,
+}
+
+#[cfg(test)]
+impl DenseLane {
+    pub(crate) fn new() -> Self {
+        let item = || Item { kind: AtomicU32::new(0), len: AtomicU32::new(0), word: AtomicU64::new(0) };
+        Self {
+            state: AtomicU32::new(0),
+            count: AtomicU32::new(0),
+            posted: Event::new(),
+            slots_in_use: AtomicU32::new(0),
+            number: AtomicU32::new(0),
+            dictionary_len: AtomicU32::new(0),
+            items: core::array::from_fn(|_| item()),
+            dictionary: [const { AtomicU64::new(0) }; MAX_DICTIONARY_BYTES / 8],
+            bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; DENSE_PAGES],
+        }
+    }
+}
+
+fn slot_of(number: u32) -> Slot {
+    Slot::ALL[number as usize % 2]
+}
+
+fn bit_of(slot: Slot) -> u32 {
+    if slot == Slot::A { 1 } else { 2 }
+}
+
+/// Copies `len` bytes out of shared words; what they are is checked where it matters.
+fn get(words: &[AtomicU64], bytes: &mut [u8; PAGE], len: usize) {
+    let (bytes, _) = bytes.as_chunks_mut::<8>();
+    for (bytes, word) in bytes.iter_mut().zip(words).take(len.div_ceil(8)) {
+        *bytes = word.load(Relaxed).to_ne_bytes();
+    }
+}
+
+/// Makes a dictionary for pages like these, if there is one.
+pub type Train = fn(&[Page]) -> Option<Box<[u8]>>;
+
+/// Encodes densely until `is_over`: a thread of `spm`, for one process.
+pub fn serve(exchange: &Exchange, codec: Codec, train: Train, is_over: &AtomicBool) {
+    thread::be_idle();
+    let lane = &exchange.dense;
+    // Most processes never have a page that is cold for so long.
+    let mut maker = None;
+    loop {
+        let ticket = lane.posted.ticket();
+        // Acquire pairs with the Release in `Densifier::post`.
+        if lane.state.load(Ordering::Acquire) == POSTED {
+            maker.get_or_insert_with(|| Maker::new(codec, train)).work(lane, is_over);
+            // Release: whoever sees it done sees the encodings and the dictionary.
+            lane.state.store(DONE, Ordering::Release);
+        } else if is_over.load(Relaxed) {
+            return;
+        } else {
+            lane.posted.wait(ticket, Some(ENCODER_IDLE_NS));
+        }
+    }
+}
+
+/// What the thread of `spm` works with.
+struct Maker {
+    codec: Codec,
+    train: Train,
+    encoder: DenseEncoder,
+    dictionaries: Dictionaries,
+    samples: Vec<Page>,
+    number: u32,
+}
+
+impl Maker {
+    fn new(codec: Codec, train: Train) -> Self {
+        Self {
+            codec,
+            train,
+            encoder: DenseEncoder::new(&codec),
+            dictionaries: Dictionaries::new(),
+            samples: Vec::new(),
+            number: 0,
+        }
+    }
+
+    fn work(&mut self, lane: &DenseLane, is_over: &AtomicBool) {
+        let count = (lane.count.load(Relaxed) as usize).min(DENSE_PAGES);
+        for (item, words) in lane.items.iter().zip(&lane.bytes).take(count) {
+            let kind = item.kind.swap(NONE, Relaxed);
+            let mut bytes = [0; PAGE];
+            let len = item.len.load(Relaxed) as usize;
+            if is_over.load(Relaxed) || kind != ORIGINAL || len > MAX_PAYLOAD_BYTES {
+                continue;
+            }
+            get(words, &mut bytes, len);
+            let label = Label { len, word: item.word.load(Relaxed) };
+            let mut page = [0; PAGE];
+            if !(Original { label, bytes: &bytes[..len] }).read(&self.codec, &mut page) {
+                continue;
+            }
+            if let Some(dense) = self.encode(lane, &page) {
+                put(words, dense.bytes);
+                item.len.store(dense.bytes.len() as u32, Relaxed);
+                item.kind.store(dense.slot.map_or(PLAIN, |slot| WITH[usize::from(slot == Slot::B)]), Relaxed);
+            }
+        }
+    }
+
+    fn encode(&mut self, lane: &DenseLane, page: &Page) -> Option<Dense<'_>> {
+        // The one before the newest may still be in use where the next is to go.
+        let next = slot_of(self.number + 1);
+        let has_room = lane.slots_in_use.load(Relaxed) & bit_of(next) == 0;
+        let slot = (self.number > 0).then(|| slot_of(self.number));
+        match self.dictionaries.next(has_room) {
+            Way::Plain => self.encoder.encode(page, None),
+            way @ (Way::Sample | Way::Train) => {
+                self.samples.push(*page);
+                if way == Way::Train || self.samples.len() > SAMPLE_PAGES as usize {
+                    let is_made = self.make(lane, next);
+                    self.dictionaries.note_made(is_made);
+                }
+                self.encoder.encode(page, None)
+            }
+            Way::With => self.encoder.encode(page, slot),
+            Way::Both => {
+                let plain = self.encoder.encode(page, None).map_or(PAGE, |dense| dense.bytes.len());
+                let with = self.encoder.encode(page, slot).map_or(PAGE, |dense| dense.bytes.len());
+                self.dictionaries.note_trial(plain, with);
+                self.encoder.encode(page, if with < plain { slot } else { None })
+            }
+        }
+    }
+
+    /// Makes a dictionary of the samples and leaves it in the lane, which is ours until it is done.
+    fn make(&mut self, lane: &DenseLane, slot: Slot) -> bool {
+        let samples = core::mem::take(&mut self.samples);
+        let dictionary = (self.train)(&samples).filter(|bytes| bytes.len() <= MAX_DICTIONARY_BYTES);
+        let Some(dictionary) = dictionary else { return false };
+        if !self.encoder.set_dictionary(slot, &dictionary) {
+            return false;
+        }
+        self.number += 1;
+        put(&lane.dictionary, &dictionary);
+        lane.dictionary_len.store(dictionary.len() as u32, Relaxed);
+        lane.number.store(self.number, Relaxed);
+        true
+    }
+}
+
+/// The monitor's side.
+pub(crate) struct Densifier {
+    runtime: &'static Runtime,
+    rounds: Rounds,
+    /// Where the hand is: a chunk's number and a page of it.
+    hand: (usize, usize),
+    /// What is out: its address and handle, and the label it was sent with.
+    out: [Option<(usize, Handle, Label)>; DENSE_PAGES],
+    is_out: bool,
+    /// The newest dictionary that the store has.
+    number: u32,
+    bytes: Box<Page>,
+}
+
+impl Densifier {
+    pub(crate) fn new(runtime: &'static Runtime) -> Self {
+        Self {
+            runtime,
+            rounds: Rounds::default(),
+            hand: (0, 0),
+            out: [None; DENSE_PAGES],
+            is_out: false,
+            number: 0,
+            bytes: Box::new([0; PAGE]),
+        }
+    }
+
+    /// Takes what is done and sends more, if it is time. `is_busy`: the process has pages to evict.
+    pub(crate) fn run(&mut self, is_busy: bool) {
+        let now = clock::now_ns();
+        if !self.rounds.may_look(now) {
+            return;
+        }
+        self.rounds.note_looked(now, is_busy);
+        let mut lane = self.runtime.exchange().map(|exchange| &exchange.dense);
+        if self.is_out
+            && let Some(used) = lane
+        {
+            // Acquire pairs with the Release in `serve`.
+            if used.state.load(Ordering::Acquire) == DONE {
+                self.take(used);
+                self.is_out = false;
+            } else {
+                lane = None;
+            }
+        }
+        self.look(lane, now);
+    }
+
+    /// How long until [`Self::run`] has something to do, ns.
+    pub(crate) fn rest_ns(&self) -> u64 {
+        self.rounds.rest_ns(clock::now_ns())
+    }
+
+    fn take(&mut self, lane: &DenseLane) {
+        self.take_dictionary(lane);
+        for (index, out) in self.out.iter_mut().enumerate() {
+            let Some((page, handle, label)) = out.take() else { continue };
+            let item = &lane.items[index];
+            let kind = item.kind.load(Relaxed);
+            let len = (item.len.load(Relaxed) as usize).min(PAGE);
+            get(&lane.bytes[index], &mut self.bytes, len);
+            let slot = Slot::ALL.into_iter().find(|&slot| kind == WITH[usize::from(slot == Slot::B)]);
+            let dense = Dense { bytes: &self.bytes[..len], slot };
+            let dense = (kind == PLAIN || slot.is_some()).then_some(dense);
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut().filter(|space| space.mode == Mode::Normal) else { continue };
+            replace(self.runtime, space, (page, handle, label), dense);
+        }
+    }
+
+    fn take_dictionary(&mut self, lane: &DenseLane) {
+        let number = lane.number.load(Relaxed);
+        let len = lane.dictionary_len.load(Relaxed) as usize;
+        if number == self.number || len > MAX_DICTIONARY_BYTES {
+            return;
+        }
+        get(&lane.dictionary, &mut self.bytes, len);
+        let mut space = self.runtime.space.lock();
+        let Some(space) = space.as_mut().filter(|space| space.mode == Mode::Normal) else { return };
+        // If it is not taken, nothing that needs it reads back: it is not stored then.
+        let _ = space.store.set_dictionary(slot_of(number), &self.bytes[..len]);
+        self.number = number;
+    }
+
+    /// Lets the hand go on, until a batch is full or it has looked at enough. `lane`: where cold pages go, if one is free.
+    fn look(&mut self, lane: Option<&DenseLane>, now: u64) {
+        let mut space = self.runtime.space.lock();
+        let Some(space) = space.as_mut().filter(|space| space.mode == Mode::Normal) else { return };
+        let stats = space.store.stats();
+        let compacts = reclaim::compacts(stats.free_slot, stats.frames_used.bytes());
+        let (mut looked, mut count) = (0, 0);
+        while looked < LOOK_ENTRIES && count < DENSE_PAGES {
+            if self.hand.1 == CHUNK_PAGES || space.table.len() <= self.hand.0 {
+                self.hand = (self.hand.0 + 1, 0);
+            }
+            if space.table.len() <= self.hand.0 {
+                self.hand = (0, 0);
+                self.rounds.note_round(now);
+                break;
+            }
+            let chunk = space.table.chunk(self.hand.0);
+            if chunk.away == 0 {
+                self.hand.1 = CHUNK_PAGES;
+                looked += CHUNK_PAGES / 64;
+                continue;
+            }
+            let page = chunk.start + self.hand.1 * PAGE;
+            self.hand.1 += 1;
+            looked += 1;
+            let (is_moved, cold) = meet(space, page, compacts);
+            if is_moved {
+                looked += MOVE_LOOKS;
+            }
+            if let Some((handle, label)) = cold
+                && let Some(lane) = lane
+                && let Some(original) = space.store.original(handle)
+            {
+                put(&lane.bytes[count], original.bytes);
+                lane.items[count].send(label);
+                self.out[count] = Some((page, handle, label));
+                count += 1;
+            }
+        }
+        if let Some(lane) = lane.filter(|_| count > 0) {
+            let in_use = Slot::ALL.into_iter().filter(|&slot| space.store.dictionary_pages(slot) > 0).map(bit_of);
+            lane.slots_in_use.store(in_use.sum(), Relaxed);
+            lane.count.store(count as u32, Relaxed);
+            // Release: whoever sees it posted sees the items.
+            lane.state.store(POSTED, Ordering::Release);
+            lane.posted.signal();
+            self.is_out = true;
+        }
+    }
+}
+
+impl Item {
+    fn send(&self, label: Label) {
+        self.len.store(label.len as u32, Relaxed);
+        self.word.store(label.word, Relaxed);
+        self.kind.store(ORIGINAL, Relaxed);
+    }
+}
+
+/// The hand meets a page: whether it was moved within the store, and what to send of it, if it is cold.
+fn meet(space: &mut Space<Cram>, page: usize, compacts: bool) -> (bool, Option<(Handle, Label)>) {
+    let mut entry = space.table.get(page);
+    let handle = if let Copy::Stored(raw) = entry.copy() { Handle::from_raw(raw) } else { None };
+    let Some(mut handle) = handle.filter(|_| entry.is_away()) else { return (false, None) };
+    let mut is_moved = false;
+    if compacts && let Ok(Some(moved)) = space.store.relocate(handle) {
+        handle = moved;
+        entry = entry.stored_as(moved.raw());
+        space.table.set(page, entry);
+        is_moved = true;
+    }
+    if !Cram::is_first_encoding(handle) {
+        return (is_moved, None);
+    }
+    match reclaim::on_round(entry.stay()) {
+        Ok(()) => (is_moved, space.store.original(handle).map(|original| (handle, original.label))),
+        Err(stay) => {
+            if stay != entry.stay() {
+                space.table.set(page, entry.with_stay(stay));
+            }
+            (is_moved, None)
+        }
+    }
+}
+
+/// Puts a dense encoding in the place of the one that was sent, if the page still has it.
+fn replace(
+    runtime: &Runtime,
+    space: &mut Space<Cram>,
+    (page, handle, label): (usize, Handle, Label),
+    dense: Option<Dense<'_>>,
+) {
+    let entry = space.table.get(page);
+    // A page that is back and keeps its copy is no longer cold, and its copy may go any time.
+    if entry.copy() != Copy::Stored(handle.raw()) || !entry.is_away() {
+        return;
+    }
+    let result = dense.map_or(Err(Kept::NoGain), |dense| space.store.densify(handle, label, &dense));
+    match result {
+        Ok(new) => {
+            space.table.set(page, entry.stored_as(new.raw()));
+            runtime.shared().counters.dense_pages.fetch_add(1, Relaxed);
+        }
+        Err(Kept::NoGain) => {
+            space.table.set(page, entry.with_stay(Stay::FOR_GOOD));
+        }
+        // Its reader will be told of a corrupt one, nobody else; the others may be tried again.
+        Err(Kept::Corrupt(_)) => {
+            space.table.set(page, entry.with_stay(Stay::FOR_GOOD));
+        }
+        Err(Kept::Changed | Kept::NotReproduced | Kept::NoRoom) => {}
+    }
+}
+
+const _: () = assert!(CHUNK == CHUNK_PAGES * PAGE);
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::encoder;
+    use spmem_core::frames::Metadata;
+    use spmem_core::units::FrameCount;
+    use spmem_node::Stage;
+    use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
+
+    struct Ram(Vec<u8>);
+
+    impl FrameBytes for Ram {
+        fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+            &self.0[offset..offset + len]
+        }
+
+        fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+            &mut self.0[offset..offset + len]
+        }
+
+        fn discard(&mut self, offset: usize, len: usize) {
+            self.0[offset..offset + len].fill(0);
+        }
+    }
+
+    type HeapStore = Store<GrantedFrames, Ram>;
+
+    fn new_store(frames: usize) -> HeapStore {
+        let capacity = FrameCount(frames as u64);
+        let granted = GrantedFrames::embedded(capacity, Metadata::from_heap(capacity).expect("memory"));
+        Store::new(granted.expect("the embedded machine"), Ram(alloc::vec![0; frames * PAGE]), 5)
+    }
+
+    fn record_page(number: u64) -> Page {
+        let mut page = [0; PAGE];
+        let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        for record in page.chunks_exact_mut(64) {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            record[..16].copy_from_slice(b"{\"city\":\"Ravenna");
+            record[24..32].copy_from_slice(&state.to_le_bytes());
+            record[40..52].copy_from_slice(b"\",\"visits\":0");
+        }
+        page
+    }
+
+    /// Stands in for zstd's: the records' common part, which zstd takes as raw content.
+    fn common(pages: &[Page]) -> Option<Box<[u8]>> {
+        pages.first().map(|page| page[..512].into())
+    }
+
+    fn store_all(store: &mut HeapStore, pages: &[Page]) -> Vec<Handle> {
+        let codec = store.codec();
+        let mut workspace = codec.workspace();
+        let stored =
+            pages.iter().map(|page| store.insert(&codec.stage(page, &mut workspace).expect("it compresses")));
+        stored.map(|handle| handle.expect("there is room")).collect()
+    }
+
+    /// One batch through the lane, as the densifier posts and takes it; the new handles.
+    fn pass(lane: &DenseLane, store: &mut HeapStore, handles: &mut [Handle], number: &mut u32) {
+        let mut labels = Vec::new();
+        for (index, handle) in handles.iter().enumerate() {
+            let original = store.original(*handle).expect("lz4");
+            put(&lane.bytes[index], original.bytes);
+            lane.items[index].send(original.label);
+            labels.push(original.label);
+        }
+        let in_use = Slot::ALL.into_iter().filter(|&slot| store.dictionary_pages(slot) > 0).map(bit_of);
+        lane.slots_in_use.store(in_use.sum(), Relaxed);
+        lane.count.store(handles.len() as u32, Relaxed);
+        lane.state.store(POSTED, Ordering::Release);
+        lane.posted.signal();
+        while lane.state.load(Ordering::Acquire) != DONE {
+            std::thread::sleep(core::time::Duration::from_micros(100));
+        }
+        let mut bytes = [0; PAGE];
+        if lane.number.load(Relaxed) != *number {
+            *number = lane.number.load(Relaxed);
+            let len = lane.dictionary_len.load(Relaxed) as usize;
+            get(&lane.dictionary, &mut bytes, len);
+            assert!(store.set_dictionary(slot_of(*number), &bytes[..len]));
+        }
+        for (index, handle) in handles.iter_mut().enumerate() {
+            let (kind, len) = (lane.items[index].kind.load(Relaxed), lane.items[index].len.load(Relaxed) as usize);
+            get(&lane.bytes[index], &mut bytes, len);
+            let slot = Slot::ALL.into_iter().find(|&slot| kind == WITH[usize::from(slot == Slot::B)]);
+            assert!(kind == PLAIN || slot.is_some(), "records compress");
+            let dense = Dense { bytes: &bytes[..len], slot };
+            *handle = store.densify(*handle, labels[index], &dense).expect("it is smaller and reads back");
+        }
+    }
+
+    #[test]
+    fn pages_come_back_denser_and_a_dictionary_is_made_on_the_way() {
+        let (exchange, mut store) = (encoder::tests::exchange(), new_store(2048));
+        let is_over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+        let codec = store.codec();
+        let server = std::thread::spawn(move || serve(exchange, codec, common, is_over));
+        let pages: Vec<Page> = (0..320).map(record_page).collect();
+        let mut handles = store_all(&mut store, &pages);
+        let mut number = 0;
+        for batch in handles.chunks_mut(DENSE_PAGES) {
+            pass(&exchange.dense, &mut store, batch, &mut number);
+        }
+        let mut found = [0; PAGE];
+        for (handle, page) in handles.iter().zip(&pages) {
+            store.load(*handle, &mut found).expect("whole");
+            assert_eq!(found, *page);
+        }
+        assert_eq!(store.stats().dense_pages, 320);
+        assert!(number == 1 && store.dictionary_pages(Slot::B) > 0, "number {number}");
+        is_over.store(true, Relaxed);
+        exchange.wake();
+        server.join().expect("the thread ends when told to");
+    }
+
+    #[test]
+    fn what_is_sent_damaged_is_left_alone() {
+        let (exchange, mut store) = (encoder::tests::exchange(), new_store(64));
+        let lane = &exchange.dense;
+        let handles = store_all(&mut store, &[record_page(1), record_page(2)]);
+        for (index, handle) in handles.iter().enumerate() {
+            let original = store.original(*handle).expect("lz4");
+            put(&lane.bytes[index], original.bytes);
+            lane.items[index].send(original.label);
+        }
+        lane.bytes[0][10].fetch_xor(1 << 20, Relaxed);
+        lane.items[1].len.store(u32::MAX, Relaxed);
+        lane.count.store(u32::MAX, Relaxed);
+        Maker::new(store.codec(), common).work(lane, &AtomicBool::new(false));
+        assert!(lane.items.iter().all(|item| item.kind.load(Relaxed) == NONE));
+    }
+}
