@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: speed, always as a ratio to something run beside it.
 
 mod access_rows;
+mod auto;
 mod fits;
 mod frames;
 mod peer;
@@ -13,6 +14,8 @@ use clap::Subcommand;
 /// Which bench.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
+    /// Automatic budgets: beside bare runs.
+    Auto(auto::Options),
     /// A program that fits its budget: pairs of bare and managed runs.
     Fits(fits::Options),
     /// The frame allocator: beside others.
@@ -26,6 +29,7 @@ pub(crate) enum Bench {
 /// Runs it.
 pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
+        Bench::Auto(options) => auto::run(options),
         Bench::Fits(options) => fits::run(options),
         Bench::Frames(options) => frames::run(options),
         Bench::Wall(options) => wall::run(options),
