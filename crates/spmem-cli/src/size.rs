@@ -43,10 +43,11 @@ impl Default for Slowdown {
 const LEAST_BYTES: u64 = 1 << 20;
 
 impl SysramLimit {
-    /// The limit in bytes on a machine with `total_bytes` of RAM; `None` for no limit, or none at first.
+    /// The limit in bytes on a machine with `total_bytes` of RAM; `None` for no limit. An automatic one begins with all of it.
     pub fn bytes(self, total_bytes: u64) -> Option<u64> {
         match self {
-            Self::Max | Self::Auto => None,
+            Self::Max => None,
+            Self::Auto => Some(total_bytes),
             Self::Percent(percent) => Some(total_bytes / 100 * u64::from(percent)),
             Self::Bytes(bytes) => Some(bytes),
         }

@@ -28,6 +28,8 @@ const RAISE_MOST_SHARE: u64 = 4;
 const GROWTH_SHARE: u64 = 128;
 /// So many times what it grew by is kept ready for a program that grows.
 const GROWTH_AHEAD: u64 = 4;
+/// A program that grew is left alone for so long, ns.
+const SETTLE_NS: u64 = 1_000_000_000;
 /// How long a budget that was found too small is kept away from at first, ns, ...
 const HOLD_LEAST_NS: u64 = 4_000_000_000;
 /// ... and at last.
@@ -109,6 +111,8 @@ pub struct AutoBudget {
     before_try: Option<Bytes>,
     hold_ns: u64,
     hold_until: Time,
+    /// When it grew last.
+    grew_at: Time,
     /// Since when the tree takes more than it may.
     over_since: Option<Time>,
     /// Demand when a budget was last found too small.
@@ -124,7 +128,7 @@ impl AutoBudget {
     /// let (mut budget, gib) = (AutoBudget::new(50, Bytes::mib(8192)), Bytes::mib(1024));
     /// let facts = Facts { now: Time(0), used: gib, demand: gib, busy_ns: 0, lost_ns: 0, ceiling: Bytes::mib(8192) };
     /// budget.look(&facts);
-    /// let later = Facts { now: Time(100_000_000), busy_ns: 100_000_000, ..facts };
+    /// let later = Facts { now: Time(1_000_000_000), busy_ns: 1_000_000_000, ..facts };
     /// let decision = budget.look(&later);
     /// assert_eq!((decision.reason, decision.limit), (Reason::Trimmed, Bytes::mib(992)), "it loses nothing");
     /// ```
@@ -140,6 +144,7 @@ impl AutoBudget {
             before_try: None,
             hold_ns: HOLD_LEAST_NS,
             hold_until: Time(0),
+            grew_at: Time(0),
             over_since: None,
             load: Bytes(0),
         }
@@ -178,6 +183,7 @@ impl AutoBudget {
         let grown = facts.demand.0.saturating_sub(last.demand.0);
         let tried = self.before_try.take();
         if grown > last.demand.0 / GROWTH_SHARE {
+            self.grew_at = facts.now;
             let ahead = grown.saturating_mul(GROWTH_AHEAD).saturating_add(facts.used.0 / RAISE_MOST_SHARE);
             return (Bytes(self.limit.0.max(facts.used.0.saturating_add(ahead))), Reason::Grows);
         }
@@ -193,7 +199,7 @@ impl AutoBudget {
                 self.try_cost_ns = excess;
                 before
             } else {
-                self.raised(slowdown)
+                self.raised(facts.used, slowdown)
             };
             self.hold(facts.now);
             return (limit, Reason::TooSmall);
@@ -217,6 +223,8 @@ impl AutoBudget {
         }
         if facts.now < self.hold_until {
             (self.limit, Reason::Held)
+        } else if facts.now.since(self.grew_at) < SETTLE_NS {
+            (self.limit, Reason::Grows)
         } else if self.debt_ns.saturating_add(self.try_cost_ns) > 0 {
             (self.limit, Reason::InDebt)
         } else if slowdown > self.allowed / 2 {
@@ -237,10 +245,11 @@ impl AutoBudget {
         self.hold_ns = self.hold_ns.saturating_mul(2).min(HOLD_MOST_NS);
     }
 
-    /// A budget that is too small without having been made smaller: the more is lost, the larger the step.
-    fn raised(&self, slowdown: u64) -> Bytes {
-        let step = self.limit.0 / RAISE_LEAST_SHARE * (slowdown / self.allowed.max(1)).max(1);
-        Bytes(self.limit.0.saturating_add(step.min(self.limit.0 / RAISE_MOST_SHARE)))
+    /// A budget that is too small without having been made smaller: the more is lost, the larger the step. One that is not used up
+    /// is large enough: what is lost then are pages that left before.
+    fn raised(&self, used: Bytes, slowdown: u64) -> Bytes {
+        let step = used.0 / RAISE_LEAST_SHARE * (slowdown / self.allowed.max(1)).max(1);
+        Bytes(self.limit.0.max(used.0.saturating_add(step.min(used.0 / RAISE_MOST_SHARE))))
     }
 }
 

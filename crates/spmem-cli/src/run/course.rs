@@ -125,7 +125,9 @@ impl Course {
         if reason != Reason::Grows {
             self.smallest = self.smallest.min(to);
         }
-        if from == to {
+        // Before the first try there is nothing to tell: the budget is the machine's RAM.
+        let is_told = !self.steps.is_empty() || reason == Reason::Trimmed;
+        if from == to || !is_told {
             return;
         }
         let why = why(reason);
