@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use spmem_core::policy::{Flags, Mode};
 
 use crate::config::EXAMPLE;
-use crate::size::SysramLimit;
+use crate::size::{Slowdown, SysramLimit};
 use crate::wall::GuardName;
 
 const EXIT_STATUS: &str = "\
@@ -17,7 +17,8 @@ refuses; 126 when COMMAND cannot be executed; 127 when it is not found.";
 
 const RUN_EXAMPLES: &str = "Examples:
   spm run --sysram 512M --report -- redis-server --port 7777
-  spm run --sysram 25% --json out.json -- sort -S 90% big.txt";
+  spm run --sysram 25% --json out.json -- sort -S 90% big.txt
+  spm run --sysram auto --slowdown 3% --svg ram.svg -- ./server";
 
 /// Specific-purpose memory for stock Linux: walls first, then explicit holes.
 #[derive(Parser)]
@@ -55,10 +56,16 @@ pub enum Action {
 /// Options of `spm run`.
 #[derive(Args)]
 pub struct RunArguments {
-    /// RAM that the managed memory of COMMAND and all its children may take: 512M, 2G, 25% of the machine's, or max
-    /// [default: max]
-    #[arg(long, value_name = "SIZE|PCT%|max", allow_hyphen_values = true)]
+    /// RAM that the managed memory of COMMAND and all its children may take: 512M, 2G, 25% of the machine's, max, or auto
+    /// for the smallest at which it stays within --slowdown [default: max]
+    #[arg(long, value_name = "SIZE|PCT%|max|auto", allow_hyphen_values = true)]
     pub sysram: Option<SysramLimit>,
+    /// With --sysram auto: how much slower COMMAND may become [default: 5%]
+    #[arg(long, value_name = "PCT%", allow_hyphen_values = true)]
+    pub slowdown: Option<Slowdown>,
+    /// Draw RAM, demand and what COMMAND lost over time into FILE
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
     /// Print a table at the end, on stderr or into FILE
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub report: Option<OsString>,

@@ -16,7 +16,7 @@ use spmem_core::units::MAX_NODES;
 use spmem_node::machine::Overrides;
 use toml::Spanned;
 
-use crate::size::{self, SysramLimit};
+use crate::size::{self, Slowdown, SysramLimit};
 
 /// The embedded default, with every key and what it means.
 pub const EXAMPLE: &str = include_str!("../spmem.toml");
@@ -42,6 +42,8 @@ pub struct Config {
 pub struct Run {
     /// Key `sysram`.
     pub sysram: SysramLimit,
+    /// Key `slowdown`.
+    pub slowdown: Slowdown,
     /// Key `best_effort`.
     pub best_effort: bool,
     /// Key `heat`.
@@ -51,7 +53,12 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { sysram: SysramLimit::Max, best_effort: false, heat: heat::Wish::Auto }
+        Self {
+            sysram: SysramLimit::Max,
+            slowdown: Slowdown::default(),
+            best_effort: false,
+            heat: heat::Wish::Auto,
+        }
     }
 }
 

@@ -17,16 +17,37 @@ pub enum SysramLimit {
     Percent(u8),
     /// Bytes, at least [`LEAST_BYTES`].
     Bytes(u64),
+    /// The smallest at which the program stays within a [`Slowdown`].
+    Auto,
+}
+
+/// What an automatic budget may cost: the value of `--slowdown`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slowdown(u32);
+
+impl Slowdown {
+    /// Per mille of the time that the program computes, 1 to 1000.
+    pub const fn per_mille(self) -> u32 {
+        self.0
+    }
+}
+
+impl Default for Slowdown {
+    /// 5 %.
+    fn default() -> Self {
+        Self(50)
+    }
 }
 
 /// The smallest budget: less is a forgotten suffix.
 const LEAST_BYTES: u64 = 1 << 20;
 
 impl SysramLimit {
-    /// The limit in bytes on a machine with `total_bytes` of RAM; `None` for no limit.
+    /// The limit in bytes on a machine with `total_bytes` of RAM; `None` for no limit. An automatic one begins with all of it.
     pub fn bytes(self, total_bytes: u64) -> Option<u64> {
         match self {
             Self::Max => None,
+            Self::Auto => Some(total_bytes),
             Self::Percent(percent) => Some(total_bytes / 100 * u64::from(percent)),
             Self::Bytes(bytes) => Some(bytes),
         }
@@ -46,6 +67,8 @@ pub enum SizeError {
     TooSmall(String),
     /// A percentage outside 1 to 100.
     PercentRange(String),
+    /// No percentage of 0.1 to 100 with one decimal.
+    NotASlowdown(String),
 }
 
 impl fmt::Display for SizeError {
@@ -62,6 +85,9 @@ impl fmt::Display for SizeError {
                     "`{text}` is less than 1M (without K, M, G or T it is bytes): no program can run in that"
                 )
             }
+            Self::NotASlowdown(text) => {
+                write!(f, "`{text}` is no slow-down: write a percentage from 0.1% to 100%, such as 5%")
+            }
             Self::PercentRange(text) => write!(f, "`{text}` is not a whole percentage from 1% to 100%"),
         }
     }
@@ -73,8 +99,10 @@ impl FromStr for SysramLimit {
     type Err = SizeError;
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
-        if text == "max" {
-            return Ok(Self::Max);
+        match text {
+            "max" => return Ok(Self::Max),
+            "auto" => return Ok(Self::Auto),
+            _ => {}
         }
         if let Some(number) = text.strip_suffix('%') {
             return match number.parse::<u8>() {
@@ -86,6 +114,28 @@ impl FromStr for SysramLimit {
             0..LEAST_BYTES => Err(SizeError::TooSmall(text.to_owned())),
             bytes => Ok(Self::Bytes(bytes)),
         }
+    }
+}
+
+impl FromStr for Slowdown {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        let error = || SizeError::NotASlowdown(text.to_owned());
+        let number = text.strip_suffix('%').ok_or_else(error)?;
+        let (whole, tenths) = number.split_once('.').unwrap_or((number, "0"));
+        if !is_digits(whole) || !is_digits(tenths) || tenths.len() != 1 {
+            return Err(error());
+        }
+        let whole = whole.parse::<u32>().map_err(|_| error())?;
+        let per_mille = whole.saturating_mul(10).saturating_add(tenths.parse::<u32>().map_err(|_| error())?);
+        if (1..=1000).contains(&per_mille) { Ok(Self(per_mille)) } else { Err(error()) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Slowdown {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -155,6 +205,17 @@ mod tests {
         assert_eq!("25%".parse(), Ok(SysramLimit::Percent(25)));
         assert_eq!(SysramLimit::Percent(25).bytes(1000), Some(250));
         assert_eq!(SysramLimit::Max.bytes(1000), None);
+        assert_eq!("auto".parse(), Ok(SysramLimit::Auto));
+    }
+
+    #[test]
+    fn a_slow_down_is_a_percentage_with_a_decimal_at_most() {
+        for (text, per_mille) in [("5%", 50), ("0.5%", 5), ("0.1%", 1), ("12.5%", 125), ("100%", 1000)] {
+            assert_eq!(text.parse::<Slowdown>().map(Slowdown::per_mille), Ok(per_mille), "{text}");
+        }
+        for text in ["", "5", "0%", "0.0%", "100.1%", "5.25%", ".5%", "5.%", "-5%", "+5%", "%", "99999999999%"] {
+            assert!(text.parse::<Slowdown>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@
 
 extern crate alloc;
 
+pub mod budget;
 pub mod class;
 pub mod compact;
 pub mod compressed;

@@ -27,6 +27,25 @@ pub fn now_ns() -> u64 {
     crate::clock::ns(&time)
 }
 
+/// Processor time that a thread of this process has used, ns; 0 when it is gone.
+pub fn thread_time_ns(tid: u32) -> u64 {
+    // CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED (include/linux/posix-timers_types.h).
+    cpu_clock_ns((!tid << 3) | 6)
+}
+
+/// Processor time that all threads of a process have used, also those that have ended, ns; 0 when it is gone.
+pub fn process_time_ns(pid: u32) -> u64 {
+    // CPUCLOCK_SCHED.
+    cpu_clock_ns((!pid << 3) | 2)
+}
+
+fn cpu_clock_ns(clock: u32) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec.
+    let result = unsafe { syscall!(Sysno::clock_gettime, clock, core::ptr::from_mut(&mut time)) };
+    if result.is_ok() { crate::clock::ns(&time) } else { 0 }
+}
+
 /// nanosleep(2) for `ns`; may return early.
 pub fn sleep_ns(ns: u64) {
     let time = libc::timespec {

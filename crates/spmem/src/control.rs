@@ -115,6 +115,8 @@ pub struct Slot {
     pub metadata_bytes: AtomicU64,
     /// Of the memory in use: pages that could not leave when last tried, bytes.
     pub refused_bytes: AtomicU64,
+    /// Processor time of the process's agent threads, ns.
+    pub agent_ns: AtomicU64,
 }
 
 /// Buckets of a [`Histogram`]: eight to each power of two of nanoseconds, up to 2^40.
@@ -125,6 +127,7 @@ pub const BUCKETS: usize = 41 * 8;
 pub struct Histogram {
     buckets: [AtomicU64; BUCKETS],
     max_ns: AtomicU64,
+    total_ns: AtomicU64,
 }
 
 impl Histogram {
@@ -132,6 +135,12 @@ impl Histogram {
     pub fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Relaxed);
         self.max_ns.fetch_max(ns, Relaxed);
+        self.total_ns.fetch_add(ns, Relaxed);
+    }
+
+    /// All durations together, ns.
+    pub fn total_ns(&self) -> u64 {
+        self.total_ns.load(Relaxed)
     }
 
     /// Durations counted.
@@ -220,6 +229,7 @@ impl Control {
                 &slot.store_used_bytes,
                 &slot.metadata_bytes,
                 &slot.refused_bytes,
+                &slot.agent_ns,
             ] {
                 field.store(0, Relaxed);
             }

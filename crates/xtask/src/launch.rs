@@ -29,6 +29,8 @@ pub(crate) enum Side {
     Bare,
     /// Under `spm run --sysram`, bytes.
     Spm { sysram_bytes: u64 },
+    /// Under `spm run --sysram auto`, per cent; the course is drawn into the file.
+    Auto { slowdown: f64, svg: PathBuf },
     /// In the memory cgroup whose `cgroup.procs` this is.
     Cgroup { procs: PathBuf },
 }
@@ -167,7 +169,7 @@ impl Bed {
             name: job.name.clone(),
             sampler: job.is_sampled.then(|| Sampler::start(pid)),
             watchdog: Watchdog::start(pid, job.limit),
-            is_managed: matches!(side, Side::Spm { .. }),
+            is_managed: matches!(side, Side::Spm { .. } | Side::Auto { .. }),
             child: Awaited(child),
             started,
             undo,
@@ -192,6 +194,11 @@ impl Bed {
                 command = Command::new(self.spm()?);
                 command.args(["run", "--sysram", &sysram_bytes.to_string(), "--json"]);
                 command.arg(report_file).arg("--").arg(&job.program);
+            }
+            Side::Auto { slowdown, svg } => {
+                command = Command::new(self.spm()?);
+                command.args(["run", "--sysram", "auto", "--slowdown", &format!("{slowdown}%"), "--svg"]);
+                command.arg(svg).arg("--json").arg(report_file).arg("--").arg(&job.program);
             }
             Side::Cgroup { procs } => {
                 // The shell joins the cgroup before it becomes the program: all its memory is charged there.

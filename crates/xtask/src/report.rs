@@ -19,6 +19,19 @@ pub(crate) struct Report {
     pub(crate) promoted_pages: u64,
     pub(crate) rescued_pages: u64,
     nodes: Vec<NodeReport>,
+    /// Of an automatic budget.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) auto: Option<AutoReport>,
+}
+
+/// What `--sysram auto` came to.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct AutoReport {
+    pub(crate) slowdown_percent: f64,
+    pub(crate) smallest_bytes: u64,
+    pub(crate) last_bytes: u64,
+    pub(crate) mean_share_percent: f64,
+    pub(crate) steps: Vec<serde_json::Value>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]

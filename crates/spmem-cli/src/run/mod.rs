@@ -8,10 +8,12 @@
 
 mod agent_file;
 mod broker;
+mod course;
 mod elf;
 mod encoder;
 mod kernel;
 mod orphans;
+mod plot;
 mod proc;
 pub mod program;
 mod report;
@@ -40,8 +42,10 @@ use crate::config::Config;
 use crate::heat;
 use crate::machine::Ram;
 use crate::remark::remark;
+use crate::size::SysramLimit;
 use crate::wall;
 use broker::Broker;
+use course::Course;
 use report::Outputs;
 pub use report::Summary;
 pub use shared::ControlPage;
@@ -62,14 +66,19 @@ const NOT_FOUND: i32 = 127;
 /// `spm` itself fails, or refuses to run the command; the message has the reason and a remedy.
 pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     let config = Config::read(options.config.as_deref())?;
-    let ram_bytes = Ram::read()?.total_bytes;
+    let ram = Ram::read()?;
+    let ram_bytes = ram.total_bytes;
+    let sysram = options.sysram.unwrap_or(config.run.sysram);
+    if options.slowdown.is_some() && sysram != SysramLimit::Auto {
+        bail!("--slowdown is for --sysram auto; a budget that is given costs what it costs");
+    }
+    let slowdown = (sysram == SysramLimit::Auto).then(|| options.slowdown.unwrap_or(config.run.slowdown));
     match heat::check(config.run.heat) {
         Err(reason) if options.best_effort || config.run.best_effort => {
             remark(format_args!("heat = \"auto\" in its place: {reason:#}"));
         }
         checked => checked.context("refused")?,
     }
-    let limit_bytes = options.sysram.unwrap_or(config.run.sysram).bytes(ram_bytes);
     let outputs = Outputs::open(options)?;
 
     let (name, path) = (&options.command[0], std::env::var_os("PATH"));
@@ -89,10 +98,12 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Err(reason) => bail!("refused: {reason:#}; or run it unmanaged with --best-effort"),
     };
 
-    let control = ControlPage::for_tree(limit_bytes, config.store_capacity.bytes(ram_bytes))?;
+    let control = ControlPage::for_tree(sysram.bytes(ram_bytes), config.store_capacity.bytes(ram_bytes))?;
     let job = Job { program: &program, command: &options.command, control: &control };
     let mut trace = options.trace.as_deref().map(|path| Trace::begin(path, &control)).transpose()?;
+    let mut course = Course::begin(slowdown, ram);
     let outcome = execute(&job, management, &mut |control| {
+        course.look(control);
         if let Some(trace) = &mut trace {
             trace.take(control);
         }
@@ -104,8 +115,8 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Outcome::Ended { exit_code, elapsed } => (exit_code, elapsed),
         Outcome::NotStarted(error) => return Ok(say_not_started(name, &error)),
     };
-    let summary = Summary::collect(&control, &options.command, exit_code, elapsed, ram_bytes);
-    if let Err(error) = outputs.write(&summary) {
+    let summary = Summary::collect(&control, &options.command, exit_code, elapsed, ram_bytes, course.report());
+    if let Err(error) = outputs.write(&summary, &course) {
         remark(format_args!("{error:#}"));
     }
     Ok(exit_code)

@@ -17,6 +17,8 @@ use anyhow::{Context, bail};
 use serde::Serialize;
 use spmem::control::{Control, Histogram, UNLIMITED};
 
+use super::course::{AutoReport, Course};
+use super::plot;
 use crate::arguments::RunArguments;
 use crate::size::human;
 
@@ -24,6 +26,7 @@ use crate::size::human;
 pub struct Outputs {
     table: Option<Target>,
     json: Option<Target>,
+    svg: Option<Target>,
 }
 
 enum Target {
@@ -53,14 +56,25 @@ impl Outputs {
         {
             bail!("--report and --json name the same file; give each a file of its own");
         }
-        Ok(Self { table, json })
+        let svg = options.svg.as_deref().map(Target::open).transpose()?;
+        let clashes = |other: &Option<Target>| {
+            svg.as_ref().zip(other.as_ref()).is_some_and(|(svg, other)| svg.would_overwrite(other))
+        };
+        if clashes(&table) || clashes(&json) {
+            bail!("--svg names the file of another report; give each a file of its own");
+        }
+        Ok(Self { table, json, svg })
     }
 
     /// Writes what was asked for.
     ///
     /// # Errors
     /// A file cannot be written after all.
-    pub fn write(self, summary: &Summary) -> anyhow::Result<()> {
+    pub fn write(self, summary: &Summary, course: &Course) -> anyhow::Result<()> {
+        let svg = self.svg.map_or(Ok(()), |target| {
+            let allowed = summary.auto.as_ref().map(AutoReport::allowed_percent);
+            target.write(&plot::draw(&summary.title(), course.samples(), allowed)?)
+        });
         let json = self.json.map_or(Ok(()), |target| {
             let mut text = serde_json::to_string_pretty(summary).context("the report is no JSON")?;
             text.push('\n');
@@ -68,10 +82,9 @@ impl Outputs {
         });
         // The one is wanted even where the other fails.
         let table = self.table.map_or(Ok(()), |target| target.write(&summary.table()));
-        match (json, table) {
-            (Err(json), Err(table)) => bail!("{json:#}; {table:#}"),
-            (json, table) => json.and(table),
-        }
+        let errors: Vec<_> =
+            [json, table, svg].into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+        if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
     }
 }
 
@@ -148,6 +161,9 @@ pub struct Summary {
     nodes: [NodeUse; 2],
     /// What all threads together waited for room.
     stall_seconds: f64,
+    /// Of `--sysram auto`; the limit above is its last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    auto: Option<AutoReport>,
     /// What lay below the floors of the processes when the budget was exceeded most; explains the excess.
     #[serde(skip)]
     floor_bytes: u64,
@@ -195,6 +211,7 @@ impl Summary {
         exit_code: i32,
         elapsed: Duration,
         ram_bytes: u64,
+        auto: Option<AutoReport>,
     ) -> Self {
         let read = |value: &AtomicU64| value.load(Relaxed);
         let counters = &control.counters;
@@ -224,8 +241,15 @@ impl Summary {
             fault_us: FaultTimes::read(&control.faults),
             nodes: node_use(control, ram_bytes),
             stall_seconds: round(Duration::from_nanos(read(&counters.throttled_ns)).as_secs_f64(), 1e3),
+            auto,
             floor_bytes: read(&control.floor_bytes_at_overrun),
         }
+    }
+
+    /// One line, whatever is in the command.
+    fn title(&self) -> String {
+        let command = self.command.join(" ").replace(char::is_control, " ");
+        format!("{command}: exit status {} after {:.2} s", self.exit_code, self.elapsed_seconds)
     }
 
     /// The short table.
@@ -236,14 +260,7 @@ impl Summary {
     }
 
     fn write_table(&self, to: &mut String) -> std::fmt::Result {
-        writeln!(
-            to,
-            "spm: {}: exit status {} after {:.2} s",
-            // One line, whatever is in it.
-            self.command.join(" ").replace(char::is_control, " "),
-            self.exit_code,
-            self.elapsed_seconds
-        )?;
+        writeln!(to, "spm: {}", self.title())?;
         let limit = self.sysram_limit_bytes.map_or_else(|| "max".to_owned(), human);
         writeln!(to, "  RAM        peak {} of {limit}{}", human(self.sysram_peak_bytes), self.overrun())?;
         writeln!(to, "  processes  {} managed, {} unmanaged", self.processes, self.unmanaged_processes)?;
@@ -261,6 +278,9 @@ impl Summary {
         let faults = &self.fault_us;
         writeln!(to, "  faults     p50 {:.1} us, p99 {:.1} us, max {:.1} us", faults.p50, faults.p99, faults.max)?;
         writeln!(to, "  stalls     {:.2} s, all threads together, because there was no room", self.stall_seconds)?;
+        if let Some(auto) = &self.auto {
+            to.push_str(&auto.table());
+        }
         writeln!(to)?;
         writeln!(to, "  node  type    class  capacity    stored      used  ratio")?;
         for node in &self.nodes {

@@ -100,7 +100,7 @@ fn show_run(out: &mut impl Write, config: &Config, ram: Ram) -> anyhow::Result<i
         run::Outcome::NotStarted(error) => return Err(error).context("the program cannot be started"),
     };
     live.end();
-    let summary = run::Summary::collect(&control, &command, exit_code, elapsed, ram.total_bytes);
+    let summary = run::Summary::collect(&control, &command, exit_code, elapsed, ram.total_bytes, None);
     writeln!(out, "\n{}", summary.table())?;
     if control.counters.unmanaged_processes.load(Relaxed) > 0 {
         writeln!(out, "The program was not managed: nothing is proved.")?;

@@ -9,6 +9,7 @@ use crate::bench::zram::{Figures, Probe};
 use crate::launch::{Bed, Job, Side};
 use crate::process_tree;
 use crate::programs::access::{Event, Pattern};
+use crate::report::Report;
 
 /// What is accessed how.
 pub(super) struct Shape<'a> {
@@ -21,11 +22,15 @@ pub(super) struct Shape<'a> {
 }
 
 /// One run.
-pub(super) fn run(bed: &Bed, side: &Side, shape: &Shape<'_>, probe: &Probe<'_>) -> anyhow::Result<Figures> {
-    let pattern = if shape.pattern == Pattern::Zipf { "zipf" } else { "uniform" };
+pub(super) fn run(
+    bed: &Bed,
+    side: &Side,
+    shape: &Shape<'_>,
+    probe: &Probe<'_>,
+) -> anyhow::Result<(Figures, Option<Report>)> {
     let words = [
         ("--mib", shape.mib.to_string()),
-        ("--pattern", pattern.into()),
+        ("--pattern", shape.pattern.name().into()),
         ("--threads", shape.threads.to_string()),
         ("--warm-seconds", shape.warm_seconds.to_string()),
         ("--seconds", shape.seconds.to_string()),
@@ -69,6 +74,7 @@ pub(super) fn run(bed: &Bed, side: &Side, shape: &Shape<'_>, probe: &Probe<'_>) 
             }
         }
     }
-    running.finish()?.succeeded()?;
-    figures.context("the access program measured nothing")
+    let finished = running.finish()?;
+    finished.succeeded()?;
+    Ok((figures.context("the access program measured nothing")?, finished.report))
 }

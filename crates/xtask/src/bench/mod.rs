@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: speed, always as a ratio to something run beside it.
 
 mod access_rows;
+mod auto;
 mod density;
 mod fits;
 mod frames;
@@ -15,6 +16,8 @@ use clap::Subcommand;
 /// Which bench.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
+    /// Automatic budgets: beside bare runs.
+    Auto(auto::Options),
     /// What a page takes once it is cold: beside zram, on the memory of real programs (root).
     Density(density::Options),
     /// A program that fits its budget: pairs of bare and managed runs.
@@ -32,6 +35,7 @@ pub(crate) enum Bench {
 /// Runs it.
 pub(crate) fn run(which: &Bench) -> anyhow::Result<()> {
     match which {
+        Bench::Auto(options) => auto::run(options),
         Bench::Density(options) => density::run(options),
         Bench::Fits(options) => fits::run(options),
         Bench::Frames(options) => frames::run(options),

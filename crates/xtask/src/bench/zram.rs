@@ -166,7 +166,7 @@ fn shapes<'a>(options: &Options, corpus: &'a std::path::Path) -> Vec<(String, Sh
 impl Shape<'_> {
     fn run(&self, bed: &Bed, side: &Side, probe: &Probe<'_>) -> anyhow::Result<Figures> {
         match self {
-            Self::Access(shape) => access_rows::run(bed, side, shape, probe),
+            Self::Access(shape) => Ok(access_rows::run(bed, side, shape, probe)?.0),
             Self::Redis(shape) => redis_rows::run(bed, side, shape, probe),
         }
     }

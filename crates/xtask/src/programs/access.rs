@@ -38,7 +38,26 @@ pub(crate) enum Pattern {
     Uniform,
     /// Zipf with exponent 0.99, popular pages scattered.
     Zipf,
+    /// Every eighth page, these alike; the others never.
+    Hot,
+    /// As `hot`, and in the measurement other ones than in the warm-up.
+    Moving,
 }
+
+impl Pattern {
+    /// As the command line names it.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Zipf => "zipf",
+            Self::Hot => "hot",
+            Self::Moving => "moving",
+        }
+    }
+}
+
+/// One page of so many is hot.
+const HOT_SHARE: usize = 8;
 
 /// Command line.
 #[derive(Args)]
@@ -170,6 +189,8 @@ fn access(
     // Of the part only, not of the phase: what is hot in the warm-up is hot in the measurement.
     place.shuffle(&mut SmallRng::seed_from_u64(part.first as u64));
     let zipf = Zipf::new(count as f64, 0.99).context("no Zipf distribution over no page")?;
+    let hot = count / HOT_SHARE;
+    ensure!(hot > 0, "fewer than {HOT_SHARE} pages a thread");
     let mut times = new_histogram();
     let mut operations = 0;
     let end = Instant::now() + duration;
@@ -177,6 +198,8 @@ fn access(
         let rank = match pattern {
             Pattern::Uniform => rng.random_range(0..count),
             Pattern::Zipf => zipf.sample(&mut rng) as usize - 1,
+            Pattern::Hot => rng.random_range(0..hot),
+            Pattern::Moving => rng.random_range(0..hot) + salt as usize % 2 * hot,
         };
         let index = place[rank] as usize;
         let is_write = rng.random_ratio(3, 10);
