@@ -142,7 +142,7 @@ impl AutoBudget {
             try_share: TRY_SHARE,
             luck: 0,
             before_try: None,
-            hold_ns: HOLD_LEAST_NS,
+            hold_ns: 0,
             hold_until: Time(0),
             grew_at: Time(0),
             over_since: None,
@@ -189,7 +189,7 @@ impl AutoBudget {
         }
         let is_other_load = facts.demand.0.abs_diff(self.load.0) > self.load.0 / CHANGE_SHARE;
         if is_other_load {
-            (self.try_share, self.hold_ns, self.hold_until) = (TRY_SHARE, HOLD_LEAST_NS, facts.now);
+            (self.try_share, self.hold_ns, self.hold_until) = (TRY_SHARE, 0, facts.now);
         }
         if slowdown > self.allowed {
             self.load = facts.demand;
@@ -217,7 +217,7 @@ impl AutoBudget {
         if tried.is_some() {
             self.luck += 1;
             if self.luck >= RUN_OF_LUCK {
-                (self.luck, self.hold_ns) = (0, HOLD_LEAST_NS);
+                (self.luck, self.hold_ns) = (0, 0);
                 self.try_share = (self.try_share / 2).max(TRY_SHARE);
             }
         }
@@ -241,8 +241,11 @@ impl AutoBudget {
     /// No try for a while, a longer one each time.
     fn hold(&mut self, now: Time) {
         self.over_since = None;
+        // What is lost while nothing is tried still belongs to the last try.
+        if now >= self.hold_until {
+            self.hold_ns = self.hold_ns.saturating_mul(2).clamp(HOLD_LEAST_NS, HOLD_MOST_NS);
+        }
         self.hold_until = now.after(self.hold_ns);
-        self.hold_ns = self.hold_ns.saturating_mul(2).min(HOLD_MOST_NS);
     }
 
     /// A budget that is too small without having been made smaller: the more is lost, the larger the step. One that is not used up

@@ -3,7 +3,7 @@
 //! [`Course::look`] runs ten times a second in `spm`'s loop: it gathers the facts ([`Meter`]), lets core decide
 //! (`spmem_core::budget`) where the budget is automatic, and remembers both. `--report`, `--json` and `--svg` show it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
 
 use serde::Serialize;
@@ -61,6 +61,8 @@ pub struct AutoReport {
     last_bytes: u64,
     /// Of the demand's peak, what the budget was on average since the program first stopped growing.
     mean_share_percent: f64,
+    /// How many looks came to what, ten a second.
+    looks: BTreeMap<&'static str, u32>,
     steps: Vec<Step>,
 }
 
@@ -75,6 +77,7 @@ pub struct Course {
     skip: (u32, u32),
     steps: Vec<Step>,
     last: Option<(Facts, Reason)>,
+    looks: BTreeMap<&'static str, u32>,
     smallest: u64,
 }
 
@@ -92,6 +95,7 @@ impl Course {
             skip: (0, 0),
             steps: Vec::new(),
             last: None,
+            looks: BTreeMap::new(),
             smallest: u64::MAX,
         }
     }
@@ -114,6 +118,7 @@ impl Course {
             control.limit_bytes.store(decision.limit.0, Relaxed);
             slowdown = f64::from(decision.slowdown) / 10.0;
             reason = decision.reason;
+            *self.looks.entry(why(reason)).or_default() += 1;
             self.note_step(now, from, decision.limit.0, slowdown, reason);
         }
         self.note_sample(now, &facts, control.limit_bytes.load(Relaxed), slowdown);
@@ -194,6 +199,7 @@ impl Course {
             smallest_bytes: self.smallest.min(last),
             last_bytes: last,
             mean_share_percent: tenths(mean),
+            looks: self.looks.clone(),
             steps: self.steps.clone(),
         })
     }

@@ -40,27 +40,31 @@ impl Program {
     /// An access takes a microsecond, and a miss a fault besides. What left takes a third of its room.
     fn run(&mut self, seconds: u64) {
         for _ in 0..seconds * 1_000_000_000 / LOOK_NS {
-            let decision = self.budget.look(&Facts {
-                now: Time(self.now),
-                used: Bytes(self.used),
-                demand: Bytes(self.size),
-                busy_ns: self.busy_ns,
-                lost_ns: self.lost_ns,
-                ceiling: RAM,
-            });
-            self.limits.push(decision.limit.0);
-            self.slowdowns.push(decision.slowdown);
-            self.used = self.size.min(decision.limit.0).max(self.size / 3);
-            // used = resident + (size - resident) / 3
-            let resident = (self.used * 3).saturating_sub(self.size) / 2;
-            let missing = self.hot.saturating_sub(resident);
-            // Of a look's time, in accesses of a microsecond.
-            let a_miss = FAULT_NS * missing / self.hot.max(1);
-            let accesses = LOOK_NS / (1000 + a_miss);
-            self.busy_ns += accesses * 1000;
-            self.lost_ns += accesses * a_miss;
-            self.now += LOOK_NS;
+            self.look();
         }
+    }
+
+    fn look(&mut self) {
+        let decision = self.budget.look(&Facts {
+            now: Time(self.now),
+            used: Bytes(self.used),
+            demand: Bytes(self.size),
+            busy_ns: self.busy_ns,
+            lost_ns: self.lost_ns,
+            ceiling: RAM,
+        });
+        self.limits.push(decision.limit.0);
+        self.slowdowns.push(decision.slowdown);
+        self.used = self.size.min(decision.limit.0).max(self.size / 3);
+        // used = resident + (size - resident) / 3
+        let resident = (self.used * 3).saturating_sub(self.size) / 2;
+        let missing = self.hot.saturating_sub(resident);
+        // Of a look's time, in accesses of a microsecond.
+        let a_miss = FAULT_NS * missing / self.hot.max(1);
+        let accesses = LOOK_NS / (1000 + a_miss);
+        self.busy_ns += accesses * 1000;
+        self.lost_ns += accesses * a_miss;
+        self.now += LOOK_NS;
     }
 
     /// The least RAM that keeps all of the hot part.
@@ -173,6 +177,20 @@ fn a_try_that_fails_at_once_leaves_a_budget_near_what_is_used() {
     program.run(20);
     let limit = *program.limits.last().expect("looks");
     assert!(limit <= 540 * MIB, "{} MiB", limit / MIB);
+}
+
+#[test]
+fn a_loss_that_lasts_for_seconds_is_one_failure() {
+    let mut program = Program::new(50, 512 * MIB, 64 * MIB);
+    program.run(2);
+    // Whatever leaves first is missed: it is not known yet what is hot.
+    for _ in 0..20 {
+        program.lost_ns += LOOK_NS;
+        program.look();
+    }
+    program.run(60);
+    let (limit, ideal) = (*program.limits.last().expect("looks"), program.ideal());
+    assert!(limit <= ideal * 115 / 100, "{} of {} MiB", limit / MIB, ideal / MIB);
 }
 
 #[test]
