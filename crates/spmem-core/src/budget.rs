@@ -14,8 +14,13 @@ use crate::units::{Bytes, Time};
 pub const LOOK_NS: u64 = 100_000_000;
 /// The least budget that is tried.
 pub const LEAST: Bytes = Bytes::mib(16);
-/// A try is this part of the budget smaller at first: 16 % a second, which an encoder keeps up with for programs of a few GiB.
-const TRY_SHARE: u64 = 32;
+/// A try is this part of the budget smaller at first: 6 % a second, which an encoder keeps up with for programs of a few GiB.
+const TRY_SHARE: u64 = 16;
+/// How long a try takes, ns. What is lost in its first half tells of pages that left and were wanted after all, which is how the
+/// sweep learns what is hot; the second half tells what the budget costs.
+const TRY_NS: u64 = 1_000_000_000;
+/// A try that costs more than the allowance for so much time of computing is given up before its end, ns.
+const TRY_COST_NS: u64 = 4_000_000_000;
 /// After tries that failed it is as little as this part.
 const TRY_LEAST_SHARE: u64 = 256;
 /// Tries that went well, one after another, until what failed before is forgotten.
@@ -92,6 +97,17 @@ pub struct Decision {
     pub slowdown: u32,
 }
 
+/// A budget whose cost is not known yet.
+#[derive(Clone, Debug)]
+struct Try {
+    before: Bytes,
+    since: Time,
+    /// Lost beyond the allowance, ns.
+    excess_ns: i64,
+    /// In its second half: computed and lost, ns.
+    late: (u64, u64),
+}
+
 /// What is remembered from look to look.
 #[derive(Clone, Debug)]
 pub struct AutoBudget {
@@ -107,8 +123,11 @@ pub struct AutoBudget {
     try_share: u64,
     /// Tries that went well since one failed.
     luck: u32,
-    /// Of a try whose cost is not known yet: the budget before it.
-    before_try: Option<Bytes>,
+    trial: Option<Try>,
+    /// Of the last looks, the older ones counting less: computed and lost, ns.
+    recent: (u64, u64),
+    /// When a try failed last.
+    failed_at: Time,
     hold_ns: u64,
     hold_until: Time,
     /// When it grew last.
@@ -130,7 +149,7 @@ impl AutoBudget {
     /// budget.look(&facts);
     /// let later = Facts { now: Time(1_000_000_000), busy_ns: 1_000_000_000, ..facts };
     /// let decision = budget.look(&later);
-    /// assert_eq!((decision.reason, decision.limit), (Reason::Trimmed, Bytes::mib(992)), "it loses nothing");
+    /// assert_eq!((decision.reason, decision.limit), (Reason::Trimmed, Bytes::mib(960)), "it loses nothing");
     /// ```
     pub const fn new(allowed: u32, ram: Bytes) -> Self {
         Self {
@@ -141,7 +160,9 @@ impl AutoBudget {
             try_cost_ns: 0,
             try_share: TRY_SHARE,
             luck: 0,
-            before_try: None,
+            trial: None,
+            recent: (0, 0),
+            failed_at: Time(0),
             hold_ns: 0,
             hold_until: Time(0),
             grew_at: Time(0),
@@ -159,7 +180,8 @@ impl AutoBudget {
         let lost = facts.lost_ns.saturating_sub(last.lost_ns);
         let slowdown = if lost < NOISE_NS { 0 } else { per_mille(lost, busy) };
         let excess = self.note_debt(busy, lost);
-        let (limit, reason) = self.decide(facts, &last, slowdown, excess);
+        self.recent = (self.recent.0 / 4 * 3 + busy, self.recent.1 / 4 * 3 + lost);
+        let (limit, reason) = self.decide(facts, &last, (busy, lost, excess));
         let bounded = Bytes(limit.0.min(facts.ceiling.0).max(LEAST.0));
         let reason = if bounded == limit { reason } else { Reason::Bounded };
         self.limit = bounded;
@@ -179,11 +201,10 @@ impl AutoBudget {
         i64::try_from(u128::from(ns) * u128::from(self.allowed) / 1000).unwrap_or(i64::MAX)
     }
 
-    fn decide(&mut self, facts: &Facts, last: &Facts, slowdown: u64, excess: i64) -> (Bytes, Reason) {
+    fn decide(&mut self, facts: &Facts, last: &Facts, cost: (u64, u64, i64)) -> (Bytes, Reason) {
         let grown = facts.demand.0.saturating_sub(last.demand.0);
-        let tried = self.before_try.take();
         if grown > last.demand.0 / GROWTH_SHARE {
-            self.grew_at = facts.now;
+            (self.trial, self.grew_at) = (None, facts.now);
             let ahead = grown.saturating_mul(GROWTH_AHEAD).saturating_add(facts.used.0 / RAISE_MOST_SHARE);
             return (Bytes(self.limit.0.max(facts.used.0.saturating_add(ahead))), Reason::Grows);
         }
@@ -191,18 +212,14 @@ impl AutoBudget {
         if is_other_load {
             (self.try_share, self.hold_ns, self.hold_until) = (TRY_SHARE, 0, facts.now);
         }
-        if slowdown > self.allowed {
-            self.load = facts.demand;
-            self.luck = 0;
-            let limit = if let Some(before) = tried {
-                self.try_share = (self.try_share * 2).min(TRY_LEAST_SHARE);
-                self.try_cost_ns = excess;
-                before
-            } else {
-                self.raised(facts.used, slowdown)
-            };
-            self.hold(facts.now);
-            return (limit, Reason::TooSmall);
+        if let Some(trial) = self.trial.take() {
+            if let Some(decision) = self.judge(facts, trial, cost) {
+                return decision;
+            }
+        } else if self.recent_slowdown() > self.allowed && facts.now.since(self.failed_at) > TRY_NS / 2 {
+            let raised = self.raised(facts.used);
+            self.note_too_small(facts);
+            return (raised, Reason::TooSmall);
         }
         if facts.used > self.limit {
             let since = *self.over_since.get_or_insert(facts.now);
@@ -214,28 +231,64 @@ impl AutoBudget {
             return (facts.used, Reason::Unmovable);
         }
         self.over_since = None;
-        if tried.is_some() {
-            self.luck += 1;
-            if self.luck >= RUN_OF_LUCK {
-                (self.luck, self.hold_ns) = (0, 0);
-                self.try_share = (self.try_share / 2).max(TRY_SHARE);
-            }
-        }
         if facts.now < self.hold_until {
             (self.limit, Reason::Held)
         } else if facts.now.since(self.grew_at) < SETTLE_NS {
             (self.limit, Reason::Grows)
         } else if self.debt_ns.saturating_add(self.try_cost_ns) > 0 {
             (self.limit, Reason::InDebt)
-        } else if slowdown > self.allowed / 2 {
+        } else if self.recent_slowdown() > self.allowed / 2 {
             (self.limit, Reason::JustRight)
         } else {
             let from = self.limit.0.min(facts.used.0);
             let step = from / self.try_share;
             // A budget far above what is used is no place to go back to.
-            self.before_try = Some(Bytes(self.limit.0.min(from.saturating_add(step))));
+            let before = Bytes(self.limit.0.min(from.saturating_add(step)));
+            self.trial = Some(Try { before, since: facts.now, excess_ns: 0, late: (0, 0) });
             (Bytes(from - step), Reason::Trimmed)
         }
+    }
+
+    /// Whether a try goes on, or has failed; `None`: it went well.
+    fn judge(&mut self, facts: &Facts, mut trial: Try, cost: (u64, u64, i64)) -> Option<(Bytes, Reason)> {
+        let (busy, lost, excess) = cost;
+        let age = facts.now.since(trial.since);
+        trial.excess_ns = trial.excess_ns.saturating_add(excess);
+        if age > TRY_NS / 2 {
+            trial.late = (trial.late.0 + busy, trial.late.1 + lost);
+        }
+        let is_dear = trial.excess_ns > self.allowance(TRY_COST_NS);
+        if age < TRY_NS && !is_dear {
+            self.trial = Some(trial);
+            return Some((self.limit, Reason::Trimmed));
+        }
+        let is_lost = trial.late.1 >= NOISE_NS && per_mille(trial.late.1, trial.late.0) > self.allowed;
+        if is_dear || is_lost {
+            self.try_share = (self.try_share * 2).min(TRY_LEAST_SHARE);
+            self.try_cost_ns = trial.excess_ns.max(0);
+            self.note_too_small(facts);
+            // What left is still coming back.
+            self.failed_at = facts.now;
+            return Some((trial.before, Reason::TooSmall));
+        }
+        self.luck += 1;
+        if self.luck >= RUN_OF_LUCK {
+            (self.luck, self.hold_ns) = (0, 0);
+            self.try_share = (self.try_share / 2).max(TRY_SHARE);
+        }
+        None
+    }
+
+    fn note_too_small(&mut self, facts: &Facts) {
+        self.load = facts.demand;
+        (self.luck, self.recent) = (0, (0, 0));
+        self.hold(facts.now);
+    }
+
+    /// Per mille, over the last half second or so.
+    fn recent_slowdown(&self) -> u64 {
+        let (busy, lost) = self.recent;
+        if lost < NOISE_NS { 0 } else { per_mille(lost, busy) }
     }
 
     /// No try for a while, a longer one each time.
@@ -250,8 +303,8 @@ impl AutoBudget {
 
     /// A budget that is too small without having been made smaller: the more is lost, the larger the step. One that is not used up
     /// is large enough: what is lost then are pages that left before.
-    fn raised(&self, used: Bytes, slowdown: u64) -> Bytes {
-        let step = used.0 / RAISE_LEAST_SHARE * (slowdown / self.allowed.max(1)).max(1);
+    fn raised(&self, used: Bytes) -> Bytes {
+        let step = used.0 / RAISE_LEAST_SHARE * (self.recent_slowdown() / self.allowed.max(1)).max(1);
         Bytes(self.limit.0.max(used.0.saturating_add(step.min(used.0 / RAISE_MOST_SHARE))))
     }
 }
