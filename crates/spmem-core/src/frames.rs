@@ -25,7 +25,8 @@
 //! Metadata is lent by the caller, zero meaning free ([`Metadata`]): a byte and a quarter a frame, 0.03 % of the memory.
 //! Nothing of it is touched before the frames it describes. Takes `&self`; adding and removing ranges takes `&mut self`.
 //!
-//! Of several threads that free one block at once one succeeds, whatever paths they take ([`states`]).
+//! A double free is refused, on whatever paths. Of several threads that free one block at the very same moment one succeeds,
+//! unless caches take a single frame: then who frees may be told nothing, and the frame still goes to one owner ([`states`]).
 //!
 //! Holes: an allocation looks at each full range before the one it comes from. A contiguous range lies in one range that was
 //! added, even where two of them touch.
@@ -37,6 +38,7 @@
 
 mod batch;
 mod cache;
+mod cached;
 mod contiguous;
 mod error;
 mod percpu;
@@ -163,7 +165,7 @@ pub struct Frames {
     epoch: AtomicU64,
     relax: fn(),
     /// Tells it from every other, 0 before it has a range; whether it [`has poison`](poison::HAS_POISON), and
-    /// [`caches`](cache::HAS_CACHES).
+    /// [`caches`](cached::HAS_CACHES).
     stamp: AtomicU64,
 }
 
@@ -277,9 +279,18 @@ impl Frames {
 
     /// A block, of the lowest place that has one in the zone of `from` or behind it.
     fn take_block_from(&self, from: Place, order: Order) -> Option<Found<'_>> {
-        let found = self.search(order, from, |zone| zone.take(order.index()))?;
-        found.range.states().set(found.first, Some(order));
-        Some(found)
+        loop {
+            let found = self.search(order, from, |zone| zone.take(order.index()))?;
+            let states = found.range.states();
+            if order != Order::ZERO {
+                states.set(found.first, Some(order));
+                return Some(found);
+            }
+            // A cache may have given away what was freed past it at the same moment: then it has an owner, and is used.
+            if states.give_out(found.first) {
+                return Some(found);
+            }
+        }
     }
 
     /// Gives a block back and merges it with its free buddies.

@@ -7,17 +7,17 @@
 //! per-CPU lists do (mm/page_alloc.c, `pcp_allowed_order`), but two at most. Its fields are
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
+use super::cached::{HAS_CACHES, KNOWS_CACHES};
 use super::poison::HAS_POISON;
-use super::range::Range;
-use super::states::refuse;
-use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
+use super::states::{Tag, Users};
+use super::zone::{ROW_FRAMES, ZONE_FRAMES};
 use super::{Frames, FramesError, Place};
-use crate::sync::Ordering::{Acquire, Relaxed, Release};
+use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 /// Freed frames held, at most.
-const HELD: usize = 256;
+pub(super) const HELD: usize = 256;
 /// How many of them, the oldest, are given back when it is full.
 const GIVEN_BACK: usize = HELD / 2;
 
@@ -28,11 +28,6 @@ const HUGE_HELD: usize = 2;
 const AWAY_BLOCKS: u32 = (ZONE_FRAMES >> 9) as u32;
 /// How many rows a cache takes from a zone of its own because another one fills itself from the lowest: as many as a zone has.
 const AWAY: u32 = (ZONE_FRAMES / ROW_FRAMES) as u32;
-
-/// In the stamp of a node: somebody may have a cache in front of it, ...
-pub(super) const HAS_CACHES: u64 = 2;
-/// ... and everybody who works on a zone knows.
-const KNOWS_CACHES: u64 = 4;
 
 /// One owner's cache of free frames.
 ///
@@ -63,8 +58,10 @@ pub struct Cache {
     /// The huge frames that were freed last, and how many they are.
     huge: [AtomicU32; HUGE_HELD],
     huge_len: AtomicU32,
-    /// Tells it from every other, 0 until it is filled.
+    /// Tells it from every other, 0 until it is used.
     name: AtomicU32,
+    /// How often a frame that it had taken back was another's, too.
+    lost: AtomicU32,
     /// The first frame of the zone that it was filled from.
     filled_at: AtomicU32,
     /// Whether another one was filled from there when it came.
@@ -100,6 +97,7 @@ impl Cache {
             huge: [const { AtomicU32::new(0) }; HUGE_HELD],
             huge_len: AtomicU32::new(0),
             name: AtomicU32::new(0),
+            lost: AtomicU32::new(0),
             filled_at: AtomicU32::new(u32::MAX),
             is_guest: AtomicBool::new(false),
             away_at: AtomicU32::new(0),
@@ -155,7 +153,7 @@ impl Cache {
     /// # Errors
     /// Those of [`Frames::free_block`]; [`FramesError::OtherCache`]; nothing has changed then.
     pub fn free(&mut self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
-        self.free_alone(frames, frame)
+        self.free_alone(frames, frame, Users::One)
     }
 
     /// Gives a block of any order back; it may keep a huge frame.
@@ -173,6 +171,12 @@ impl Cache {
     /// When `frames` is another node.
     pub fn drain(&mut self, frames: &Frames) {
         self.drain_alone(frames);
+    }
+
+    /// How many frames it had taken back that another cache took back at the same moment: double frees that were not refused.
+    /// They came to light, and it let go of them, when it would have given them away.
+    pub fn freed_twice(&self) -> u32 {
+        self.lost.load(Relaxed)
     }
 
     /// Frames it holds.
@@ -206,6 +210,9 @@ impl Cache {
                 return Err(FramesError::OtherCache);
             }
             frames.announce_caches();
+            if self.name.load(Relaxed) == 0 {
+                self.name.store(NEXT_NAME.fetch_add(1, Relaxed).max(1), Relaxed);
+            }
             self.node.store(node | HAS_CACHES | KNOWS_CACHES, Relaxed);
         }
         Ok(if stamp & HAS_POISON == 0 { Poison::None } else { Poison::Some })
@@ -215,19 +222,32 @@ impl Cache {
     pub(super) fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
         let poison = self.is_of(frames)?;
         loop {
-            let frame = self.pop(frames)?;
-            if poison == Poison::None || !frames.retire_cached(frame) {
-                frames.give_out(frame, Order::ZERO);
+            let (frame, freed) = self.pop(frames)?;
+            if poison == Poison::Some && frames.retire_cached(frame, freed) {
+                continue;
+            }
+            if frames.give_out_single(frame, freed) {
                 return Ok(frame);
             }
+            self.lose();
         }
     }
 
-    fn pop(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
+    #[cold]
+    fn lose(&self) {
+        self.lost.store(self.lost.load(Relaxed).saturating_add(1), Relaxed);
+    }
+
+    fn tag(&self) -> Tag {
+        Tag::of(self.name.load(Relaxed))
+    }
+
+    /// A frame, and its tag if it was freed into the cache.
+    fn pop(&self, frames: &Frames) -> Result<(FrameNumber, Option<Tag>), FramesError> {
         let len = self.len.load(Relaxed);
         if len > 0 {
             self.len.store(len - 1, Relaxed);
-            return Ok(FrameNumber(self.held_at(len as usize - 1).load(Relaxed)));
+            return Ok((FrameNumber(self.held_at(len as usize - 1).load(Relaxed)), Some(self.tag())));
         }
         let mut bits = self.row_bits.load(Relaxed);
         if bits == 0 {
@@ -240,17 +260,13 @@ impl Cache {
             bits = taken;
         }
         self.row_bits.store(bits & (bits - 1), Relaxed);
-        Ok(FrameNumber(self.row_first.load(Relaxed) + bits.trailing_zeros()))
+        Ok((FrameNumber(self.row_first.load(Relaxed) + bits.trailing_zeros()), None))
     }
 
     /// A row's free frames: of the lowest zone, but of another one for a while when another cache is filled from that. Two that are
     /// filled and emptied at the same time then write to different zones.
     fn fill(&self, frames: &Frames) -> Result<(FrameNumber, u64), FramesError> {
-        let mut name = self.name.load(Relaxed);
-        if name == 0 {
-            name = NEXT_NAME.fetch_add(1, Relaxed).max(1);
-            self.name.store(name, Relaxed);
-        }
+        let name = self.name.load(Relaxed);
         let left = self.away_for.load(Relaxed);
         let away = if left > 0 { frames.find(FrameNumber(self.away_at.load(Relaxed))).ok() } else { None };
         let row = away.and_then(|from| frames.take_row_from(from, name));
@@ -273,10 +289,11 @@ impl Cache {
         Ok((row.first, row.bits))
     }
 
-    pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
+    pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber, users: Users) -> Result<(), FramesError> {
         let poison = self.is_of(frames)?;
-        frames.take_in(frame, Order::ZERO)?;
-        if poison == Poison::Some && frames.retire_cached(frame) {
+        let tag = self.tag();
+        frames.take_in_single(frame, tag, users)?;
+        if poison == Poison::Some && frames.retire_cached(frame, Some(tag)) {
             return Ok(());
         }
         let mut len = self.len.load(Relaxed) as usize;
@@ -299,7 +316,7 @@ impl Cache {
         }
         self.huge_len.store(len - 1, Relaxed);
         let frame = FrameNumber(self.huge[len as usize - 1].load(Relaxed));
-        frames.give_out(frame, Order::HUGE);
+        frames.give_out_huge(frame);
         Some(frame)
     }
 
@@ -308,7 +325,7 @@ impl Cache {
         if self.is_of(frames).ok()? == Poison::Some {
             return None;
         }
-        if let Err(cause) = frames.take_in(frame, Order::HUGE) {
+        if let Err(cause) = frames.take_in_huge(frame) {
             return Some(Err(cause));
         }
         let mut len = self.huge_len.load(Relaxed) as usize;
@@ -357,26 +374,16 @@ impl Cache {
     /// The oldest of what was freed.
     fn give_back(&self, frames: &Frames, count: usize) {
         let mut oldest = [FrameNumber(0); HELD];
-        for (age, to) in oldest[..count].iter_mut().enumerate() {
-            *to = FrameNumber(self.held_at(age).load(Relaxed));
+        let (tag, mut mine) = (self.tag(), 0);
+        for age in 0..count {
+            let frame = FrameNumber(self.held_at(age).load(Relaxed));
+            oldest[mine] = frame;
+            if frames.take_out_single(frame, tag) { mine += 1 } else { self.lose() }
         }
         self.oldest.store((self.oldest.load(Relaxed) + count as u32) % HELD as u32, Relaxed);
         self.len.store(self.len.load(Relaxed) - count as u32, Relaxed);
-        frames.put_cached(&mut oldest[..count]);
+        frames.put_cached(&mut oldest[..mine]);
     }
-}
-
-/// What a cache is filled with.
-struct Row {
-    first: FrameNumber,
-    /// Its free frames.
-    bits: u64,
-    /// The first frame of its zone.
-    zone: FrameNumber,
-    /// Whether another cache was filled from the zone last.
-    is_others: bool,
-    /// Whether a zone before it was passed over because somebody else worked on it.
-    was_busy: bool,
 }
 
 /// Whether a node has poisoned frames, so that a cache must look at the marks of those that pass through it.
@@ -384,94 +391,4 @@ struct Row {
 pub(super) enum Poison {
     None,
     Some,
-}
-
-/// What caches ask of a node.
-impl Frames {
-    /// Whether blocks are freed with caches about, which ask no zone. With a zone locked: until it is let go, no cache comes
-    /// of which this does not tell.
-    pub(super) fn has_caches(&self) -> bool {
-        self.stamp.load(Relaxed) & HAS_CACHES != 0
-    }
-
-    /// Before the first cache is used: whoever has a zone now ends, whoever locks one later sees the mark.
-    fn announce_caches(&self) {
-        // Acquire pairs with the Release below.
-        if self.stamp.fetch_or(HAS_CACHES, Acquire) & KNOWS_CACHES != 0 {
-            return;
-        }
-        let zones = self.ranges.iter().flat_map(Range::all_zone_words);
-        zones.for_each(|words| drop(Zone::lock(words, self.relax)));
-        self.stamp.fetch_or(KNOWS_CACHES, Release);
-    }
-
-    /// A row's free frames for the cache `name`, the lowest there are in the zone of `from` or behind it. They count as used,
-    /// given to nobody.
-    fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
-        let (mut bits, mut filler) = (0, 0);
-        let found = self.search(Order::ZERO, from, |zone| {
-            let (first, taken) = zone.take_row(ROW_FRAMES)?;
-            (bits, filler) = (taken, zone.replace_filler(name));
-            Some(first)
-        })?;
-        let (first, zone) = (found.number(), found.zone());
-        Some(Row { first, bits, zone, is_others: filler != name && filler != 0, was_busy: found.was_busy })
-    }
-
-    /// A cached block gets an owner.
-    fn give_out(&self, frame: FrameNumber, order: Order) {
-        let place = self.find(frame).expect("a cached frame is the node's");
-        self.ranges[place.range].states().set(place.offset, Some(order));
-    }
-
-    /// A cached huge frame becomes free.
-    fn put_huge(&self, frame: FrameNumber) {
-        let place = self.find(frame).expect("a cached frame is the node's");
-        let range = &self.ranges[place.range];
-        let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
-        assert!(zone.is_used(place.in_zone()), "a huge frame was freed twice at once");
-        self.put(range, place.zone(), &zone, place.in_zone(), Order::HUGE.index());
-        self.settle(range, place.zone(), &zone);
-    }
-
-    /// A block that is in use becomes a cached one.
-    fn take_in(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
-        let place = self.find(frame)?;
-        let range = &self.ranges[place.range];
-        if range.states().clear(place.offset, order) { Ok(()) } else { refuse(range, place.offset, order) }
-    }
-
-    /// Cached frames become free: one lock a zone, those that nobody works on first. Changes the order of `cached`.
-    fn put_cached(&self, cached: &mut [FrameNumber]) {
-        let mut left = cached;
-        let mut first = 0;
-        while !left.is_empty() {
-            // Once round, and none of their zones was free to take: then the first one is waited for.
-            let must_wait = first == left.len();
-            let place = self.find(left[if must_wait { 0 } else { first }]).expect("a cached frame is the node's");
-            let range = &self.ranges[place.range];
-            let words = range.zone_words(place.zone());
-            let zone = if must_wait { Some(Zone::lock(words, self.relax)) } else { Zone::try_lock(words) };
-            let Some(zone) = zone else {
-                first += 1;
-                continue;
-            };
-            // Which zone a frame is of is random: to branch on it would cost more than to store it twice.
-            let mut mine = [0_u32; HELD];
-            let (mut count, mut others) = (0, 0);
-            let (first_of_zone, frames_of_zone) = range.zone_span(place.zone());
-            for at in 0..left.len() {
-                let frame = left[at];
-                let offset = frame.0.wrapping_sub(first_of_zone);
-                mine[count % HELD] = offset;
-                left[others] = frame;
-                count += usize::from(offset < frames_of_zone);
-                others += usize::from(offset >= frames_of_zone);
-            }
-            self.put_each(range, place.zone(), &zone, &mine[..count]);
-            self.settle(range, place.zone(), &zone);
-            left = &mut left[..others];
-            first = 0;
-        }
-    }
 }

@@ -5,6 +5,7 @@
 use alloc::vec::Vec;
 
 use super::cache::Cache;
+use super::states::Users;
 use super::{Frames, FramesError};
 use crate::sync::AtomicBool;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
@@ -116,7 +117,7 @@ impl PerCpu {
     ) -> Result<(), FramesError> {
         let slot = &self.slots[processor % self.slots.len()];
         let cached = match order {
-            Order::ZERO => slot.try_with(|cache| cache.free_alone(frames, frame)),
+            Order::ZERO => slot.try_with(|cache| cache.free_alone(frames, frame, Users::Many)),
             Order::HUGE => slot.try_with(|cache| cache.free_huge_alone(frames, frame)).flatten(),
             _ => None,
         };

@@ -14,6 +14,7 @@
 use core::ops::ControlFlow;
 
 use super::range::Range;
+use super::states::Tag;
 use super::zone::{ROW_FRAMES, Words, ZONE_FRAMES, Zone, each_row};
 use super::{FrameRange, Frames, FramesError, each_bit};
 use crate::sync::Ordering::{Relaxed, Release};
@@ -116,17 +117,12 @@ impl Frames {
         debug_assert!(done.is_continue());
     }
 
-    /// Gives single frames back, counted from the zone's beginning, but for those that are poisoned.
-    ///
-    /// # Panics
-    /// When one of them is not in use.
+    /// Gives single frames back, counted from the zone's beginning, but for those that are poisoned, and those that are free.
     pub(super) fn put_each(&self, range: &Range, number: usize, zone: &Zone<'_>, frames: &[u32]) {
         if !zone.has_poison() {
             return zone.put_each(frames);
         }
-        for &frame in frames {
-            let frame = frame as usize;
-            assert!(zone.is_used(frame), "frame {frame} of a zone was freed twice at once");
+        for frame in frames.iter().map(|&frame| frame as usize).filter(|&frame| zone.is_used(frame)) {
             self.put_in_row(range, number, zone, frame / ROW_FRAMES * ROW_FRAMES, 1 << (frame % ROW_FRAMES));
         }
     }
@@ -138,17 +134,21 @@ impl Frames {
         zone.put_in_row(first, bits & !poisoned);
     }
 
-    /// Takes a frame that a cache has for itself out of use, if it is poisoned; whether it did.
+    /// Takes a frame that a cache has for itself, `freed` into it or not, out of use, if it is poisoned; whether it did.
     #[cold]
-    pub(super) fn retire_cached(&self, frame: FrameNumber) -> bool {
+    pub(super) fn retire_cached(&self, frame: FrameNumber, freed: Option<Tag>) -> bool {
         let place = self.find(frame).expect("a cached frame is the node's");
         let range = &self.ranges[place.range];
         let words = range.zone_words(place.zone());
         if !is_marked(words, place.in_zone()) {
             return false;
         }
-        retire(range, &Zone::lock(words, self.relax), place.offset);
-        true
+        let zone = Zone::lock(words, self.relax);
+        let is_mine = freed.is_none_or(|tag| range.states().has(place.offset, tag));
+        if is_mine {
+            retire(range, &zone, place.offset);
+        }
+        is_mine
     }
 }
 

@@ -2,8 +2,14 @@
 //!
 //! Whoever holds a frame may write its state without a lock: so a cache gives a frame out and takes it back, and refuses a
 //! double free, a foreign frame and a wrong order, without asking a zone. What nobody holds is written under the lock of its
-//! zone. Who takes a block back is settled by one exchange of its state ([`States::clear`]); a node that no cache was ever
-//! used with has the lock of the zone for that, and saves it.
+//! zone.
+//!
+//! Who takes a larger block back, or one without a cache, is settled by one exchange of its state ([`States::clear`]); a
+//! node that no cache was ever used with has the lock of the zone for that, and saves it. A cache that takes a single frame
+//! puts its [`Tag`] there: a slot of a processor by an exchange, too; an owner's cache looks and then stores, which costs no
+//! locked instruction. Two that do so at the same moment both think that they
+//! have it; the tag that was stored last stays, and the other cache finds it when it would give the frame away, to an owner
+//! or to the zone, and drops it. What that does not find is in ADR 11, "Double frees".
 
 use super::range::Range;
 use super::{Frames, FramesError};
@@ -11,10 +17,35 @@ use crate::sync::AtomicU8;
 use crate::sync::Ordering::Relaxed;
 use crate::units::{FrameNumber, Order};
 
+/// A single frame is in use.
+const SINGLE: u8 = 1;
 /// The frame is poisoned and out of use.
 const RETIRED: u8 = u8::MAX;
 
-/// What has been given out: 0 nothing, or not the first frame of it; else the order and one, or [`RETIRED`].
+/// The lowest tag: behind the orders.
+const FIRST_TAG: u8 = Order::COUNT as u8 + 1;
+
+/// The state of single frames that a cache took back. As many caches as there are tags have different ones.
+#[derive(Clone, Copy)]
+pub(super) struct Tag(u8);
+
+impl Tag {
+    /// That of the cache of this name.
+    pub(super) const fn of(name: u32) -> Self {
+        Self(FIRST_TAG + (name % (RETIRED - FIRST_TAG) as u32) as u8)
+    }
+}
+
+/// Who uses a cache.
+#[derive(Clone, Copy)]
+pub(super) enum Users {
+    /// Its owner.
+    One,
+    /// Everybody on a processor, who pays for a locked instruction in any case.
+    Many,
+}
+
+/// What has been given out: 0 nothing, or not the first frame of it; else the order and one, a [`Tag`], or [`RETIRED`].
 pub(super) struct States<'a>(pub(super) &'a [AtomicU8]);
 
 impl States<'_> {
@@ -39,6 +70,41 @@ impl States<'_> {
         // Relaxed: that one of them succeeds holds of a single byte; what else is written is ordered by the zone's lock.
         let clear = |state: &AtomicU8| state.compare_exchange(order.get() + 1, 0, Relaxed, Relaxed);
         self.0.get(frame).is_some_and(|state| clear(state).is_ok())
+    }
+
+    /// A cache takes a single frame back, if it is in use.
+    pub(super) fn take_in(&self, frame: usize, tag: Tag, users: Users) -> bool {
+        // Relaxed, as in `clear`.
+        self.0.get(frame).is_some_and(|state| match users {
+            Users::One => {
+                let is_there = state.load(Relaxed) == SINGLE;
+                if is_there {
+                    state.store(tag.0, Relaxed);
+                }
+                is_there
+            }
+            Users::Many => state.compare_exchange(SINGLE, tag.0, Relaxed, Relaxed).is_ok(),
+        })
+    }
+
+    /// Whether it is still that cache's.
+    pub(super) fn has(&self, frame: usize, tag: Tag) -> bool {
+        self.0.get(frame).is_some_and(|state| state.load(Relaxed) == tag.0)
+    }
+
+    /// A frame that a cache took back becomes a free one, or that of an owner; not if another one has taken it back, too.
+    pub(super) fn take_out(&self, frame: usize, tag: Tag, order: Option<Order>) -> bool {
+        let is_mine = self.has(frame, tag);
+        if is_mine {
+            self.set(frame, order);
+        }
+        is_mine
+    }
+
+    /// A frame that was free gets an owner; not if a cache has given it one.
+    pub(super) fn give_out(&self, frame: usize) -> bool {
+        let state = self.0.get(frame).filter(|state| state.load(Relaxed) != SINGLE);
+        state.inspect(|state| state.store(SINGLE, Relaxed)).is_some()
     }
 
     /// The block in use that the frame lies in: its first frame and order.

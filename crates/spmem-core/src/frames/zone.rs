@@ -222,20 +222,16 @@ impl<'a> Zone<'a> {
         }
     }
 
-    /// Gives single frames back, wherever they are.
-    ///
-    /// # Panics
-    /// When one of them is not in use.
+    /// Gives single frames back, wherever they are. One that is free already is not counted again.
     pub(super) fn put_each(&self, frames: &[u32]) {
         let place = |frame: u32| (frame as usize % ZONE_FRAMES / ROW_FRAMES, frame as usize % ROW_FRAMES);
         // First all words, one not waiting for another, as no branch depends on them; then what they tell the index.
-        let mut were_used = 1;
+        let mut were_used = 0;
         for (row, bit) in frames.iter().map(|&frame| place(frame)) {
             let used = self.get(ROW + row);
-            were_used &= used >> bit;
+            were_used += used >> bit & 1;
             self.set(ROW + row, used & !(1 << bit));
         }
-        assert!(were_used & 1 != 0, "a frame that is given back is in use");
         for (row, bit) in frames.iter().map(|&frame| place(frame)) {
             let used = self.get(ROW + row);
             self.some_in_row(row, word::merged(!used, bit, 0) + 1);
@@ -243,7 +239,7 @@ impl<'a> Zone<'a> {
                 self.put_in_tree(row, 0);
             }
         }
-        self.add_used(-(frames.len() as i64));
+        self.add_used(-(were_used as i64));
     }
 
     /// Gives single frames of a row back, as bits. They must be in use.
