@@ -58,7 +58,7 @@ use self::states::not_allocated;
 use self::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
 use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
-use crate::units::{FrameCount, FrameNumber, Order};
+use crate::units::{FrameCount, FrameNumber, NodeId, Order};
 
 pub use self::cache::Cache;
 pub use self::error::FramesError;
@@ -206,14 +206,11 @@ impl Frames {
             return Err(too_many);
         }
         let Ok(first) = u32::try_from(first) else { return Err(too_many) };
-        let (words, states) = Metadata::size(count);
-        let (Some(words), Some(states)) = (lent.words.get(..words), lent.states.get(..states)) else {
-            return Err(FramesError::NoMetadata);
-        };
+        let lent = lent.for_frames(count).ok_or(FramesError::NoMetadata)?;
         self.ranges.try_reserve(1).map_err(|_| FramesError::NoMetadata)?;
         let span = FrameRange { first: FrameNumber(first), count };
         let zones = (count.0 as usize).div_ceil(ZONE_FRAMES);
-        let range = Range { span, lent: Metadata { words, states }, zones };
+        let range = Range { span, lent, zones };
         let is_fresh = range.all_zone_words().all(Zone::is_fresh);
         if !is_fresh || !Zone::claim(range.zone_words(0)) {
             return Err(FramesError::MetadataInUse);
@@ -371,6 +368,11 @@ impl Frames {
             }
         }
         counts
+    }
+
+    /// Whether metadata of it lies on the node.
+    pub(crate) fn borrows(&self, node: NodeId) -> bool {
+        self.ranges.iter().any(|range| range.lent.node() == Some(node))
     }
 
     /// Bytes of metadata lent: about a byte and a quarter a frame.

@@ -284,7 +284,19 @@ pub enum NodeError {
         /// Ranges left.
         ranges: usize,
     },
-    /// The range was refused.
+    /// The metadata lent for a range does not lie on a sysram node (R7).
+    MetadataOn {
+        /// Where it lies.
+        node: NodeId,
+    },
+    /// Metadata of another node's ranges lies on the node, which therefore stays sysram (R7).
+    Lends {
+        /// The node.
+        node: NodeId,
+        /// The other one.
+        to: NodeId,
+    },
+    /// The range was refused, or there is no memory left to record the node.
     Frames(FramesError),
 }
 
@@ -305,6 +317,12 @@ impl fmt::Display for NodeError {
             }
             Self::InUse { node, used, ranges } => {
                 write!(f, "node {node} has {used} frames in use and {ranges} ranges; free and remove them first")
+            }
+            Self::MetadataOn { node } => {
+                write!(f, "the metadata lies on node {node}, which is not sysram; lend memory of a sysram node")
+            }
+            Self::Lends { node, to } => {
+                write!(f, "metadata of node {to} lies on node {node}; remove the ranges that it is lent for first")
             }
             Self::Frames(cause) => cause.fmt(f),
         }

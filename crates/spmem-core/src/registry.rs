@@ -195,10 +195,22 @@ impl Registry {
     }
 
     /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3), `initial` what they hold
-    /// (R21). `lent` is sysram (R7).
+    /// (R21). `lent` is sysram (R7): where it is said to lie ([`Metadata::on`]) there must be such a node.
     ///
     /// # Errors
-    /// [`NodeError::NotOwner`], [`NodeError::Conflict`], [`NodeError::Frames`].
+    /// [`NodeError::NotOwner`], [`NodeError::Conflict`], [`NodeError::MetadataOn`], [`NodeError::Frames`].
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Services};
+    /// use spmem_core::{frames::Metadata, registry::Registry, units::{FrameCount, NodeId}, zero::Initial};
+    /// # let spec = NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services: Services::empty(),
+    /// #     guard: Guard::Hard, owner: "doc".into() };
+    /// let mut registry = Registry::new();
+    /// let owner = registry.register(NodeId::ONE, spec.clone()).unwrap().owner;
+    /// let lent = Metadata::from_heap(FrameCount(64)).unwrap().on(NodeId::ONE);
+    /// let refused = registry.add_range(&owner, &spec, FrameCount(64), lent, Initial::Zero);
+    /// assert_eq!(refused, Err(NodeError::MetadataOn { node: NodeId::ONE })); // SPM
+    /// ```
     pub fn add_range(
         &mut self,
         owner: &Owner,
@@ -207,9 +219,13 @@ impl Registry {
         lent: Metadata,
         initial: Initial,
     ) -> Result<FrameRange, NodeError> {
+        let sysram = self.sysram;
         let node = self.owned(owner)?;
         if let Some(property) = node.spec.conflict(spec) {
             return Err(NodeError::Conflict { node: owner.node, property });
+        }
+        if let Some(node) = lent.node().filter(|&node| !sysram.contains(node)) {
+            return Err(NodeError::MetadataOn { node });
         }
         node.contents.reserve_range()?;
         let range = node.frames.add_range(count, lent)?;
@@ -239,13 +255,16 @@ impl Registry {
     /// wider one: what lay inside them stays inside (R5).
     ///
     /// # Errors
-    /// [`NodeError::NotOwner`], [`NodeError::InUse`].
+    /// [`NodeError::NotOwner`], [`NodeError::InUse`]; [`NodeError::Lends`] while metadata of another node lies on it (R7).
     pub fn unregister(&mut self, owner: &Owner) -> Result<(), NodeError> {
         let node = owner.node;
         let frames = &self.owned(owner)?.frames;
         let (used, ranges) = (frames.used(), frames.ranges().len());
         if used.0 > 0 || ranges > 0 {
             return Err(NodeError::InUse { node, used, ranges });
+        }
+        if let Some(to) = self.present.iter().find(|&to| self.node(to).is_some_and(|to| to.frames.borrows(node))) {
+            return Err(NodeError::Lends { node, to });
         }
         self.nodes[node.index()] = None;
         for mask in [&mut self.present, &mut self.sysram, &mut self.spm, &mut self.easy] {

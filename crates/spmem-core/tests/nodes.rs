@@ -9,7 +9,7 @@ use spmem_core::mm::{Block, FreeError, MemoryManager};
 use spmem_core::node::{Class, Guard, NodeError, NodeSpec, NodeType, Owner, Property, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy};
-use spmem_core::registry::Registered;
+use spmem_core::registry::{Registered, Registry};
 use spmem_core::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
 use spmem_core::wall::{Mobility, Request};
 use spmem_core::zero::Initial;
@@ -337,4 +337,40 @@ fn the_nearest_node_comes_first_home_before_local_also_for_a_pass_that_is_kept()
     let homed = Policy::bind(present).with_home(node(1), &present).unwrap();
     let request = Request { policy: homed, local: Some(node(2)), ..Request::of(DomainId::ROOT) };
     assert_eq!(mm.alloc(&request, Order::ZERO).unwrap().node(), node(1));
+}
+
+#[test]
+fn metadata_lies_on_sysram_for_as_long_as_it_is_lent() {
+    // R7: whatever says where it lies.
+    let mut registry = Registry::new();
+    let spec = |node_type| NodeSpec {
+        node_type,
+        class: Class::Plain,
+        services: Services::empty(),
+        guard: Guard::Hard,
+        owner: "test".into(),
+    };
+    let node = |number| NodeId::new(number).unwrap();
+    let sysram = registry.register(node(0), spec(NodeType::Sysram)).unwrap().owner;
+    let spm = registry.register(node(1), spec(NodeType::Spm)).unwrap().owner;
+    let count = FrameCount(64);
+    for at in [node(1), node(2)] {
+        let lent = Metadata::from_heap(count).unwrap().on(at);
+        for (owner, of) in [(&sysram, NodeType::Sysram), (&spm, NodeType::Spm)] {
+            let added = registry.add_range(owner, &spec(of), count, lent, Initial::Zero);
+            assert_eq!(added, Err(NodeError::MetadataOn { node: at }), "SPM, or not there at all");
+        }
+        assert!(lent.is_zero(), "nothing of it was touched");
+    }
+    assert_eq!(registry.frames(node(1)).unwrap().capacity(), FrameCount(0));
+    let lent = Metadata::from_heap(count).unwrap().on(node(0));
+    let range = registry.add_range(&spm, &spec(NodeType::Spm), count, lent, Initial::Zero).unwrap();
+    // Else it could come again as SPM.
+    assert_eq!(registry.unregister(&sysram), Err(NodeError::Lends { node: node(0), to: node(1) }));
+    let (_, lent) = registry.remove_range(&spm, range.first).unwrap();
+    assert_eq!(lent.node(), Some(node(0)));
+    registry.unregister(&sysram).unwrap();
+    registry.register(node(0), spec(NodeType::Spm)).unwrap();
+    let added = registry.add_range(&spm, &spec(NodeType::Spm), count, lent, Initial::Zero);
+    assert_eq!(added, Err(NodeError::MetadataOn { node: node(0) }));
 }

@@ -10,7 +10,7 @@ use super::zone::{self, Words, ZONE_FRAMES, ZONE_WORDS};
 use super::{FrameRange, FramesError};
 use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicU8, AtomicU64};
-use crate::units::{FrameCount, FrameNumber, Order};
+use crate::units::{FrameCount, FrameNumber, NodeId, Order};
 
 /// Memory that the caller lends for the metadata of a range, all zero; it comes back when the range is removed. A copy of it
 /// is the same memory: it can be lent once at a time, and [`Frames::add_range`](super::Frames::add_range) refuses what another range
@@ -19,6 +19,7 @@ use crate::units::{FrameCount, FrameNumber, Order};
 pub struct Metadata {
     pub(super) words: &'static [AtomicU64],
     pub(super) states: &'static [AtomicU8],
+    node: Option<NodeId>,
 }
 
 impl Metadata {
@@ -34,9 +35,26 @@ impl Metadata {
         (zones * ZONE_WORDS + hint_words(zones) * Order::COUNT, count.0 as usize)
     }
 
-    /// From memory that is all zero, for up to as many frames as it has room for.
+    /// From memory that is all zero, for up to as many frames as it has room for. It is said to be sysram (R7), as the memory
+    /// of a program is that has no policy of its own.
     pub const fn new(words: &'static [AtomicU64], states: &'static [AtomicU8]) -> Self {
-        Self { words, states }
+        Self { words, states, node: None }
+    }
+
+    /// The same, of which it is known on which node it lies.
+    pub const fn on(self, node: NodeId) -> Self {
+        Self { node: Some(node), ..self }
+    }
+
+    /// The node on which it is said to lie.
+    pub const fn node(&self) -> Option<NodeId> {
+        self.node
+    }
+
+    /// As much of it as `count` frames take, if it is that much.
+    pub(super) fn for_frames(self, count: FrameCount) -> Option<Self> {
+        let (words, states) = Self::size(count);
+        Some(Self { words: self.words.get(..words)?, states: self.states.get(..states)?, node: self.node })
     }
 
     /// From the heap, for tests, tools and simulation: it is never given back to it.
@@ -45,7 +63,7 @@ impl Metadata {
     /// [`FramesError::NoMetadata`].
     pub fn from_heap(count: FrameCount) -> Result<Self, FramesError> {
         let (words, states) = Self::size(count);
-        Ok(Self { words: leak_zeros(words)?, states: leak_zeros(states)? })
+        Ok(Self::new(leak_zeros(words)?, leak_zeros(states)?))
     }
 
     /// Whether all of it is zero, as what is lent must be. Looks at all of it.
