@@ -8,7 +8,6 @@
 //!
 //! Frames in use are counted per domain and node: so a change of a mask can say what lies outside it now (R5).
 
-use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
@@ -54,6 +53,8 @@ pub enum DomainError {
         /// How many.
         used: FrameCount,
     },
+    /// The heap has nothing left for it.
+    NoMemory,
 }
 
 impl fmt::Display for DomainError {
@@ -72,6 +73,7 @@ impl fmt::Display for DomainError {
             Self::Root => f.write_str("the root domain stays"),
             Self::HasChildren { children } => write!(f, "the domain has {children} children; remove them first"),
             Self::InUse { used } => write!(f, "{used} frames of the domain are in use; free or move them first"),
+            Self::NoMemory => f.write_str("there is no memory left for it"),
         }
     }
 }
@@ -92,7 +94,7 @@ pub struct Outside {
 /// A domain. Its effective masks are up to date whenever the registry is not being changed.
 #[derive(Debug)]
 struct Domain {
-    name: Box<str>,
+    name: String,
     parent: Option<DomainId>,
     children: Vec<DomainId>,
     depth: usize,
@@ -109,7 +111,9 @@ struct Domain {
 /// The tree of domains of a registry.
 #[derive(Debug)]
 pub(crate) struct Domains {
-    slots: Vec<Option<Box<Domain>>>,
+    /// One or none each: a list, unlike a box, can be made fallibly.
+    slots: Vec<Vec<Domain>>,
+    /// Has room for all of them.
     vacant: Vec<DomainId>,
     next_serial: u64,
 }
@@ -117,16 +121,16 @@ pub(crate) struct Domains {
 impl Domains {
     /// The root alone, without limits.
     pub(crate) fn new() -> Self {
-        let root = Domain::new("", None, 0, 0);
-        Self { slots: alloc::vec![Some(Box::new(root))], vacant: Vec::new(), next_serial: 1 }
+        let root = Domain::new(String::new(), None, 0, 0);
+        Self { slots: alloc::vec![alloc::vec![root]], vacant: Vec::new(), next_serial: 1 }
     }
 
     fn get(&self, id: DomainId) -> Option<&Domain> {
-        self.slots.get(id.index())?.as_deref()
+        self.slots.get(id.index())?.first()
     }
 
     fn get_mut(&mut self, id: DomainId) -> Result<&mut Domain, DomainError> {
-        let slot = self.slots.get_mut(id.index()).and_then(Option::as_deref_mut);
+        let slot = self.slots.get_mut(id.index()).and_then(|slot| slot.first_mut());
         slot.ok_or(DomainError::Unknown { domain: id })
     }
 
@@ -181,17 +185,42 @@ impl Domains {
     }
 
     /// Frames of `from` and all below it that lie outside their domain's effective mask.
-    fn outside(&self, from: DomainId) -> Vec<Outside> {
-        let (mut found, mut walk) = (Vec::new(), Walk::new(from));
-        while let Some(id) = walk.next(self) {
-            let Some(domain) = self.get(id) else { continue };
-            for (&frames, node) in domain.used.iter().zip(&NodeMask::ALL) {
-                if frames > 0 && !domain.effective.contains(node) {
-                    found.push(Outside { domain: id, node, frames: FrameCount(frames) });
-                }
-            }
+    fn outside(&self, from: DomainId) -> impl Iterator<Item = Outside> + '_ {
+        let mut walk = Walk::new(from);
+        let all = core::iter::from_fn(move || walk.next(self));
+        all.filter_map(|id| Some((id, self.get(id)?))).flat_map(|(id, domain)| {
+            let used = domain.used.iter().zip(&NodeMask::ALL);
+            let outside = used.filter(|&(&frames, node)| frames > 0 && !domain.effective.contains(node));
+            outside.map(move |(&frames, node)| Outside { domain: id, node, frames: FrameCount(frames) })
+        })
+    }
+
+    /// The same as a list.
+    ///
+    /// # Errors
+    /// [`DomainError::NoMemory`]
+    pub(crate) fn list_outside(&self, from: DomainId) -> Result<Vec<Outside>, DomainError> {
+        let mut all = Vec::new();
+        for one in self.outside(from) {
+            all.try_reserve(1).map_err(|_| DomainError::NoMemory)?;
+            all.push(one);
         }
-        found
+        Ok(all)
+    }
+
+    /// A new domain that nobody knows yet, and room for it here and in its parent.
+    fn make(&mut self, parent: DomainId, name: &str, depth: usize) -> Result<Vec<Domain>, DomainError> {
+        let no_memory = |_| DomainError::NoMemory;
+        let (mut made, mut own) = (Vec::new(), String::new());
+        made.try_reserve_exact(1).map_err(no_memory)?;
+        own.try_reserve_exact(name.len()).map_err(no_memory)?;
+        own.push_str(name);
+        self.get_mut(parent)?.children.try_reserve(1).map_err(no_memory)?;
+        self.slots.try_reserve(1).map_err(no_memory)?;
+        // Also for the day on which it is removed, which nothing may refuse.
+        self.vacant.try_reserve(self.slots.len() + 1 - self.vacant.len()).map_err(no_memory)?;
+        made.push(Domain::new(own, Some(parent), depth, self.next_serial));
+        Ok(made)
     }
 }
 
@@ -234,9 +263,9 @@ impl Walk {
 }
 
 impl Domain {
-    fn new(name: &str, parent: Option<DomainId>, depth: usize, serial: u64) -> Self {
+    const fn new(name: String, parent: Option<DomainId>, depth: usize, serial: u64) -> Self {
         Self {
-            name: name.into(),
+            name,
             parent,
             children: Vec::new(),
             depth,
@@ -259,7 +288,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`DomainError::Unknown`], [`DomainError::BadName`], [`DomainError::Exists`], [`DomainError::TooDeep`],
-    /// [`DomainError::TooMany`].
+    /// [`DomainError::TooMany`], [`DomainError::NoMemory`].
     ///
     /// ```
     /// use spmem_core::{registry::Registry, units::DomainId};
@@ -283,17 +312,17 @@ impl Registry {
             return Err(DomainError::TooDeep);
         }
         let domains = &mut self.domains;
-        let domain = Box::new(Domain::new(name, Some(parent), depth, domains.next_serial));
-        domains.next_serial += 1;
+        let domain = domains.make(parent, name, depth)?;
         let id = if let Some(id) = domains.vacant.pop() {
-            domains.slots[id.index()] = Some(domain);
+            domains.slots[id.index()] = domain;
             id
         } else {
             let number = u16::try_from(domains.slots.len()).map_err(|_| DomainError::TooMany)?;
             let id = DomainId::new(number).map_err(|_| DomainError::TooMany)?;
-            domains.slots.push(Some(domain));
+            domains.slots.push(domain);
             id
         };
+        domains.next_serial += 1;
         domains.get_mut(parent)?.children.push(id);
         self.refresh_domains(id);
         Ok(id)
@@ -314,7 +343,7 @@ impl Registry {
             return Err(DomainError::InUse { used: FrameCount(used) });
         }
         self.domains.get_mut(parent)?.children.retain(|&child| child != id);
-        self.domains.slots[id.index()] = None;
+        self.domains.slots[id.index()] = Vec::new();
         self.domains.vacant.push(id);
         self.bump_epoch();
         Ok(())
@@ -324,11 +353,16 @@ impl Registry {
     /// lies outside now, here or further down, is listed: the change is done when it has been moved (R5).
     ///
     /// # Errors
-    /// [`DomainError::Unknown`].
+    /// [`DomainError::Unknown`]; [`DomainError::NoMemory`] where what lies outside could not be listed.
     pub fn set_mems(&mut self, id: DomainId, mems: NodeMask) -> Result<Vec<Outside>, DomainError> {
-        self.domains.get_mut(id)?.mems = mems;
+        let before = core::mem::replace(&mut self.domains.get_mut(id)?.mems, mems);
         self.refresh_domains(id);
-        Ok(self.domains.outside(id))
+        let listed = self.domains.list_outside(id);
+        if listed.is_err() {
+            self.domains.get_mut(id)?.mems = before;
+            self.refresh_domains(id);
+        }
+        listed
     }
 
     /// Sets which sysram nodes a domain gets unasked; an empty mask sets no limit (R4). SPM nodes in it mean nothing, however
@@ -343,7 +377,7 @@ impl Registry {
     }
 
     /// Frames of the domain and all below it that lie where its masks do not reach (R5).
-    pub fn outside(&self, id: DomainId) -> Vec<Outside> {
+    pub fn outside(&self, id: DomainId) -> impl Iterator<Item = Outside> + '_ {
         self.domains.outside(id)
     }
 
@@ -378,7 +412,7 @@ impl Registry {
     /// Every domain, in no order.
     pub fn domains(&self) -> impl Iterator<Item = DomainId> + '_ {
         let slots = self.domains.slots.iter().zip(0..MAX_DOMAINS);
-        slots.filter(|(slot, _)| slot.is_some()).filter_map(|(_, number)| DomainId::new(number).ok())
+        slots.filter(|(slot, _)| !slot.is_empty()).filter_map(|(_, number)| DomainId::new(number).ok())
     }
 
     /// The domain above; `None` for the root.
@@ -391,7 +425,7 @@ impl Registry {
         let mut names = Vec::new();
         let mut domain = self.domains.get(id)?;
         while let Some(parent) = domain.parent {
-            names.push(&*domain.name);
+            names.push(domain.name.as_str());
             domain = self.domains.get(parent)?;
         }
         if names.is_empty() {
@@ -457,6 +491,6 @@ impl Registry {
 
     fn child(&self, parent: DomainId, name: &str) -> Option<DomainId> {
         let children = &self.domains.get(parent)?.children;
-        children.iter().copied().find(|&child| self.domains.get(child).is_some_and(|domain| &*domain.name == name))
+        children.iter().copied().find(|&child| self.domains.get(child).is_some_and(|domain| domain.name == name))
     }
 }

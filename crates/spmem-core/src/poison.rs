@@ -5,7 +5,6 @@
 //! the kernel does with SIGBUS. [`MemoryManager::in_use`] names holders in the same words, where a range is to be removed.
 //! Takes no lock. Hole: a hurt block still counts as one that can move; its holder copies what can be read.
 
-use alloc::vec::Vec;
 use core::fmt;
 
 use crate::frames::{FrameRange, FramesError, Hurt, InUse};
@@ -114,9 +113,9 @@ impl MemoryManager {
 
     /// What is in use of a part of a node, lowest first, and whose it is: what keeps a range from being removed. Looks at every
     /// frame in use; nothing for a node that is not registered.
-    pub fn in_use(&self, node: NodeId, part: FrameRange) -> Vec<Holder> {
-        let Some(entry) = self.registry.node(node) else { return Vec::new() };
-        entry.frames.in_use(part).map(|block| holder(entry, block)).collect()
+    pub fn in_use(&self, node: NodeId, part: FrameRange) -> impl Iterator<Item = Holder> + '_ {
+        let entry = self.registry.node(node).into_iter();
+        entry.flat_map(move |entry| entry.frames.in_use(part).map(move |block| holder(entry, block)))
     }
 }
 

@@ -9,7 +9,6 @@
 //! ([`wall::Pass`](crate::wall::Pass)). The time is what the caller said last ([`Registry::advance`]).
 //! Owned by [`MemoryManager`](crate::mm::MemoryManager). Takes no lock.
 
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -92,7 +91,8 @@ pub struct Registered {
 pub struct Registry {
     id: u64,
     next_serial: u64,
-    nodes: Vec<Option<Box<Node>>>,
+    /// One or none each: a list, unlike a box, can be made fallibly.
+    nodes: Vec<Vec<Node>>,
     present: NodeMask,
     sysram: NodeMask,
     spm: NodeMask,
@@ -143,7 +143,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`NodeError::TypeLatched`] or [`NodeError::AlreadyRegistered`] when the node is registered;
-    /// [`NodeError::ServiceNeeds`], [`NodeError::GuardNeeds`].
+    /// [`NodeError::ServiceNeeds`], [`NodeError::GuardNeeds`]; [`NodeError::Frames`] where the heap has nothing left for it.
     ///
     /// ```
     /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
@@ -173,6 +173,12 @@ impl Registry {
                 NodeError::TypeLatched { node, latched }
             });
         }
+        let mut made = Vec::new();
+        made.try_reserve_exact(1).map_err(|_| FramesError::NoMetadata)?;
+        if let Some(missing @ 1..) = (node.index() + 1).checked_sub(self.nodes.len()) {
+            self.nodes.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
+            self.nodes.resize_with(node.index() + 1, Vec::new);
+        }
         self.present.insert(node);
         match spec.node_type {
             NodeType::Sysram => self.sysram.insert(node),
@@ -181,17 +187,26 @@ impl Registry {
         if spec.node_type == NodeType::Spm && spec.guard == Guard::Easy {
             self.easy.insert(node);
         }
-        if self.nodes.len() <= node.index() {
-            self.nodes.resize_with(node.index() + 1, || None);
-        }
         let serial = self.next_serial;
         self.next_serial += 1;
         let (frames, watermarks, contents, pages, deferral) = Default::default();
-        self.nodes[node.index()] =
-            Some(Box::new(Node { spec, frames, watermarks, contents, pages, deferral, weight: 1, serial }));
+        made.push(Node { spec, frames, watermarks, contents, pages, deferral, weight: 1, serial });
+        self.nodes[node.index()] = made;
         self.refresh_domains(DomainId::ROOT);
         let owner = Owner { registry: self.id, serial, node };
-        Ok(Registered { owner, outside: self.outside(DomainId::ROOT) })
+        let Ok(outside) = self.domains.list_outside(DomainId::ROOT) else {
+            self.forget(node);
+            return Err(FramesError::NoMetadata.into());
+        };
+        Ok(Registered { owner, outside })
+    }
+
+    fn forget(&mut self, node: NodeId) {
+        self.nodes[node.index()] = Vec::new();
+        for mask in [&mut self.present, &mut self.sysram, &mut self.spm, &mut self.easy] {
+            mask.remove(node);
+        }
+        self.refresh_domains(DomainId::ROOT);
     }
 
     /// Adds free frames to a node; `spec` says what they are and must be what the node is (R3), `initial` what they hold
@@ -266,14 +281,10 @@ impl Registry {
         if let Some(to) = self.present.iter().find(|&to| self.node(to).is_some_and(|to| to.frames.borrows(node))) {
             return Err(NodeError::Lends { node, to });
         }
-        self.nodes[node.index()] = None;
-        for mask in [&mut self.present, &mut self.sysram, &mut self.spm, &mut self.easy] {
-            mask.remove(node);
-        }
         self.grants.forget_node(node);
         self.distances.forget(node);
         self.tiers.forget(node);
-        self.refresh_domains(DomainId::ROOT);
+        self.forget(node);
         Ok(())
     }
 
@@ -346,13 +357,12 @@ impl Registry {
 
     /// Tells the time; earlier than before means nothing. The grants that have expired with it: nothing new can be allocated
     /// under them, what is in use is listed by [`Registry::held`] (R12, R13).
-    pub fn advance(&mut self, now: Time) -> Vec<GrantId> {
+    pub fn advance(&mut self, now: Time) -> &[GrantId] {
         self.now = self.now.max(now);
-        let expired = self.grants.expire(self.now);
-        if !expired.is_empty() {
+        if !self.grants.expire(self.now).is_empty() {
             self.bump_epoch();
         }
-        expired
+        self.grants.expired()
     }
 
     /// The time told last.
@@ -396,11 +406,11 @@ impl Registry {
     }
 
     pub(crate) fn node(&self, node: NodeId) -> Option<&Node> {
-        self.nodes.get(node.index())?.as_deref()
+        self.nodes.get(node.index())?.first()
     }
 
     pub(crate) fn node_mut(&mut self, node: NodeId) -> Option<&mut Node> {
-        self.nodes.get_mut(node.index())?.as_deref_mut()
+        self.nodes.get_mut(node.index())?.first_mut()
     }
 
     /// Whether the token is the current one of its node.

@@ -242,7 +242,7 @@ fn a_run_is_emptied_however_far_beyond_the_node_it_reaches() {
         let mut within: Vec<_> = blocks.iter().copied().filter(|&first| run.contains(first)).collect();
         within.sort_unstable();
         assert_eq!(stuck, within);
-        assert_eq!(machine.mm.in_use(NodeId::ONE, run).len(), within.len());
+        assert_eq!(machine.mm.in_use(NodeId::ONE, run).count(), within.len());
     }
 }
 

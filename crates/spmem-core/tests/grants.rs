@@ -205,7 +205,7 @@ impl Model {
         let live = |model: &Self, g| model.end(g).is_none() && model.grants[g].value.is_some();
         let before: Vec<usize> = (0..self.grants.len()).filter(|&g| live(self, g)).collect();
         self.now += by;
-        let mut expired = self.mm.registry_mut().advance(Time(self.now));
+        let mut expired = self.mm.registry_mut().advance(Time(self.now)).to_vec();
         let ended = before.into_iter().filter(|&g| self.end(g).is_some());
         let mut ended: Vec<_> = ended.map(|g| self.grants[g].value.as_ref().unwrap().id()).collect();
         expired.sort();
@@ -349,7 +349,7 @@ fn a_grant_of_another_registry_is_refused() {
 fn a_grant_without_an_end_outlives_the_last_moment_that_can_be_told() {
     let mut model = Model::new();
     model.grant(&[1], all(100_000));
-    assert_eq!(model.mm.registry_mut().advance(Time::NEVER), []);
+    assert_eq!(model.mm.registry_mut().advance(Time::NEVER), &[]);
     model.alloc(0, 1, 0);
     model.grant(&[1], all(100_000));
     model.alloc(1, 1, 0);

@@ -1,12 +1,12 @@
-//! R3, R12, R14: where the heap has nothing left for the records of blocks that move, the error says so, and nothing has
-//! changed and nothing is lost. Every allocation that `page` makes fails here once.
+//! R3, R5, R12, R14: where the heap has nothing left for the records of blocks that move, of nodes, domains and grants, or for
+//! lists, the error says so, and nothing has changed and nothing is lost. Every allocation that these make fails here once.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unsafe_code, reason = "a global allocator that fails when told is the only way to make the heap fail")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use spmem_core::domain::MAX_DEPTH;
+use spmem_core::domain::{DomainError, MAX_DEPTH};
 use spmem_core::frames::{FrameRange, FramesError, Metadata};
 use spmem_core::grant::{Grant, GrantError, Rights, Terms};
 use spmem_core::migrate::{Mover, Stay};
@@ -17,7 +17,7 @@ use spmem_core::page::Page;
 use spmem_core::policy::{Flags, Mode, Policy};
 use spmem_core::registry::Registry;
 use spmem_core::tier::DRAM;
-use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order};
+use spmem_core::units::{Bytes, DomainId, FrameCount, FrameNumber, NodeId, Order, Time};
 use spmem_core::wall::{Mobility, Reason, Request};
 use spmem_core::zero::Initial;
 
@@ -340,8 +340,8 @@ fn grants_are_made_and_revoked_whole_or_not_at_all() {
     let terms = Terms::new(Rights::ALLOC, Bytes::mib(1));
     let Machine { mm, owners, .. } = &mut machine;
     let mut made = 0;
-    for failures in 0..2 {
-        // Until the lists of grants are full.
+    for failures in 0..3 {
+        // Until the lists of grants are full: they grow together.
         let refused = (0..20).any(|_| {
             let (grant, failed) = failing(failures, Fails::All, || mm.registry_mut().grant(&[&owners[1]], terms));
             made += usize::from(failed == 0);
@@ -390,6 +390,94 @@ fn a_run_is_emptied_by_a_whole_plan_or_none() {
         failures += 1;
     }
     assert!(failures >= 4, "lists of blocks, of moves, of what is stuck, of what is held: {failures}");
+}
+
+#[test]
+fn a_node_or_a_domain_is_made_whole_or_not_at_all() {
+    let spec = Machine::new().mm.registry().spec(NodeId::ZERO).unwrap().clone();
+    let mut failures = 0;
+    loop {
+        let mut machine = Machine::new();
+        let registry = machine.mm.registry_mut();
+        // What the root uses lies outside once the new node is there.
+        let node = NodeId::new(7).unwrap();
+        registry.set_mems(DomainId::ROOT, node.into()).unwrap();
+        let spec = spec.clone();
+        let (made, failed) = failing(failures, Fails::All, || registry.register(node, spec));
+        if failed == 0 {
+            assert_eq!(made.unwrap().outside.len(), 1);
+            break;
+        }
+        assert_eq!(made, Err(NodeError::Frames(FramesError::NoMetadata)), "failure {failures}");
+        assert!(!registry.present().contains(node) && !registry.sysram().contains(node));
+        assert!(registry.effective(DomainId::ROOT).unwrap().contains(NodeId::ZERO), "R4: as if it had never been");
+        failures += 1;
+    }
+    assert_eq!(failures, 3, "the node, the list of nodes, and what lies outside");
+    let mut failures = 0;
+    loop {
+        let mut registry = Registry::new();
+        let (made, failed) = failing(failures, Fails::All, || registry.create_domain(DomainId::ROOT, "job"));
+        if failed == 0 {
+            let (gone, failed) = failing(0, Fails::All, || registry.remove_domain(made.unwrap()));
+            assert_eq!((gone, failed), (Ok(()), 0), "what ends takes no memory");
+            break;
+        }
+        assert_eq!(made, Err(DomainError::NoMemory), "failure {failures}");
+        assert_eq!((registry.domains().count(), registry.find_domain("/job")), (1, None));
+        assert!(registry.create_domain(DomainId::ROOT, "job").is_ok());
+        failures += 1;
+    }
+    assert_eq!(failures, 5, "the domain, its name, its parent's children, and two lists");
+}
+
+#[test]
+fn a_mask_whose_outside_cannot_be_listed_stays_as_it_was() {
+    let mut machine = Machine::new();
+    let before = *machine.mm.registry().effective(DomainId::ROOT).unwrap();
+    let registry = machine.mm.registry_mut();
+    let (set, failed) = failing(0, Fails::All, || registry.set_mems(DomainId::ROOT, NodeId::ONE.into()));
+    assert_eq!((set, failed), (Err(DomainError::NoMemory), 1));
+    assert_eq!((registry.effective(DomainId::ROOT), registry.outside(DomainId::ROOT).count()), (Some(&before), 0));
+    assert_eq!(registry.configured(DomainId::ROOT).unwrap().0, &NodeMask::EMPTY);
+    let listed = registry.set_mems(DomainId::ROOT, NodeId::ONE.into()).unwrap();
+    let (again, failed) = failing(0, Fails::All, || registry.outside(DomainId::ROOT).eq(listed.iter().copied()));
+    assert_eq!((again, failed, listed.len()), (true, 0, 1), "to look takes no memory");
+}
+
+#[test]
+fn time_goes_on_without_memory() {
+    let mut machine = Machine::new();
+    let Machine { mm, owners, .. } = &mut machine;
+    let mut grant = |ends| {
+        let terms = Terms::new(Rights::ALLOC, Bytes::mib(1)).until(Time(ends));
+        mm.registry_mut().grant(&[&owners[1]], terms).unwrap().id()
+    };
+    let ids: Vec<_> = (1..=20).map(&mut grant).collect();
+    let (told, failed) = failing(0, Fails::All, || mm.registry_mut().advance(Time(10)) == &ids[..10]);
+    assert_eq!((told, failed), (true, 0), "R12: what ended is told");
+    let (told, failed) = failing(0, Fails::All, || mm.registry_mut().advance(Time(20)) == &ids[10..]);
+    assert_eq!((told, failed), (true, 0));
+    assert!(mm.registry_mut().advance(Time(21)).is_empty());
+}
+
+#[test]
+fn a_batch_that_cannot_be_listed_ends_where_the_list_does() {
+    let mut machine = Machine::new();
+    let before = machine.known();
+    let mut pass = machine.mm.registry().admit(&Request::of(DomainId::ROOT)).unwrap();
+    let mut into = Vec::new();
+    let (batch, failed) = failing(0, Fails::All, || machine.mm.alloc_batch(&mut pass, 9, &mut into));
+    let no_memory = AllocError::Exhausted { node: NodeId::ZERO, cause: FramesError::NoMetadata };
+    assert_eq!((batch, failed, into.len()), (Err(no_memory), 1, 0));
+    assert_eq!(machine.known(), before);
+    // One at a time, as those that move are had: what was given by then is in the list.
+    let mut pass = machine.mm.registry().admit(&Machine::movable()).unwrap();
+    let mut into = Vec::with_capacity(3);
+    let (batch, failed) = failing(0, Fails::All, || machine.mm.alloc_batch(&mut pass, 9, &mut into));
+    assert!(batch.is_err() && failed > 0 && into.len() <= 3);
+    into.into_iter().for_each(|block| machine.mm.free(block).unwrap());
+    assert_eq!(machine.known().0, before.0);
 }
 
 #[test]

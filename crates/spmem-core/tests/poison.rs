@@ -173,7 +173,7 @@ impl Machine {
 
     fn remove_range(&mut self, node: u16) {
         let (node, part) = (id(node), FrameRange { first: FrameNumber(0), count: FrameCount(FRAMES) });
-        let named = self.mm.in_use(node, part);
+        let named: Vec<_> = self.mm.in_use(node, part).collect();
         let held: Vec<_> = self.held.values().filter(|(block, _)| block.node() == node).collect();
         assert_eq!(named.len(), held.len());
         named.iter().zip(&held).for_each(|(named, held)| self.is_named(named, held));

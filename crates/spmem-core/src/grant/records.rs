@@ -48,11 +48,13 @@ pub(crate) struct Grants {
     vacant: Vec<u16>,
     /// No live grant ends before.
     next_expiry: Time,
+    /// What expired last; has room for all.
+    expired: Vec<GrantId>,
 }
 
 impl Grants {
     pub(crate) const fn new(registry: u64) -> Self {
-        Self { registry, records: Vec::new(), vacant: Vec::new(), next_expiry: Time::NEVER }
+        Self { registry, records: Vec::new(), vacant: Vec::new(), next_expiry: Time::NEVER, expired: Vec::new() }
     }
 
     pub(super) fn record(&self, slot: u16) -> &Record {
@@ -117,12 +119,12 @@ impl Grants {
         Ok(&self.live_id(id)?.nodes)
     }
 
-    /// Ends what expires up to `now`.
-    pub(crate) fn expire(&mut self, now: Time) -> Vec<GrantId> {
+    /// Ends what expires up to `now`, and tells which. Takes no memory: time goes on also where there is none.
+    pub(crate) fn expire(&mut self, now: Time) -> &[GrantId] {
+        self.expired.clear();
         if now < self.next_expiry {
-            return Vec::new();
+            return &[];
         }
-        let mut expired = Vec::new();
         self.next_expiry = Time::NEVER;
         for (record, slot) in self.records.iter_mut().zip(0u16..) {
             if record.state != State::Live {
@@ -130,12 +132,17 @@ impl Grants {
             }
             if record.terms.is_over(now) {
                 record.state = State::Expired;
-                expired.push(GrantId { slot, generation: record.generation });
+                self.expired.push(GrantId { slot, generation: record.generation });
             } else {
                 self.next_expiry = self.next_expiry.min(record.terms.expires);
             }
         }
-        expired
+        &self.expired
+    }
+
+    /// What [`Grants::expire`] told last.
+    pub(crate) fn expired(&self) -> &[GrantId] {
+        &self.expired
     }
 
     /// Counts `bytes` against the grant and all it came from; the slot to give them back to.
@@ -183,6 +190,8 @@ impl Grants {
         let (records, vacant) = (self.records.len(), self.vacant.len());
         self.records.try_reserve(1).map_err(|_| GrantError::NoMemory)?;
         self.vacant.try_reserve(records + 1 - vacant).map_err(|_| GrantError::NoMemory)?;
+        self.expired.clear();
+        self.expired.try_reserve(records + 1).map_err(|_| GrantError::NoMemory)?;
         let slot = if let Some(slot) = self.vacant.pop() {
             slot
         } else {

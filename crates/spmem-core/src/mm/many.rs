@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::num::NonZeroU32;
 
 use super::{AllocError, Block, MemoryManager, UNCHARGED};
-use crate::frames::FrameRange;
+use crate::frames::{FrameRange, FramesError};
 use crate::units::{DomainId, FrameCount, FrameNumber, NodeId, Order};
 use crate::wall::{Mobility, Pass, Request};
 
@@ -141,6 +141,9 @@ impl MemoryManager {
     pub fn alloc_batch(&mut self, pass: &mut Pass, count: usize, into: &mut Vec<Block>) -> Result<(), AllocError> {
         let end = into.len().saturating_add(count);
         while into.len() < end {
+            if into.try_reserve(1).is_err() {
+                return Err(self.no_memory(pass));
+            }
             into.push(self.alloc_with(pass, Order::ZERO)?);
             // Turns are taken frame by frame, and what moves comes from the top.
             if !pass.policy().mode().is_interleaved() && pass.mobility == Mobility::Unmovable {
@@ -148,6 +151,15 @@ impl MemoryManager {
             }
         }
         Ok(())
+    }
+
+    /// The heap has nothing left to list what the pass would be given.
+    fn no_memory(&self, pass: &mut Pass) -> AllocError {
+        if let Err(refusal) = pass.renew(&self.registry) {
+            return AllocError::Refused(refusal);
+        }
+        let node = pass.mask().iter().next().expect("an allowed set is not empty");
+        AllocError::Exhausted { node, cause: FramesError::NoMetadata }
     }
 
     /// Up to a batch of frames like the last of `into`, of its node and charged as it was; none where that is in doubt.

@@ -254,7 +254,7 @@ impl World {
     /// R5, R11: what is in use of a range is told, and whose it is.
     fn check_in_use(&self, node: u16, id: NodeId, run: FrameRange) -> Result<(), Violation> {
         let there = self.model.blocks_in(node, run.first.0, run.count.0);
-        let holders = self.mm.in_use(id, run);
+        let holders: Vec<_> = self.mm.in_use(id, run).collect();
         let told: Vec<(u32, u64)> = holders.iter().map(|of| (of.block.first.0, of.block.count.0)).collect();
         let is_all = told.iter().copied().eq(there.iter().map(|&(at, frames, _)| (at, frames)));
         hold("R11", is_all, || format!("in use of node {node} are {there:?}, told are {told:?}"))?;
