@@ -144,19 +144,48 @@ mod tests {
     }
 
     #[test]
-    fn the_threshold_falls_while_too_much_is_hot_and_rises_while_too_little_is() {
-        let mut promotion = Promotion::new(Bytes(1 << 20), Time(0));
-        let before = promotion.threshold_ns();
-        for ms in 0..30_000_u64 {
-            for _ in 0..4 {
-                promotion.consider(Order::ZERO, 0, Time(ms * 1_000_000));
+    fn the_threshold_is_the_kernels_step_by_step() {
+        // As `numa_promotion_adjust_threshold`: a sixteenth of twice the first one at a time, between that and twice it.
+        const SECOND: u64 = 1_000_000_000;
+        let rate = Bytes(1000 * 4096);
+        let step = SECOND / 8;
+        let mut promotion = Promotion::new(rate, Time(0));
+        let (mut expected, mut now) = (SECOND, 0);
+        let mut period = |pages_a_second: u64, passed: u64| {
+            // What is just hot is a candidate, what is used a moment later is none; whether it comes up does not matter.
+            for _ in 0..pages_a_second * passed / SECOND {
+                assert_ne!(promotion.consider(Order::ZERO, promotion.threshold_ns(), Time(now)), Verdict::Cold);
+                let cold = promotion.threshold_ns() + 1;
+                assert_eq!(promotion.consider(Order::ZERO, cold, Time(now)), Verdict::Cold);
             }
+            now += passed;
+            // One that never counts: it only shows the time.
+            assert_eq!(promotion.consider(Order::ZERO, u64::MAX, Time(now)), Verdict::Cold);
+            promotion.threshold_ns()
+        };
+        for (pages_a_second, passed, change) in [
+            (1000, 10 * SECOND, 0),
+            (1100, 10 * SECOND, 0),
+            (900, 10 * SECOND, 0),
+            (1101, 10 * SECOND, -1_i64),
+            (899, 10 * SECOND, 1),
+            (5000, 10 * SECOND - 1, 0), // it is not yet time
+            (0, 1, -1),                 // now it is: what came before counts
+            (1101, 20 * SECOND, -1),    // by the time that has passed
+            (1000, 30 * SECOND, 0),
+        ] {
+            expected = expected.saturating_add_signed(change * 125_000_000);
+            assert_eq!(period(pages_a_second, passed), expected, "{pages_a_second} a second");
         }
-        let crowded = promotion.threshold_ns();
-        assert!(crowded < before);
-        for second in 30..100_u64 {
-            promotion.consider(Order::ZERO, 0, Time(second * 1_000_000_000));
+        for _ in 0..20 {
+            expected = (expected - step).max(step);
+            assert_eq!(period(2000, 10 * SECOND), expected);
         }
-        assert!(promotion.threshold_ns() > crowded);
+        assert_eq!(expected, step);
+        for _ in 0..20 {
+            expected = (expected + step).min(2 * SECOND);
+            assert_eq!(period(0, 10 * SECOND), expected);
+        }
+        assert_eq!(expected, 2 * SECOND);
     }
 }
