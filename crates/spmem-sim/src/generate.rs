@@ -79,11 +79,11 @@ impl Generator {
         if model.nodes.is_empty() {
             return self.add_node();
         }
-        match self.random.random_range(0..182) {
+        match self.random.random_range(0..192) {
             0..3 => self.add_node(),
             100..105 => self.add_range(world),
             105..108 => self.remove_range(world),
-            108 => Step::FormerOwner { node: self.random.random_range(0..NODES) },
+            108 | 188 => Step::FormerOwner { node: self.random.random_range(0..NODES) },
             109..111 => Step::SetDistance {
                 from: self.random.random_range(0..NODES),
                 to: self.random.random_range(0..NODES),
@@ -111,6 +111,9 @@ impl Generator {
                 Step::Pin { block: self.block(world), grants: (0..2).map(|_| self.grant(world)).collect() }
             }
             138..140 => Step::Unpin { block: self.pinned(world) },
+            182..185 => self.alloc_batch(world),
+            189..192 => self.alloc_contiguous(world),
+            185..188 => self.move_target(world),
             140..142 => Step::SetReserve {
                 node: self.random.random_range(0..NODES),
                 frames: self.random.random_range(0..200),
@@ -149,7 +152,7 @@ impl Generator {
                 order: self.random.random_range(1..=10),
                 is_completed: self.random.random_bool(0.8),
             },
-            46..47 if self.random.random_bool(0.6) => Step::Oom { node: self.random.random_range(0..NODES) },
+            46..47 if self.random.random_bool(0.9) => Step::Oom { node: self.random.random_range(0..NODES) },
             47..48 => self.poison(world),
             40..42 => Step::Gather { path: self.path(world), grants: (0..4).map(|_| self.grant(world)).collect() },
             29..32 => {
@@ -244,7 +247,7 @@ impl Generator {
         let is_held = self.random.random_bool(0.7);
         match world.model.blocks.values().choose(&mut self.random) {
             Some(block) if is_held => {
-                let at = self.random.random_range(0..1_u32 << block.frames.ilog2());
+                let at = u32::try_from(self.random.random_range(0..block.frames)).unwrap_or_default();
                 Step::Poison { node: block.node, frame: block.first + at }
             }
             _ => {
@@ -257,6 +260,32 @@ impl Generator {
         let Ask { domain, asked, mode, flags, home, at, grants, is_movable, uses_reserve } = self.ask(world);
         let (block, order) = (self.new_block(), self.order());
         Step::Alloc { block, domain, order, asked, mode, grants, is_movable, flags, home, at, uses_reserve }
+    }
+
+    /// Mostly few, now and then more than are taken at once.
+    fn alloc_batch(&mut self, world: &World) -> Step {
+        let most = if self.random.random_bool(0.1) { 200 } else { 10 };
+        let (ask, count) = (self.ask(world), self.random.random_range(1..most));
+        let block = self.new_block();
+        self.next_block += count - 1;
+        Step::AllocBatch { block, count, ask }
+    }
+
+    /// Mostly short.
+    fn alloc_contiguous(&mut self, world: &World) -> Step {
+        Step::AllocContiguous {
+            block: self.new_block(),
+            frames: 1 + ((self.random.next_u32() % 1200) >> self.random.random_range(0..8)),
+            ask: self.ask(world),
+        }
+    }
+
+    fn move_target(&mut self, world: &World) -> Step {
+        Step::MoveTarget {
+            path: self.path(world),
+            node: self.random.random_range(0..NODES),
+            grants: (0..2).map(|_| self.grant(world)).collect(),
+        }
     }
 
     fn ask(&mut self, world: &World) -> Ask {

@@ -196,6 +196,33 @@ pub enum Step {
         /// Order of the block.
         order: u8,
     },
+    /// Somebody asks for many single frames at once.
+    AllocBatch {
+        /// The number that the first will have; the others have those behind it.
+        block: u32,
+        /// How many.
+        count: u32,
+        /// The request.
+        ask: Ask,
+    },
+    /// Somebody asks for neighbouring frames, which never move.
+    AllocContiguous {
+        /// The number they will have, as a block.
+        block: u32,
+        /// How many.
+        frames: u32,
+        /// The request.
+        ask: Ask,
+    },
+    /// A task of a domain asks whether a page of it can go to a node: move_pages(2), migrate_pages(2).
+    MoveTarget {
+        /// Path of the domain.
+        path: String,
+        /// The node.
+        node: u16,
+        /// The grants shown.
+        grants: Vec<u32>,
+    },
     /// Somebody asks what stands between a request and a node, and does what the answer advises (R11).
     Explain {
         /// The node.

@@ -9,12 +9,13 @@ mod nodes;
 mod promotion;
 mod refusals;
 mod requests;
+mod runs;
 mod services;
 
 use std::collections::BTreeMap;
 
 use spmem_core::grant::{Grant, GrantId};
-use spmem_core::mm::{Block, MemoryManager};
+use spmem_core::mm::{Block, Contiguous, MemoryManager};
 use spmem_core::node::{Owner, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::tier::Promotion;
@@ -56,6 +57,8 @@ pub struct World {
     grants: BTreeMap<u32, Grant>,
     ids: BTreeMap<u32, GrantId>,
     blocks: BTreeMap<u32, Block>,
+    /// Blocks by number that are runs of frames.
+    runs: BTreeMap<u32, Contiguous>,
     tasks: BTreeMap<u32, Task>,
     promotions: BTreeMap<u16, Promotion>,
     devices: BTreeMap<u8, compressed::Device>,
@@ -75,9 +78,9 @@ impl World {
         let mut model = Model::default();
         model.domains.insert(String::new(), model::Domain::default());
         let (owners, former, grants, ids) = Default::default();
-        let (blocks, tasks, promotions, devices) = Default::default();
+        let (blocks, runs, tasks, promotions, devices) = Default::default();
         let mm = MemoryManager::new();
-        Self { checks, mm, model, owners, former, grants, ids, blocks, tasks, promotions, devices }
+        Self { checks, mm, model, owners, former, grants, ids, blocks, runs, tasks, promotions, devices }
     }
 
     /// The memory manager, to look at.
@@ -150,6 +153,9 @@ impl World {
             }
             Step::SetPolicy { task, ask } => self.set_policy(*task, ask),
             Step::AllocBy { task, block, order } => self.alloc_by(*task, *block, *order),
+            Step::AllocBatch { block, count, ask } => self.alloc_batch(*block, *count, ask),
+            Step::AllocContiguous { block, frames, ask } => self.alloc_contiguous(*block, *frames, ask),
+            Step::MoveTarget { path, node, grants } => self.move_target(path, *node, grants),
             Step::Explain { node, ask } => self.explain(*node, ask),
             Step::Use { block } => self.note_used(*block),
             Step::Pin { block, grants } => self.pin(*block, grants),
@@ -247,7 +253,8 @@ impl World {
         }
         for (number, known) in &self.model.blocks {
             let frames = NodeId::new(known.node).ok().and_then(|node| registry.frames(node));
-            let first = self.blocks[number].first_frame();
+            let Some(block) = self.blocks.get(number) else { continue };
+            let first = block.first_frame();
             let order = frames.and_then(|frames| frames.allocated_order(first).ok());
             let is_there = order.is_some_and(|order| order.frames().0 == known.frames);
             hold("frames", is_there, || format!("block {number} is {order:?} to its node"))?;

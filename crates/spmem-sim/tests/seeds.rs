@@ -8,7 +8,7 @@ use spmem_sim::{Generator, Outcome, Step, World, trace};
 const SEEDS: u64 = 100;
 const STEPS: usize = 1500;
 /// Of steps: `Step` has so many variants.
-const KINDS: usize = 38;
+const KINDS: usize = 41;
 
 /// The name of a step, as a trace has it.
 fn kind(step: &Step) -> String {

@@ -41,6 +41,24 @@ impl Model {
         within.map(|(&(_, at), &(count, block))| (at, count, block)).collect()
     }
 
+    /// The piece of a block or run that a frame lies in: its first frame, and how many; of those of nobody none.
+    pub(crate) fn piece_of(&self, node: u16, frame: u32) -> (u32, u64) {
+        let piece = self.owned.range((node, 0)..=(node, frame)).next_back();
+        piece.map_or((0, 0), |(&(_, first), &(frames, _))| (first, frames))
+    }
+
+    /// Where runs of so many frames can begin that are free: those of a node, lowest first.
+    pub(crate) fn free_runs(&self, node: u16, frames: u64) -> impl Iterator<Item = u32> + '_ {
+        let step = frames.next_power_of_two().min(1024);
+        let is_free = move |&first: &u32| {
+            self.owner_of(node, first, frames).is_none() && !self.has_poison(node, first, frames)
+        };
+        self.nodes[&node].ranges.iter().flat_map(move |(&first, &count)| {
+            let at = (0..).map(move |number| number * step).take_while(move |at| at + frames <= count);
+            at.filter_map(move |at| first.checked_add(u32::try_from(at).ok()?)).filter(is_free)
+        })
+    }
+
     /// The order of the largest free block of a node.
     pub(crate) fn largest_free(&self, node: u16) -> Option<u8> {
         self.nodes[&node]

@@ -21,11 +21,23 @@ impl World {
     ) -> Result<(), Violation> {
         let (node, first, frames) = (block.node().get(), block.first_frame().0, block.order().frames().0);
         hold("R6", allowed.contains(&node), || format!("{asked:?} got node {node}, allowed are {allowed:?}"))?;
+        let grant = self.payer_of(asked, node, block.bytes().0)?;
+        let (domain, is_pinned) = (asked.domain.clone(), false);
+        self.settle(number, block, model::Block { domain, grant, node, first, frames, is_movable, is_pinned })
+    }
+
+    /// R9, R12: the grant that has to pay for what was given.
+    pub(super) fn payer_of(
+        &self,
+        asked: &model::Request,
+        node: u16,
+        bytes: u64,
+    ) -> Result<Option<u32>, Violation> {
         let mut grant = None;
         let known = &self.model.nodes[&node];
         if known.spec.is_spm {
             let is_free = self.model.is_free_of_charge(asked, node);
-            match self.model.payer(&asked.grants, Rights::ALLOC, node, block.bytes().0) {
+            match self.model.payer(&asked.grants, Rights::ALLOC, node, bytes) {
                 Payer::Grant(payer) => grant = Some(payer),
                 Payer::Nobody => {
                     hold("R9", is_free, || format!("{asked:?} got SPM node {node} without a grant"))?;
@@ -34,9 +46,7 @@ impl World {
                 Payer::OverQuota => hold("R12", false, || format!("{asked:?} exceeds its quota on node {node}"))?,
             }
         }
-        let (domain, is_pinned) = (asked.domain.clone(), false);
-        self.settle(number, block, model::Block { domain, grant, node, first, frames, is_movable, is_pinned })?;
-        self.check_node(node)
+        Ok(grant)
     }
 
     /// A block has a place: nobody else's, and zero if it is said to be.
@@ -79,6 +89,9 @@ impl World {
     }
 
     pub(super) fn free(&mut self, number: u32, is_zeroed: bool) -> Applied {
+        if self.runs.contains_key(&number) {
+            return self.free_contiguous(number);
+        }
         let Some((block, known)) = self.unsettle(number) else { return refused("no block") };
         let freed = if is_zeroed { self.mm.free_zeroed(block) } else { self.mm.free(block) };
         hold("frames", freed.is_ok(), || format!("block {number} is not taken back: {freed:?}"))?;
@@ -110,10 +123,10 @@ impl World {
         let is_right = match (report.damage, owner) {
             (Damage::OutOfUse, None) => true,
             (Damage::Holder(holder), Some(owner)) => {
-                let (block, known) = (&self.blocks[&owner], &self.model.blocks[&owner]);
+                let (known, piece) = (&self.model.blocks[&owner], self.model.piece_of(node, frame));
                 let domain = known.domain.as_deref().and_then(|path| self.domain(path));
-                (holder.block.first, holder.block.order) == (block.first_frame(), Some(block.order()))
-                    && holder.page.is_none_or(|page| page.domain == domain)
+                let order = holder.block.order.map_or(0, |order| order.frames().0);
+                (holder.block.first.0, order) == piece && holder.page.is_none_or(|page| page.domain == domain)
             }
             _ => false,
         };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use spmem_core::grant::{Grant, Rights};
 use spmem_core::mm::{AllocError, Block};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::policy::{Errno, Policy, PolicyError};
+use spmem_core::policy::{self, Context, Errno, Policy, PolicyError};
 use spmem_core::units::{DomainId, NodeId, Order};
 use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request, Reserve};
 
@@ -86,7 +86,7 @@ impl World {
 
     /// R6 to R11: somebody asks once.
     pub(super) fn alloc(&mut self, number: u32, order: u8, ask: &Ask) -> Applied {
-        let (Ok(order), false) = (Order::new(order), self.blocks.contains_key(&number)) else {
+        let (Ok(order), false) = (Order::new(order), self.model.blocks.contains_key(&number)) else {
             return refused("no such order, or a block of that number");
         };
         let asked = match self.asked(ask)? {
@@ -105,8 +105,75 @@ impl World {
         }
     }
 
+    /// R6 to R12: somebody asks for many frames at once, and gets what so many requests would get.
+    pub(super) fn alloc_batch(&mut self, number: u32, count: u32, ask: &Ask) -> Applied {
+        let numbers = number..number.saturating_add(count);
+        if numbers.clone().any(|number| self.model.blocks.contains_key(&number)) {
+            return refused("a block of that number");
+        }
+        let asked = match self.asked(ask)? {
+            Ok(asked) => asked,
+            Err(why) => return refused(why),
+        };
+        let request = &asked.request;
+        let choice = self.model.bind(request).map(|bound| self.model.choice(request, &bound)).unwrap_or_default();
+        let grants = shown(&self.grants, &request.grants);
+        let mut pass = match self.mm.registry().admit(&Request { grants: &grants, ..asked.core }) {
+            Ok(pass) => pass,
+            Err(refusal) => return self.note_refused(&asked, &choice, refusal),
+        };
+        let mut into = Vec::new();
+        let result = self.mm.alloc_batch(&mut pass, numbers.len(), &mut into);
+        let is_whole = into.len() == numbers.len();
+        hold("R11", result.is_ok() == is_whole, || format!("{} of {count} frames: {result:?}", into.len()))?;
+        let (mut turn, mut nodes) = (Turn::default(), Set::new());
+        for (number, block) in numbers.zip(into) {
+            let turn = self.model.take_turn(request, &choice, &mut turn);
+            let room = self.room(request, &choice, Order::ZERO);
+            nodes.insert(block.node().get());
+            self.note_block(number, block, &asked, &choice, turn, &room, ask.is_movable)?;
+        }
+        nodes.iter().try_for_each(|&node| self.check_node(node))?;
+        let Err(error) = result else { return Ok(Outcome::Done) };
+        let turn = self.model.take_turn(request, &choice, &mut turn);
+        let room = self.room(request, &choice, Order::ZERO);
+        self.note_lack(Order::ZERO, &asked, &choice, turn, &room, error)
+    }
+
+    /// R6, R9: a page goes by its own task's hand where the domain reaches, on SPM with a grant only.
+    pub(super) fn move_target(&mut self, path: &str, node: u16, numbers: &[u32]) -> Applied {
+        let (Some(domain), Ok(id)) = (self.domain(path), NodeId::new(node)) else { return refused("no domain") };
+        let registry = self.mm.registry();
+        let mut granted = Set::new();
+        numbers.iter().for_each(|&grant| granted.extend(self.model.opens(grant, Rights::ALLOC)));
+        let Some(&effective) = registry.effective(domain) else { return refused("no domain") };
+        let (sysram, easy) = (*registry.sysram(), *registry.easy());
+        let context = Context { effective, sysram, granted: mask_of(&granted), easy };
+        let told = policy::move_target(&context, registry.present(), id);
+        let known = self.model.nodes.get(&node);
+        let is_open = self.model.effective(path).contains(&node)
+            && known.is_some_and(|known| !known.spec.is_spm || granted.contains(&node));
+        let expected = match known {
+            None => Err(Errno::Enodev),
+            Some(_) if is_open => Ok(()),
+            Some(_) => Err(Errno::Eacces),
+        };
+        hold("R6", told == expected, || format!("{path} to node {node} is {told:?}, not {expected:?}"))?;
+        let all = policy::migrate_targets(&context, &NodeMask::from(id), true);
+        let is_same = all.is_ok() == is_open && all.is_err() == (all == Err(Errno::Einval));
+        hold("R6", is_same, || format!("{path} migrates to node {node}: {all:?}, open: {is_open}"))?;
+        let asks = policy::migrate_targets(&context, &NodeMask::from(id), false);
+        hold("R6", asks.is_ok() == is_open && asks.is_err() == (asks == Err(Errno::Eperm)), || {
+            format!("{path} migrates unprivileged to node {node}: {asks:?}, open: {is_open}")
+        })?;
+        match told {
+            Ok(()) => Ok(Outcome::Done),
+            Err(errno) => refused(format!("{errno:?}")),
+        }
+    }
+
     /// R8, R11: the wall refuses where nothing is allowed, and what it says is true and helps.
-    fn note_refused(&mut self, asked: &Asked, choice: &Choice, refusal: Refusal) -> Applied {
+    pub(super) fn note_refused(&mut self, asked: &Asked, choice: &Choice, refusal: Refusal) -> Applied {
         let is_right = choice.allowed().is_empty() || matches!(refusal.reason, Reason::TooManyGrants { .. });
         hold("R8", is_right, || format!("{refusal}, but {choice:?} are allowed"))?;
         self.check_refusal(asked, Rights::ALLOC, refusal)?;
@@ -141,27 +208,59 @@ impl World {
         given: Result<Block, AllocError>,
         is_movable: bool,
     ) -> Applied {
-        let request = &asked.request;
-        let ranks = self.model.ranks(request, choice, turn);
         match given {
             Ok(block) => {
                 let node = block.node().get();
-                let rank = ranks.get(&node).copied().unwrap_or(usize::MAX);
-                let before = room.iter().find(|other| ranks[*other] < rank);
-                hold("distance", before.is_none(), || {
-                    format!("{request:?} got node {node}, but {before:?} has room and comes first: {ranks:?}")
-                })?;
-                self.take(number, block, request, &choice.allowed(), is_movable)?;
+                self.note_block(number, block, asked, choice, turn, room, is_movable)?;
+                self.check_node(node)?;
                 Ok(Outcome::Done)
             }
-            Err(error) => {
-                hold("R10", room.is_empty(), || format!("{request:?}: {error}, but nodes {room:?} have room"))?;
-                let node = self.check_lack(&request.grants, Rights::ALLOC, order, error)?;
-                let is_last = ranks.get(&node) == ranks.values().max();
-                hold("R11", is_last, || format!("{request:?} ends at node {node}: {error}, of {ranks:?}"))?;
-                refused(error)
-            }
+            Err(error) => self.note_lack(order, asked, choice, turn, room, error),
         }
+    }
+
+    /// What is given comes from where it should.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what was asked, what the model makes of it, and what came of it"
+    )]
+    fn note_block(
+        &mut self,
+        number: u32,
+        block: Block,
+        asked: &Asked,
+        choice: &Choice,
+        turn: Option<u16>,
+        room: &Set,
+        is_movable: bool,
+    ) -> Result<(), Violation> {
+        let (request, node) = (&asked.request, block.node().get());
+        let ranks = self.model.ranks(request, choice, turn);
+        let rank = ranks.get(&node).copied().unwrap_or(usize::MAX);
+        let before = room.iter().find(|other| ranks[*other] < rank);
+        hold("distance", before.is_none(), || {
+            format!("{request:?} got node {node}, but {before:?} has room and comes first: {ranks:?}")
+        })?;
+        self.take(number, block, request, &choice.allowed(), is_movable)
+    }
+
+    /// R10, R11: nothing is given where nothing is, and what it says is true.
+    fn note_lack(
+        &self,
+        order: Order,
+        asked: &Asked,
+        choice: &Choice,
+        turn: Option<u16>,
+        room: &Set,
+        error: AllocError,
+    ) -> Applied {
+        let request = &asked.request;
+        let ranks = self.model.ranks(request, choice, turn);
+        hold("R10", room.is_empty(), || format!("{request:?}: {error}, but nodes {room:?} have room"))?;
+        let node = self.check_lack(&request.grants, Rights::ALLOC, order, error)?;
+        let is_last = ranks.get(&node) == ranks.values().max();
+        hold("R11", is_last, || format!("{request:?} ends at node {node}: {error}, of {ranks:?}"))?;
+        refused(error)
     }
 
     /// A task sets its policy: as mbind(2) or set_mempolicy(2) it is refused where nothing of it can be used.
@@ -193,7 +292,7 @@ impl World {
 
     /// R5 to R11: a task asks by its policy, whatever has become of masks, nodes and grants since it was set.
     pub(super) fn alloc_by(&mut self, task: u32, number: u32, order: u8) -> Applied {
-        let (Ok(order), false) = (Order::new(order), self.blocks.contains_key(&number)) else {
+        let (Ok(order), false) = (Order::new(order), self.model.blocks.contains_key(&number)) else {
             return refused("no such order, or a block of that number");
         };
         let Some(mut of) = self.tasks.remove(&task) else { return refused("no task") };

@@ -256,7 +256,9 @@ impl World {
             let known = &self.model.blocks[&number];
             let (is_movable, node) = (known.is_movable && !known.is_pinned, known.node);
             let has_service = self.model.nodes[&node].spec.services.contains(Services::MIGRATION);
-            let isolated = match self.mm.take(&self.blocks[&number], Mover::Manager) {
+            // What is contiguous never moves: there is no block to take.
+            let Some(block) = self.blocks.get(&number) else { continue };
+            let isolated = match self.mm.take(block, Mover::Manager) {
                 Ok(isolated) => isolated,
                 Err(stay) => {
                     hold("R5", !is_movable || !has_service, || format!("block {number} cannot move: {stay}"))?;
