@@ -434,19 +434,24 @@ impl Frames {
         }
     }
 
+    #[inline]
     fn find(&self, frame: FrameNumber) -> Result<Place, FramesError> {
         // Most nodes have one range.
-        let behind = if self.ranges.len() == 1 {
-            1
+        let at = if let [range] = self.ranges.as_slice() {
+            range.span.contains(frame).then_some((0, range.span.first))
         } else {
-            self.ranges.partition_point(|range| range.span.first <= frame)
+            self.find_among_many(frame)
         };
-        let range = behind.checked_sub(1).ok_or(FramesError::Foreign { frame })?;
-        let span = self.ranges[range].span;
-        if !span.contains(frame) {
-            return Err(FramesError::Foreign { frame });
-        }
-        Ok(Place { range, offset: (frame.0 - span.first.0) as usize })
+        let (range, first) = at.ok_or(FramesError::Foreign { frame })?;
+        Ok(Place { range, offset: (frame.0 - first.0) as usize })
+    }
+
+    /// The range that a frame lies in, and where that begins.
+    #[inline(never)]
+    fn find_among_many(&self, frame: FrameNumber) -> Option<(usize, FrameNumber)> {
+        let at = self.ranges.partition_point(|range| range.span.first <= frame).checked_sub(1)?;
+        let span = self.ranges[at].span;
+        span.contains(frame).then_some((at, span.first))
     }
 
     fn exhausted(&self, order: Order) -> FramesError {

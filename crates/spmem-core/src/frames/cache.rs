@@ -13,7 +13,7 @@ use super::states::{Tag, Users};
 use super::zone::{ROW_FRAMES, ZONE_FRAMES};
 use super::{Frames, FramesError, Place};
 use crate::sync::Ordering::{Acquire, Relaxed};
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64};
+use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 /// Freed frames held, at most.
@@ -60,6 +60,8 @@ pub struct Cache {
     huge_len: AtomicU32,
     /// Tells it from every other, 0 until it is used.
     name: AtomicU32,
+    /// The [`Tag`] of that name.
+    tag: AtomicU8,
     /// How often a frame that it had taken back was another's, too.
     lost: AtomicU32,
     /// The first frame of the zone that it was filled from.
@@ -97,6 +99,7 @@ impl Cache {
             huge: [const { AtomicU32::new(0) }; HUGE_HELD],
             huge_len: AtomicU32::new(0),
             name: AtomicU32::new(0),
+            tag: AtomicU8::new(0),
             lost: AtomicU32::new(0),
             filled_at: AtomicU32::new(u32::MAX),
             is_guest: AtomicBool::new(false),
@@ -211,7 +214,9 @@ impl Cache {
             }
             frames.announce_caches();
             if self.name.load(Relaxed) == 0 {
-                self.name.store(NEXT_NAME.fetch_add(1, Relaxed).max(1), Relaxed);
+                let name = NEXT_NAME.fetch_add(1, Relaxed).max(1);
+                self.name.store(name, Relaxed);
+                self.tag.store(Tag::of(name).number(), Relaxed);
             }
             self.node.store(node | HAS_CACHES | KNOWS_CACHES, Relaxed);
         }
@@ -219,7 +224,22 @@ impl Cache {
     }
 
     /// By whoever has it for himself, as all that follows.
+    #[inline]
     pub(super) fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
+        // The common case: no frame is poisoned, and one was freed into the cache.
+        let len = self.len.load(Relaxed);
+        if len > 0 && self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
+            let frame = FrameNumber(self.held_at(len as usize - 1).load(Relaxed));
+            if frames.give_out_single(frame, Some(self.tag())) {
+                self.len.store(len - 1, Relaxed);
+                return Ok(frame);
+            }
+        }
+        self.alloc_slowly(frames)
+    }
+
+    #[inline(never)]
+    fn alloc_slowly(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
         let poison = self.is_of(frames)?;
         loop {
             let (frame, freed) = self.pop(frames)?;
@@ -239,7 +259,7 @@ impl Cache {
     }
 
     fn tag(&self) -> Tag {
-        Tag::of(self.name.load(Relaxed))
+        Tag::from_number(self.tag.load(Relaxed))
     }
 
     /// A frame, and its tag if it was freed into the cache.
@@ -289,7 +309,21 @@ impl Cache {
         Ok((row.first, row.bits))
     }
 
+    #[inline(always)]
     pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber, users: Users) -> Result<(), FramesError> {
+        let len = self.len.load(Relaxed);
+        // The common case: no frame is poisoned, and there is room.
+        if (len as usize) < HELD && self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
+            frames.take_in_single(frame, self.tag(), users)?;
+            self.held_at(len as usize).store(frame.0, Relaxed);
+            self.len.store(len + 1, Relaxed);
+            return Ok(());
+        }
+        self.free_slowly(frames, frame, users)
+    }
+
+    #[inline(never)]
+    fn free_slowly(&self, frames: &Frames, frame: FrameNumber, users: Users) -> Result<(), FramesError> {
         let poison = self.is_of(frames)?;
         let tag = self.tag();
         frames.take_in_single(frame, tag, users)?;

@@ -62,6 +62,7 @@ impl Frames {
     }
 
     /// A cached frame gets an owner; not if it is another's by now. `freed`: what it was taken back with.
+    #[inline]
     pub(super) fn give_out_single(&self, frame: FrameNumber, freed: Option<Tag>) -> bool {
         let place = self.find(frame).expect("a cached frame is the node's");
         let states = self.ranges[place.range].states();
@@ -72,6 +73,7 @@ impl Frames {
     }
 
     /// A cached frame is nobody's; not if it is another's by now.
+    #[inline]
     pub(super) fn take_out_single(&self, frame: FrameNumber, tag: Tag) -> bool {
         let place = self.find(frame).expect("a cached frame is the node's");
         self.ranges[place.range].states().take_out(place.offset, tag, None)
@@ -94,6 +96,7 @@ impl Frames {
     }
 
     /// A frame that is in use becomes a cached one.
+    #[inline(always)]
     pub(super) fn take_in_single(&self, frame: FrameNumber, tag: Tag, users: Users) -> Result<(), FramesError> {
         let place = self.find(frame)?;
         let range = &self.ranges[place.range];

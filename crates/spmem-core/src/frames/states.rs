@@ -36,6 +36,18 @@ impl Tag {
     }
 }
 
+impl Tag {
+    /// As a number, to keep it in an atomic.
+    pub(super) const fn number(self) -> u8 {
+        self.0
+    }
+
+    /// What [`Tag::number`] gave.
+    pub(super) const fn from_number(number: u8) -> Self {
+        Self(number)
+    }
+}
+
 /// Who uses a cache.
 #[derive(Clone, Copy)]
 pub(super) enum Users {
@@ -73,6 +85,7 @@ impl States<'_> {
     }
 
     /// A cache takes a single frame back, if it is in use.
+    #[inline(always)]
     pub(super) fn take_in(&self, frame: usize, tag: Tag, users: Users) -> bool {
         // Relaxed, as in `clear`.
         self.0.get(frame).is_some_and(|state| match users {
@@ -88,11 +101,13 @@ impl States<'_> {
     }
 
     /// Whether it is still that cache's.
+    #[inline]
     pub(super) fn has(&self, frame: usize, tag: Tag) -> bool {
         self.0.get(frame).is_some_and(|state| state.load(Relaxed) == tag.0)
     }
 
     /// A frame that a cache took back becomes a free one, or that of an owner; not if another one has taken it back, too.
+    #[inline]
     pub(super) fn take_out(&self, frame: usize, tag: Tag, order: Option<Order>) -> bool {
         let is_mine = self.has(frame, tag);
         if is_mine {
@@ -102,6 +117,7 @@ impl States<'_> {
     }
 
     /// A frame that was free gets an owner; not if a cache has given it one.
+    #[inline]
     pub(super) fn give_out(&self, frame: usize) -> bool {
         let state = self.0.get(frame).filter(|state| state.load(Relaxed) != SINGLE);
         state.inspect(|state| state.store(SINGLE, Relaxed)).is_some()
