@@ -2,7 +2,7 @@
 //!
 //! [`Config::read`] reads a file, [`Config::default`] is the embedded one, whose text ([`EXAMPLE`]) documents every key
 //! and is printed by `spm run --help`. Unknown keys and values are errors that name the line and what is valid.
-//! Hole: nodes of kind "file" are shown and made, but programs run on the two nodes that the runtime knows.
+//! Hole: nodes of kind "file" are shown and made, but no run uses them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -30,6 +30,8 @@ pub struct Config {
     pub store_capacity: Capacity,
     /// Section `[type]`: what the kernel's nodes are for, by name.
     pub types: BTreeMap<String, NodeType>,
+    /// Nodes of kind "numa", by id.
+    pub numa: Vec<NumaNode>,
     /// Nodes of kind "file", by id.
     pub files: Vec<FileNode>,
     /// Section `[class]`: what this machine's nodes and devices are taken for, whatever else speaks for or against it.
@@ -81,6 +83,21 @@ pub struct FileNode {
     pub is_fenced: bool,
 }
 
+/// A `[[node]]` of kind "numa".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Key `id`.
+    pub id: u16,
+    /// Key `node`: the kernel's number.
+    pub node: u16,
+    /// Key `capacity`: what a run may have there.
+    pub capacity: Capacity,
+    /// Key `class`; what the machine tells if it is not given.
+    pub class: Option<Class>,
+    /// Key `write_fence`.
+    pub is_fenced: bool,
+}
+
 /// Key `capacity` of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capacity {
@@ -106,6 +123,7 @@ impl Default for Config {
             run: Run::default(),
             store_capacity: Capacity::Auto,
             types: BTreeMap::new(),
+            numa: Vec::new(),
             files: Vec::new(),
             classes: Overrides::new(),
         }
@@ -141,17 +159,36 @@ impl Config {
                 (Kind::Ram, 0) => bail!("node 0 is this machine's RAM: it takes no class, guard or capacity"),
                 (Kind::Compressed, 1) => config.store_capacity = node.compressed(text)?,
                 (Kind::File, 2..) if id < u32::from(MAX_NODES) => config.files.push(node.file(text)?),
+                (Kind::Numa, 2..) if id < u32::from(MAX_NODES) => {
+                    let node = node.numa(text)?;
+                    config.declare(&node)?;
+                    config.numa.push(node);
+                }
                 (Kind::Ram, _) => bail!("node {id} is of kind \"ram\", which is node 0's and no other's"),
                 (Kind::Compressed, _) => {
                     bail!("node {id} is of kind \"compressed\", which is node 1's and no other's")
                 }
-                (Kind::File, _) => {
-                    bail!("node {id} is of kind \"file\", expected an id of 2 to {}", MAX_NODES - 1)
+                (Kind::File | Kind::Numa, _) => {
+                    bail!("node {id} is of kind \"file\" or \"numa\", expected an id of 2 to {}", MAX_NODES - 1)
                 }
             }
         }
         config.files.sort_by_key(|file| file.id);
+        config.numa.sort_by_key(|numa| numa.id);
         Ok(config)
+    }
+
+    /// A node that runs place pages on is spm: walls keep programs off it.
+    fn declare(&mut self, numa: &NumaNode) -> anyhow::Result<()> {
+        let name = format!("node{}", numa.node);
+        if self.types.get(&name) == Some(&NodeType::Sysram) {
+            bail!("node {} is of kind \"numa\", so {name} is spm, and [type] says sysram", numa.id);
+        }
+        if self.numa.iter().any(|other| other.node == numa.node) {
+            bail!("node {} is of kind \"numa\" and of {name}, as another one is", numa.id);
+        }
+        self.types.insert(name, NodeType::Spm);
+        Ok(())
     }
 }
 
@@ -206,6 +243,7 @@ struct Node {
     capacity: Option<Spanned<Capacity>>,
     path: Option<Spanned<PathBuf>>,
     write_fence: Option<Spanned<bool>>,
+    node: Option<Spanned<u16>>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -214,12 +252,13 @@ enum Kind {
     Ram,
     Compressed,
     File,
+    Numa,
 }
 
 impl Node {
     const fn has_only_a_kind(&self) -> bool {
         let has_limits = self.class.is_some() || self.guard.is_some() || self.capacity.is_some();
-        !has_limits && self.path.is_none() && self.write_fence.is_none()
+        !has_limits && self.path.is_none() && self.write_fence.is_none() && self.node.is_none()
     }
 
     /// A compressed node is of class 4 and its guard is hard (R17: entered by demotion only): there is nothing to keep.
@@ -231,6 +270,7 @@ impl Node {
         if let Some(path) = &self.path {
             bail!("{}: a path does not fit kind \"compressed\"", line(text, path));
         }
+        self.check_no_kernel_node(text, "compressed")?;
         if let Some(fence) = &self.write_fence {
             bail!("{}: kind \"compressed\" is always write-fenced", line(text, fence));
         }
@@ -240,11 +280,11 @@ impl Node {
     fn file(self, text: &str) -> anyhow::Result<FileNode> {
         let id = self.id;
         self.check_guard(text, "file")?;
+        self.check_no_kernel_node(text, "file")?;
         let class = match &self.class {
             None => Class::Shared,
             Some(number) => {
-                let known = u8::try_from(*number.get_ref()).ok().and_then(Class::from_number);
-                let fits = known.filter(|class| *class != Class::Featured);
+                let fits = class_of(number).filter(|class| *class != Class::Featured);
                 fits.with_context(|| {
                     format!(
                         "{}: class {} does not fit kind \"file\", expected 1, 2, 3, 5 or 6",
@@ -264,6 +304,33 @@ impl Node {
         Ok(FileNode { id, path: path.into_inner(), bytes, class, is_fenced })
     }
 
+    /// A node that the kernel has: what is asked for here is for runs.
+    fn numa(self, text: &str) -> anyhow::Result<NumaNode> {
+        self.check_guard(text, "numa")?;
+        if let Some(path) = &self.path {
+            bail!("{}: a path does not fit kind \"numa\"", line(text, path));
+        }
+        let class = self.class.as_ref().map(|number| {
+            let fits = class_of(number);
+            fits.with_context(|| format!("{}: there is no class {}", line(text, number), number.get_ref()))
+        });
+        let id = u16::try_from(self.id).context("an id is below 1024")?;
+        Ok(NumaNode {
+            id,
+            node: self.node.map_or(id, Spanned::into_inner),
+            capacity: self.capacity.map_or(Capacity::Auto, Spanned::into_inner),
+            class: class.transpose()?,
+            is_fenced: self.write_fence.is_some_and(Spanned::into_inner),
+        })
+    }
+
+    fn check_no_kernel_node(&self, text: &str, kind: &str) -> anyhow::Result<()> {
+        match &self.node {
+            None => Ok(()),
+            Some(node) => bail!("{}: a node of the kernel's does not fit kind \"{kind}\"", line(text, node)),
+        }
+    }
+
     fn check_guard(&self, text: &str, kind: &str) -> anyhow::Result<()> {
         match self.guard.as_ref().filter(|guard| guard.get_ref() != "hard") {
             None => Ok(()),
@@ -274,6 +341,10 @@ impl Node {
             ),
         }
     }
+}
+
+fn class_of(number: &Spanned<u32>) -> Option<Class> {
+    u8::try_from(*number.get_ref()).ok().and_then(Class::from_number)
 }
 
 /// Where a value stands.
@@ -357,6 +428,24 @@ mod tests {
     }
 
     #[test]
+    fn nodes_of_the_kernel_s_are_spm_and_listed_by_id_with_what_they_leave_out() {
+        let text = "[[node]]\nid = 5\nkind = \"numa\"\nnode = 2\ncapacity = \"64M\"\nwrite_fence = true\n\
+                    [[node]]\nid = 3\nkind = \"numa\"\nclass = 3\n";
+        let config = Config::parse(text).unwrap();
+        let auto = Capacity::Auto;
+        let plain = NumaNode { id: 3, node: 3, capacity: auto, class: Some(Class::Slow), is_fenced: false };
+        let fenced =
+            NumaNode { id: 5, node: 2, capacity: Capacity::Bytes(64 << 20), class: None, is_fenced: true };
+        assert_eq!(config.numa, [plain, fenced]);
+        assert_eq!(
+            config.types,
+            [("node2", NodeType::Spm), ("node3", NodeType::Spm)]
+                .map(|(name, kind)| (name.to_owned(), kind))
+                .into()
+        );
+    }
+
+    #[test]
     fn classes_are_given_by_number_and_others_than_1_to_6_refused_with_their_line() {
         let config = Config::parse("[class]\nnode2 = 3\n\"dax0.0\" = 6\n").unwrap();
         let classes: Vec<(&str, u8)> =
@@ -394,6 +483,14 @@ mod tests {
             ),
             ("[[node]]\nid = 1\nkind = \"compressed\"\npath = \"x\"\n", ["line 4", "path"]),
             ("[[node]]\nid = 1\nkind = \"compressed\"\nwrite_fence = false\n", ["line 4", "fenced"]),
+            ("[[node]]\nid = 2\nkind = \"numa\"\npath = \"x\"\n", ["line 4", "path"]),
+            ("[[node]]\nid = 2\nkind = \"numa\"\nclass = 7\n", ["line 4", "class 7"]),
+            ("[[node]]\nid = 1\nkind = \"compressed\"\nnode = 2\n", ["line 4", "kernel"]),
+            ("[type]\nnode2 = \"sysram\"\n[[node]]\nid = 2\nkind = \"numa\"\n", ["node2", "sysram"]),
+            (
+                "[[node]]\nid = 2\nkind = \"numa\"\n[[node]]\nid = 3\nkind = \"numa\"\nnode = 2\n",
+                ["node 3", "node2"],
+            ),
             ("[[node]]\nid = 0\nkind = \"ram\"\n[[node]]\nid = 0\nkind = \"ram\"\n", ["node 0", "twice"]),
         ] {
             let reason = reason(text);

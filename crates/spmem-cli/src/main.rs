@@ -5,6 +5,7 @@
 //! line; `spm run`, `spm wall`, `spm audit` and `spm explain` have their own.
 #![cfg_attr(not(test), no_main)]
 
+mod apart;
 mod arguments;
 mod audit;
 mod config;

@@ -33,6 +33,7 @@ pub mod node;
 pub mod nodemask;
 pub mod oom;
 pub mod page;
+pub mod placing;
 pub mod poison;
 pub mod policy;
 pub mod readahead;

@@ -162,6 +162,16 @@ impl Mapping {
         Ok(())
     }
 
+    /// A forked child finds it empty.
+    ///
+    /// # Errors
+    /// As madvise(2).
+    pub fn wipe_in_children(&self) -> Result<()> {
+        // SAFETY: changes what fork does, nothing here.
+        unsafe { syscall!(Sysno::madvise, self.start(), self.len, libc::MADV_WIPEONFORK) }?;
+        Ok(())
+    }
+
     /// First byte.
     pub fn base(&self) -> *mut u8 {
         self.base

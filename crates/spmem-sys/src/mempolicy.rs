@@ -8,7 +8,9 @@ use syscalls::{Sysno, syscall};
 use crate::mapping::{Mapping, populate_write};
 use crate::{Errno, PAGE, Result};
 
-/// Only these nodes, from linux/mempolicy.h: libc has no constants for policies.
+/// This node while it has room, from linux/mempolicy.h: libc has no constants for policies.
+pub const MPOL_PREFERRED: usize = 1;
+/// Only these nodes.
 pub const MPOL_BIND: usize = 2;
 /// Numbers of nodes are meant as they are, not within the caller's cpuset.
 pub const MPOL_F_STATIC_NODES: usize = 1 << 15;
@@ -78,6 +80,46 @@ pub fn node_of(pid: u32, address: usize) -> Result<i32> {
     // SAFETY: without targets nothing moves; the kernel reads one address and writes one number.
     unsafe { syscall!(Sysno::move_pages, pid, 1, page, 0, status_at, 0) }?;
     Ok(status)
+}
+
+/// Writes where the pages at `addresses` of our own memory are to `nodes`: a node, or a negative errno of that page alone.
+///
+/// # Errors
+/// As move_pages(2).
+///
+/// # Panics
+/// When the two differ in length.
+pub fn nodes_of(addresses: &[usize], nodes: &mut [i32]) -> Result<()> {
+    assert!(addresses.len() == nodes.len(), "one answer a page");
+    let (from, to) = (addresses.as_ptr(), nodes.as_mut_ptr());
+    // SAFETY: without targets nothing moves; the kernel reads one address a page and writes one number.
+    unsafe { syscall!(Sysno::move_pages, 0, addresses.len(), from, 0, to, 0) }?;
+    Ok(())
+}
+
+/// Moves the pages at `addresses` of our own memory to `node`, as [`move_page`]; where each is then, or why it did not move.
+///
+/// # Errors
+/// As move_pages(2). Then `nodes` says nothing, and some may have moved.
+///
+/// # Panics
+/// When there are more than 64, or the two differ in length.
+pub fn move_to(addresses: &[usize], node: u16, nodes: &mut [i32]) -> Result<()> {
+    assert!(addresses.len() == nodes.len() && nodes.len() <= 64, "one answer a page");
+    let (targets, count) = ([i32::from(node); 64], addresses.len());
+    nodes.fill(-1);
+    let (from, to, status) = (addresses.as_ptr(), targets.as_ptr(), nodes.as_mut_ptr());
+    // SAFETY: the kernel reads one address and one number a page and writes one; contents stay.
+    unsafe { syscall!(Sysno::move_pages, 0, count, from, to, status, MPOL_MF_MOVE) }?;
+    Ok(())
+}
+
+/// The node of the processor that the caller runs on (getcpu(2)).
+pub fn own_node() -> u16 {
+    let mut node = 0_u32;
+    // SAFETY: the kernel writes one number.
+    let _ = unsafe { syscall!(Sysno::getcpu, 0, &raw mut node, 0) };
+    u16::try_from(node).unwrap_or(0)
 }
 
 /// Moves all pages of process `pid` (0: our own) that are on `from` to `to`; how many could not be moved.
@@ -184,6 +226,21 @@ mod tests {
         assert_eq!(memory.pages_elsewhere(), Ok((0, 3)));
         assert_eq!(NodeMemory::new(PAGE, 1023).map(|memory| memory.node()), Err(Errno::EINVAL));
         assert_eq!(NodeMemory::new(PAGE, 5000).map(|memory| memory.node()), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn where_pages_are_is_told_one_by_one_and_what_is_not_there_does_not_move() {
+        let mut memory = Mapping::new(3 * PAGE, c"spmem test").expect("mmap");
+        memory.bytes_mut(PAGE, PAGE).fill(1);
+        let at = [0, 1, 2].map(|page| memory.start() + page * PAGE);
+        let mut nodes = [7; 3];
+        nodes_of(&at, &mut nodes).expect("move_pages");
+        assert!(nodes[0] < 0 && nodes[1] >= 0 && nodes[2] < 0, "{nodes:?}");
+        let node = u16::try_from(nodes[1]).expect("a node");
+        move_to(&at, node, &mut nodes).expect("move_pages");
+        assert!(nodes[0] < 0 && nodes[1] == i32::from(node) && nodes[2] < 0, "{nodes:?}");
+        assert!(memory.bytes(PAGE, PAGE).iter().all(|&byte| byte == 1));
+        assert!(own_node() < 1024);
     }
 
     #[test]

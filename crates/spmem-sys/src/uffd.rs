@@ -62,11 +62,24 @@ const _: () = assert!(RWPROTECT == 0xc018_aa09);
 const MODE_MISSING: u64 = 1;
 const MODE_RWP: u64 = 1 << 3;
 const RWPROTECT_ON: u64 = 1;
+const MODE_WP: u64 = 2;
+const WRITEPROTECT_MODE_WP: u64 = 1;
+const PAGEFAULT_FLAG_WRITE: u64 = 1;
+const PAGEFAULT_FLAG_WP: u64 = 2;
 const MOVE_ALLOW_SRC_HOLES: u64 = 1 << 1;
 
 /// A userfaultfd, bound to the address space that made it.
 #[derive(Debug)]
 pub struct Uffd(Fd);
+
+/// Which faults of a range come to its userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// On missing pages.
+    Missing,
+    /// Also writes to pages behind a [fence](Uffd::fence).
+    MissingAndFenced,
+}
 
 /// What a call on a run of pages did: `done` bytes from its start, then `stopped` by an error unless all were done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +99,8 @@ pub enum Event {
         address: usize,
         /// It was a write.
         is_write: bool,
+        /// The page is there; its fence stopped the write.
+        is_fenced: bool,
         /// Who waits (with [`feature::THREAD_ID`]).
         tid: u32,
     },
@@ -189,7 +204,36 @@ impl Uffd {
     /// # Errors
     /// As UFFDIO_REGISTER: `EBUSY` when another userfaultfd has a part of it, `EINVAL` when it cannot be served.
     pub fn register(&self, start: usize, len: usize) -> Result<()> {
-        self.ioctl(REGISTER, &mut [start as u64, len as u64, MODE_MISSING, 0])
+        self.register_for(start, len, Watch::Missing)
+    }
+
+    /// As [`Uffd::register`]. What the range was registered for before is forgotten: fences that are no longer watched are
+    /// none.
+    ///
+    /// # Errors
+    /// As [`Uffd::register`].
+    pub fn register_for(&self, start: usize, len: usize, watch: Watch) -> Result<()> {
+        let mode = match watch {
+            Watch::Missing => MODE_MISSING,
+            Watch::MissingAndFenced => MODE_MISSING | MODE_WP,
+        };
+        self.ioctl(REGISTER, &mut [start as u64, len as u64, mode, 0])
+    }
+
+    /// Writes to pages of the range, which are there, come here from now on; reads go on.
+    ///
+    /// # Errors
+    /// `ENOENT` where the range is not registered for [`Watch::MissingAndFenced`]; `EAGAIN` while [`Uffd::is_changing`].
+    pub fn fence(&self, start: usize, len: usize) -> Result<()> {
+        self.ioctl(WRITEPROTECT, &mut [start as u64, len as u64, WRITEPROTECT_MODE_WP])
+    }
+
+    /// Pages of the range have no fence any more; waiting threads retry.
+    ///
+    /// # Errors
+    /// As [`Uffd::fence`].
+    pub fn lift_fence(&self, start: usize, len: usize) -> Result<()> {
+        self.ioctl(WRITEPROTECT, &mut [start as u64, len as u64, 0])
     }
 
     /// Accesses to pages of the range can be told from now on ([`feature::TRACKED`]): [`Uffd::begin_tracking`]. Faults on
@@ -309,17 +353,17 @@ impl Uffd {
 
     /// As [`Uffd::unregister`], but not while a range might have arrived there that nobody has heard of yet: its missing
     /// pages would read as zero. Whoever moves a range waits until the event was read; so what was let go in that time
-    /// can be taken back before any thread sees it. To be called where no event can be read meanwhile.
+    /// can be taken back, for `watch`, before any thread sees it. To be called where no event can be read meanwhile.
     ///
     /// # Errors
     /// `EAGAIN` when the range is registered still; else as UFFDIO_UNREGISTER.
-    pub fn let_go(&self, start: usize, len: usize) -> Result<()> {
+    pub fn let_go(&self, start: usize, len: usize, watch: Watch) -> Result<()> {
         if self.is_changing() {
             return Err(Errno::EAGAIN);
         }
         self.unregister(start, len)?;
         if self.is_changing() {
-            let _ = self.register(start, len);
+            let _ = self.register_for(start, len, watch);
             return Err(Errno::EAGAIN);
         }
         Ok(())
@@ -380,7 +424,12 @@ impl Message {
         let [a, b, c] = self.arg;
         let (low, _high) = (c & 0xffff_ffff, c >> 32);
         Some(match self.event {
-            0x12 => Event::Fault { address: b as usize, is_write: a & 1 != 0, tid: u32::try_from(low).ok()? },
+            0x12 => Event::Fault {
+                address: b as usize,
+                is_write: a & PAGEFAULT_FLAG_WRITE != 0,
+                is_fenced: a & PAGEFAULT_FLAG_WP != 0,
+                tid: u32::try_from(low).ok()?,
+            },
             0x13 => Event::Fork { child: i32::try_from(a & 0xffff_ffff).ok()? },
             0x14 => Event::Remap { from: a as usize, to: b as usize, len: c as usize },
             0x15 => Event::Remove { start: a as usize, end: b as usize },
@@ -466,6 +515,42 @@ mod tests {
         for page in 0..PAGES {
             assert!(from.bytes(page * PAGE, PAGE).iter().all(|&byte| usize::from(byte) == page + 1));
         }
+    }
+
+    #[test]
+    fn a_fence_lets_reads_through_and_a_write_waits_until_it_is_lifted() {
+        let Some(uffd) = scratch() else {
+            std::println!("skipped: no userfaultfd with MOVE here");
+            return;
+        };
+        let mut page = Mapping::new(PAGE, c"spmem test").expect("mmap");
+        let at = page.start();
+        page.bytes_mut(0, PAGE).fill(3);
+        uffd.register(at, PAGE).expect("register");
+        assert_eq!(uffd.fence(at, PAGE), Err(Errno::ENOENT), "not registered for it");
+        uffd.register_for(at, PAGE, Watch::MissingAndFenced).expect("register");
+        uffd.fence(at, PAGE).expect("fence");
+        assert!(page.bytes(0, PAGE).iter().all(|&byte| byte == 3));
+        let is_written = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                page.bytes_mut(0, 1)[0] = 4;
+                is_written.store(true, Relaxed);
+            });
+            let event = loop {
+                if let Ok(event) = uffd.read() {
+                    break event;
+                }
+                std::thread::yield_now();
+            };
+            assert!(
+                matches!(event, Event::Fault { address, is_fenced: true, is_write: true, .. } if address == at),
+                "{event:?}"
+            );
+            assert!(!is_written.load(Relaxed));
+            uffd.lift_fence(at, PAGE).expect("lift");
+        });
+        assert!(is_written.load(Relaxed));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! - `SPMEM_TORTURE=long`: all budgets, more data, longer;
 //! - `SPMEM_TORTURE_MIB`, `_SECONDS`, `_SEED`: data and time of a case;
 //! - `SPMEM_TORTURE_BUDGETS`: per cents, `10,25,50`; `SPMEM_TORTURE_FLOOR_MIB`: the least budget;
+//! - `SPMEM_TORTURE_CONFIG`: a configuration for every run, in full: nodes that cold pages go to;
 //! - `SPMEM_TORTURE_LIMIT`: seconds after which a case is killed, with all it started, and counts as failed.
 //!
 //! A managed case passes if it exits 0 and, where it is meant to go cold, the report of `spm` shows demoted pages.
@@ -181,8 +182,11 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
     let place = Place::new(&format!("{}-{per_cent}", case.name));
     let report = place.path("report.json");
     let mut command = Command::new(spm);
-    command.args(["run", "--sysram", &settings.budget_bytes(per_cent).to_string(), "--json"]);
-    command.arg(&report).arg("--").arg(TORTURE).args(settings.case_arguments(case));
+    command.args(["run", "--sysram", &settings.budget_bytes(per_cent).to_string(), "--json"]).arg(&report);
+    if let Ok(config) = std::env::var("SPMEM_TORTURE_CONFIG") {
+        command.args(["--config", &config]);
+    }
+    command.arg("--").arg(TORTURE).args(settings.case_arguments(case));
     if case.name == "orphan" {
         return run_orphan(settings, command, &place);
     }

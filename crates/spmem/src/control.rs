@@ -9,11 +9,12 @@
 
 use crate::recorder::Recorder;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use spmem_core::placing::{self, MAX_TARGETS};
 use spmem_core::reclaim::Floor;
 use spmem_core::units::Bytes;
 
 /// Marks a mapped control page; the low digits are the layout's version.
-pub const MAGIC: u64 = 0x5350_4d43_544c_0001;
+pub const MAGIC: u64 = 0x5350_4d43_544c_0002;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
 pub const SLOTS: usize = 4096;
 /// The limit that means "no limit" (`--sysram max`).
@@ -44,6 +45,10 @@ pub struct Control {
     pub store_reserve_bytes_peak: AtomicU64,
     /// Highest pressure on node 1: 0 with an eighth of its capacity free above that reserve, 1000 at it.
     pub store_pressure_peak: AtomicU64,
+    /// Mapped nodes that pages are placed on, best first; those after the first without a quota are none.
+    pub targets: [Target; MAX_TARGETS],
+    /// The kernel's nodes that pages come back to: bit n of word n / 64.
+    pub sysram: [AtomicU64; 16],
     /// Slots from this one on were never taken.
     pub slots_ever: AtomicU64,
     /// What happened, over the tree.
@@ -96,6 +101,32 @@ pub struct Counters {
     pub throttled_ns: AtomicU64,
 }
 
+/// A node of the kernel's that pages of the tree are placed on, by a grant that `spm` holds.
+#[repr(C)]
+#[derive(Default)]
+pub struct Target {
+    /// The number that the configuration gives it.
+    pub id: AtomicU32,
+    /// The kernel's number.
+    pub node: AtomicU32,
+    /// Its class.
+    pub class: AtomicU32,
+    /// 1: pages there are not written, but promoted first (R17).
+    pub is_fenced: AtomicU32,
+    /// What the tree may have there, bytes.
+    pub quota_bytes: AtomicU64,
+    /// The most that it had there, bytes.
+    pub peak_bytes: AtomicU64,
+    /// Pages that were placed there.
+    pub demoted_pages: AtomicU64,
+    /// Pages that came up: written behind a fence, or used often.
+    pub promoted_pages: AtomicU64,
+    /// Pages that were found elsewhere: the kernel, or the program, has moved or copied them.
+    pub strayed_pages: AtomicU64,
+    /// Pages that the node or its grant had no room for.
+    pub refused_pages: AtomicU64,
+}
+
 /// A process's share, written by its own agent only.
 #[repr(C, align(128))]
 pub struct Slot {
@@ -113,6 +144,8 @@ pub struct Slot {
     pub store_used_bytes: AtomicU64,
     /// Tables of the agent, bytes.
     pub metadata_bytes: AtomicU64,
+    /// Pages on mapped nodes, bytes; not part of the memory in use.
+    pub placed_bytes: [AtomicU64; MAX_TARGETS],
     /// Of the memory in use: pages that could not leave when last tried, bytes.
     pub refused_bytes: AtomicU64,
     /// Processor time of the process's agent threads, ns.
@@ -222,7 +255,7 @@ impl Control {
     /// Gives the slot of `pid` back; nothing happens when it has none.
     pub fn release_slot(&self, pid: u32) {
         for slot in self.slots.iter().filter(|slot| slot.pid.load(Relaxed) == pid) {
-            for field in [
+            for field in slot.placed_bytes.iter().chain([
                 &slot.used_bytes,
                 &slot.holding_bytes,
                 &slot.stored_bytes,
@@ -230,7 +263,7 @@ impl Control {
                 &slot.metadata_bytes,
                 &slot.refused_bytes,
                 &slot.agent_ns,
-            ] {
+            ]) {
                 field.store(0, Relaxed);
             }
             slot.pid.store(0, Relaxed);
@@ -253,7 +286,38 @@ impl Control {
         if self.stored_bytes_peak.fetch_max(stored, Relaxed) < stored {
             self.store_used_bytes_peak.store(self.sum(|slot| &slot.store_used_bytes), Relaxed);
         }
+        for (index, target) in self.targets().enumerate() {
+            target.peak_bytes.fetch_max(self.sum(|slot| &slot.placed_bytes[index]), Relaxed);
+        }
         used
+    }
+
+    /// The mapped nodes that pages are placed on.
+    pub fn targets(&self) -> impl Iterator<Item = &Target> {
+        self.targets.iter().take_while(|target| target.quota_bytes.load(Relaxed) > 0)
+    }
+
+    /// What the tree has on each of them.
+    pub fn read_targets(&self) -> ([placing::Target; MAX_TARGETS], usize) {
+        let mut targets = [placing::Target::default(); MAX_TARGETS];
+        let mut count = 0;
+        for (index, (to, target)) in targets.iter_mut().zip(self.targets()).enumerate() {
+            let placed = Bytes(self.sum(|slot| &slot.placed_bytes[index]));
+            *to = placing::Target { quota: Bytes(target.quota_bytes.load(Relaxed)), placed };
+            count += 1;
+        }
+        (targets, count)
+    }
+
+    /// Whether a node is one that pages come back to.
+    pub fn is_sysram(&self, node: i32) -> bool {
+        let Ok(node) = usize::try_from(node) else { return false };
+        self.sysram.get(node / 64).is_some_and(|word| word.load(Relaxed) >> (node % 64) & 1 != 0)
+    }
+
+    /// The number among the targets of one of the kernel's nodes.
+    pub fn target_of(&self, node: i32) -> Option<usize> {
+        self.targets().position(|target| u64::try_from(node) == Ok(u64::from(target.node.load(Relaxed))))
     }
 }
 

@@ -8,6 +8,7 @@
 
 use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
 use crate::holding::{Span, State};
+use crate::place::Placer;
 use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
@@ -31,19 +32,20 @@ const HOLD_SLOTS: usize = 8;
 
 /// One thread's tools for demotion.
 pub struct Demoter {
-    runtime: &'static Runtime,
+    pub(crate) runtime: &'static Runtime,
     codec: Codec,
     workspace: Workspace,
     readback: Box<Page>,
-    uffd: ManuallyDrop<Uffd>,
+    pub(crate) uffd: ManuallyDrop<Uffd>,
     scratch: ManuallyDrop<Uffd>,
     trash: usize,
-    pagemap: Option<ManuallyDrop<Pagemap>>,
+    pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
     client: Option<Client>,
     /// The encoder is not given any more.
     is_useless: bool,
     /// What is out with the encoder, oldest first.
     out: [Option<Span>; LANES],
+    pub(crate) placer: Option<Placer>,
 }
 
 impl Demoter {
@@ -62,11 +64,15 @@ impl Demoter {
             client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
             is_useless: false,
             out: [None; LANES],
+            placer: (number == 0).then(|| Placer::new(runtime)).flatten(),
         }
     }
 
     /// Demotes up to `wanted` pages, the oldest of the holding area; how many pages of RAM became free.
     pub(crate) fn run(&mut self, wanted: usize) -> usize {
+        if let Some(freed) = self.place(wanted) {
+            return freed;
+        }
         if self.client.is_some() {
             let freed = self.run_with_encoder(wanted);
             let does_answer = self.client.as_ref().is_some_and(Client::has_room);
@@ -86,7 +92,7 @@ impl Demoter {
         freed
     }
 
-    fn claim(&self, wanted: usize) -> Option<Span> {
+    pub(crate) fn claim(&self, wanted: usize) -> Option<Span> {
         let mut space = self.runtime.space.lock();
         space.as_mut().and_then(|space| space.holding.claim(wanted as u32))
     }
@@ -124,8 +130,8 @@ impl Demoter {
             let Some(space) = space.as_ref() else { return };
             for (address, slot) in addresses.iter_mut().zip(span.first..span.first + span.len) {
                 let held = space.holding.get(slot);
-                // An older copy is tried first, here.
-                if held.state == State::Busy && held.kept.is_none() {
+                // An older copy is tried first, here; and one on trial goes back.
+                if held.state == State::Busy && held.kept.is_none() && held.target().is_none() {
                     *address = space.holding.address(slot);
                 }
             }
@@ -158,7 +164,7 @@ impl Demoter {
                         _ => None,
                     };
                     match staged {
-                        Some(staged) => freed += usize::from(Self::place(self.runtime, space, slot, &staged)),
+                        Some(staged) => freed += usize::from(Self::store(self.runtime, space, slot, &staged)),
                         None => *unsettled = Some(answer),
                     }
                 }
@@ -187,8 +193,11 @@ impl Demoter {
     }
 
     /// One slot; whether its page's RAM becomes free.
-    fn demote(&mut self, slot: u32) -> bool {
+    pub(crate) fn demote(&mut self, slot: u32) -> bool {
         let runtime = self.runtime;
+        if self.end_trial(slot) {
+            return false;
+        }
         let (page, kept) = {
             let space = runtime.space.lock();
             let Some(space) = space.as_ref() else { return false };
@@ -208,14 +217,14 @@ impl Demoter {
         match self.codec.stage(page, &mut self.workspace) {
             Ok(staged) => {
                 let mut space = runtime.space.lock();
-                space.as_mut().is_some_and(|space| Self::place(runtime, space, slot, &staged))
+                space.as_mut().is_some_and(|space| Self::store(runtime, space, slot, &staged))
             }
             Err(unfit) => self.give_back(slot, unfit),
         }
     }
 
     /// Puts what was staged of a busy slot's page on node 1; whether the page's RAM becomes free.
-    fn place(runtime: &Runtime, space: &mut Space<Cram>, slot: u32, staged: &Verified<'_>) -> bool {
+    fn store(runtime: &Runtime, space: &mut Space<Cram>, slot: u32, staged: &Verified<'_>) -> bool {
         let held = space.holding.get(slot);
         if held.state != State::Busy {
             return true; // dropped meanwhile
@@ -318,7 +327,7 @@ impl Demoter {
     }
 
     /// Gives the RAM of the span's dead slots back, and the slots to the ring.
-    fn discard(&mut self, span: Span) {
+    pub(crate) fn discard(&self, span: Span) {
         let runtime = self.runtime;
         let mut first = span.first;
         let end = span.first + span.len;

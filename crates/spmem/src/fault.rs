@@ -14,6 +14,7 @@ use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
 use crate::nurse::nurse;
+use crate::place::{comes_up, now_ms, raise};
 use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
@@ -22,8 +23,11 @@ use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru;
+use spmem_core::placing::PROMOTION_RATE;
 use spmem_core::readahead::{Readahead, WINDOW_MAX};
 use spmem_core::reclaim::{Admission, Turnstile};
+use spmem_core::tier::Promotion;
+use spmem_core::units::Time;
 use spmem_node::Handle;
 use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::mapping::Mapping;
@@ -40,11 +44,28 @@ const FOREVER_NS: u64 = 1 << 60;
 /// Faults that can wait: a thread has one, or a few where signals interrupt it. Address space, most of it never touched.
 const MAX_WAITING: usize = 1 << 16;
 
+/// Why a thread waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The page is missing; it was to be read.
+    Read,
+    /// The page is missing; it was to be written.
+    Write,
+    /// The page is there, behind a fence, and was to be written.
+    Fenced,
+}
+
+impl Fault {
+    pub(crate) const fn missing(is_write: bool) -> Self {
+        if is_write { Self::Write } else { Self::Read }
+    }
+}
+
 /// A fault that could not be served yet.
 #[derive(Clone, Copy)]
 struct Waiting {
     address: usize,
-    is_write: bool,
+    kind: Fault,
     tid: u32,
     /// Its page was away then. It may come with another one; the thread goes on, and this waits for nobody.
     was_away: bool,
@@ -79,6 +100,7 @@ pub(crate) struct Server {
     readahead: Readahead,
     follower: Follower,
     turnstile: Turnstile,
+    promotion: Promotion,
     /// Pages that came with the last one served, itself included.
     brought: usize,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
@@ -103,6 +125,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
         readahead: Readahead::default(),
         follower: Follower::new(&runtime.home_cpu),
         turnstile: Turnstile::default(),
+        promotion: Promotion::new(PROMOTION_RATE, Time(clock::now_ns())),
         brought: 1,
         pagemap,
     };
@@ -144,13 +167,14 @@ impl Server {
                         }
                     };
                     match event {
-                        Event::Fault { address, is_write, tid } => {
+                        Event::Fault { address, is_write, is_fenced, tid } => {
                             self.follower.note(tid);
                             let now = clock::now_ns();
                             let was_away = space.table.get(address).is_away();
-                            let fault = Waiting { address, is_write, tid, was_away, since_ns: now };
+                            let kind = if is_fenced { Fault::Fenced } else { Fault::missing(is_write) };
+                            let fault = Waiting { address, kind, tid, was_away, since_ns: now };
                             if let Some(before) = waiting.iter_mut().find(|before| fault.is_again(before)) {
-                                before.is_write |= is_write;
+                                before.kind = kind;
                             } else if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
                                 assert!(
                                     waiting.len() < MAX_WAITING,
@@ -213,10 +237,14 @@ impl Server {
         }
         let happening = happening(space.table.get(page));
         self.brought = 1;
-        let served = self.serve(space, uffd, page, fault.is_write);
+        let served = self.serve(space, uffd, page, fault.kind);
         if served == Served::Yes {
             let shared = runtime.shared();
-            runtime.record(happening, page, self.brought as u64 | if fault.is_write { IS_WRITE } else { 0 });
+            runtime.record(
+                happening,
+                page,
+                self.brought as u64 | if fault.kind == Fault::Read { 0 } else { IS_WRITE },
+            );
             shared.faults.record(clock::now_ns().saturating_sub(fault.since_ns));
             if waited > 0 {
                 shared.counters.throttled_ns.fetch_add(waited, Relaxed);
@@ -226,13 +254,40 @@ impl Server {
     }
 
     /// Puts the page back, from wherever it is. `uffd` is this process's, or that of a child being nursed.
-    pub(crate) fn serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, is_write: bool) -> Served {
+    pub(crate) fn serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, fault: Fault) -> Served {
+        if fault == Fault::Fenced && !self.take_from_fence(space, uffd, page) {
+            return lift_fence(uffd, page);
+        }
         let entry = space.table.get(page);
         match entry.copy() {
             Copy::Stored(_) if entry.is_away() => self.promote(space, uffd, page, entry),
             Copy::Holding(slot) if entry.is_away() => self.rescue(space, uffd, page, entry, slot),
-            _ => self.fill(space, uffd, page, entry, is_write),
+            _ => self.fill(space, uffd, page, entry, fault),
         }
+    }
+
+    /// R17: a write moves the page first. Takes it out of its place, whether it could; then it is served like any page that is away.
+    /// What cannot be taken is moved by the kernel if that can be, and written where it is.
+    fn take_from_fence(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize) -> bool {
+        let (entry, runtime) = (space.table.get(page), self.runtime);
+        let is_own = uffd.raw() == runtime.uffd.load(Relaxed);
+        if entry.is_away() && is_own {
+            return true;
+        }
+        let Some(target) = entry.target().filter(|_| is_own) else { return false };
+        if let (Some(pagemap), Some((slot, 1))) = (&self.pagemap, space.holding.room(1))
+            && space.mode == Mode::Normal
+            && runtime.pinned_in(page, page + PAGE).is_none()
+            && uffd.move_present(space.holding.address(slot), page, PAGE, pagemap).done == PAGE
+        {
+            let slot = space.holding.push(page, None);
+            // Written, so it comes up: the trial is as short as can be.
+            space.holding.begin_trial(slot, target, now_ms());
+            space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
+            return true;
+        }
+        raise(runtime, space, target, &[page]);
+        false
     }
 
     /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression).
@@ -298,7 +353,11 @@ impl Server {
         let is_own = uffd.raw() == self.runtime.uffd.load(Relaxed);
         let mut is_moved = false;
         let mut progress = None;
+        // A page of a mapped node that comes up is copied, and else moved back as it is.
+        let target = space.holding.get(slot).target();
+        let stays = target.filter(|&target| is_own && !self.comes_up(space, slot, target));
         if is_own
+            && (target.is_none() || stays.is_some())
             && space.is_movable(slot)
             && let Some(pagemap) = &self.pagemap
         {
@@ -327,20 +386,34 @@ impl Server {
             space.table.set(page, Entry::present(Copy::Holding(slot), age));
         } else {
             let kept = space.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
+            let now = match stays {
+                Some(target) if is_moved => Entry::placed(target, age),
+                _ => Entry::present(kept, age),
+            };
             if is_moved {
                 space.holding.vacate(slot);
             } else {
                 space.holding.kill(slot);
             }
-            space.table.set(page, Entry::present(kept, age));
+            if let Some(target) = target.filter(|_| !is_moved) {
+                self.runtime.shared().targets[target].promoted_pages.fetch_add(1, Relaxed);
+            }
+            space.table.set(page, now);
         }
         if progress.stopped.is_some() { wake(uffd, page) } else { Served::Yes }
     }
 
+    /// Whether a page that was touched on trial goes to ordinary memory: behind a fence always, as it may be a write.
+    fn comes_up(&mut self, space: &Space<Cram>, slot: u32, target: usize) -> bool {
+        let is_fenced = self.runtime.shared().targets[target].is_fenced.load(Relaxed) != 0;
+        is_fenced || comes_up(&mut self.promotion, space.holding.get(slot).trial_ms(now_ms()))
+    }
+
     /// A page that is nowhere: first touch, or touched again after madvise(2) dropped it.
-    fn fill(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry, is_write: bool) -> Served {
+    fn fill(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry, fault: Fault) -> Served {
         // One page at a time: the next ones may be guard regions (MADV_GUARD_INSTALL), which a copy would fill.
-        let progress = if is_write { uffd.copy(page, self.zeros.bytes(0, PAGE)) } else { uffd.zero(page, PAGE) };
+        let progress =
+            if fault != Fault::Read { uffd.copy(page, self.zeros.bytes(0, PAGE)) } else { uffd.zero(page, PAGE) };
         let done = progress.done / PAGE;
         self.account(done);
         if done == 0 {
@@ -402,6 +475,16 @@ fn happening(entry: Entry) -> Happening {
         Copy::Stored(_) if entry.is_away() => Happening::FaultNode,
         Copy::Holding(_) if entry.is_away() => Happening::FaultHolding,
         _ => Happening::FaultNowhere,
+    }
+}
+
+/// Threads that wait to write the page do.
+fn lift_fence(uffd: &Uffd, page: usize) -> Served {
+    match uffd.lift_fence(page, PAGE) {
+        Err(Errno::EAGAIN) => Served::Later,
+        // No such mapping any more: the thread finds out by itself.
+        Err(_) => wake(uffd, page),
+        Ok(()) => Served::Yes,
     }
 }
 

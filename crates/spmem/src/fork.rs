@@ -238,6 +238,7 @@ impl Runtime {
             fd.store(-1, Ordering::Relaxed);
         }
         self.dismiss_encoder();
+        self.dismiss_porter();
         spmem_sys::fd::set_proc(-1);
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);

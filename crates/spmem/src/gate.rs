@@ -80,7 +80,9 @@ impl GateKeeper {
             }
             let is_same = self.maps.at_or_above(vma.start).is_ok_and(|now| now == Some(vma));
             let is_free = self.runtime.excluded_in(vma.start, vma.end).is_none();
-            let is_new = is_same && is_free && self.uffd.register(vma.start, vma.end - vma.start).is_ok();
+            let is_new = is_same
+                && is_free
+                && self.uffd.register_for(vma.start, vma.end - vma.start, self.runtime.watch()).is_ok();
             if let (true, Err(place)) = (is_new, self.ranges.binary_search(&(vma.start, vma.end))) {
                 self.ranges.insert(place, (vma.start, vma.end));
             }
@@ -98,7 +100,7 @@ impl GateKeeper {
                 let next = space.table.next_chunk(at, end);
                 let stop = next.unwrap_or(end).max(at);
                 if stop > at {
-                    let _ = self.uffd.let_go(at, stop - at);
+                    let _ = self.uffd.let_go(at, stop - at, self.runtime.watch());
                 }
                 at = stop;
                 if next.is_some() {
@@ -121,7 +123,8 @@ impl GateKeeper {
             let is_settled = (start..start + CHUNK)
                 .step_by(PAGE)
                 .all(|page| !chunk.get(page).is_away() && !matches!(chunk.get(page).copy(), Copy::Holding(_)));
-            if !is_settled || chunk.registered_runs().next().is_none() {
+            // Pages on mapped nodes are known by what is announced of their ranges.
+            if !is_settled || chunk.placed > 0 || chunk.registered_runs().next().is_none() {
                 continue;
             }
             for page in (start..start + CHUNK).step_by(PAGE) {
@@ -135,7 +138,7 @@ impl GateKeeper {
             }
             let runs: Vec<_> = space.table.chunk(number - 1).registered_runs().collect();
             for (from, to) in runs {
-                if self.uffd.let_go(from, to - from).is_ok() {
+                if self.uffd.let_go(from, to - from, self.runtime.watch()).is_ok() {
                     space.table.chunk(number - 1).set_registered(from, to, false);
                 }
             }

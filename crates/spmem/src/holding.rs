@@ -5,6 +5,8 @@
 //! that is `Busy` may be read without it, because nobody moves it away: a fault on such a page is served by copying.
 
 use alloc::vec::Vec;
+use core::num::NonZeroU8;
+use spmem_core::placing::MAX_TARGETS;
 use spmem_sys::PAGE;
 
 /// What a slot holds.
@@ -31,6 +33,24 @@ pub struct Slot {
     pub owner: usize,
     /// Handle of an older copy on node 1.
     pub kept: Option<u64>,
+    /// Number of the mapped node whose page is here on trial, plus one.
+    target: Option<NonZeroU8>,
+    /// Since when, in ms: the low digits.
+    since_ms: u32,
+}
+
+const _: () = assert!(size_of::<Slot>() == 32, "there is one for each page that can be held");
+
+impl Slot {
+    /// Of a page that is here on trial: the number of its mapped node.
+    pub fn target(&self) -> Option<usize> {
+        self.target.map(|target| usize::from(target.get()) - 1)
+    }
+
+    /// How long a page has been here on trial, ms; beyond 24 days the low digits.
+    pub fn trial_ms(&self, now_ms: u32) -> u32 {
+        now_ms.wrapping_sub(self.since_ms)
+    }
 }
 
 /// A span of the ring that one compressor works on.
@@ -57,12 +77,14 @@ pub struct Holding {
     /// Slots from cursor to head.
     unclaimed: u32,
     held: u32,
+    /// Of those: on trial, of each mapped node.
+    trials: [u32; MAX_TARGETS],
 }
 
 impl Holding {
     /// A ring over `count` pages from address `start`.
     pub fn new(start: usize, count: u32) -> Self {
-        let free = Slot { state: State::Free, owner: 0, kept: None };
+        let free = Slot { state: State::Free, owner: 0, kept: None, target: None, since_ms: 0 };
         Self {
             start,
             slots: alloc::vec![free; count as usize],
@@ -72,6 +94,7 @@ impl Holding {
             used: 0,
             unclaimed: 0,
             held: 0,
+            trials: [0; MAX_TARGETS],
         }
     }
 
@@ -88,6 +111,16 @@ impl Holding {
     /// Slots with a page that counts as the program's.
     pub fn held(&self) -> u32 {
         self.held
+    }
+
+    /// Of those: pages on trial, of each mapped node, which are there still.
+    pub fn trials(&self) -> [u32; MAX_TARGETS] {
+        self.trials
+    }
+
+    /// The slot that is claimed next, if any.
+    pub fn next(&self) -> Option<Slot> {
+        (self.unclaimed > 0).then(|| self.slots[self.cursor as usize])
     }
 
     /// Slots.
@@ -111,7 +144,7 @@ impl Holding {
     pub fn push(&mut self, owner: usize, kept: Option<u64>) -> u32 {
         let slot = self.head;
         assert!(self.slots[slot as usize].state == State::Free && self.used < self.capacity());
-        self.slots[slot as usize] = Slot { state: State::Held, owner, kept };
+        self.slots[slot as usize] = Slot { state: State::Held, owner, kept, target: None, since_ms: 0 };
         self.head = (slot + 1) % self.capacity();
         self.used += 1;
         self.unclaimed += 1;
@@ -128,7 +161,7 @@ impl Holding {
     pub fn vacate(&mut self, slot: u32) {
         debug_assert!(self.slots[slot as usize].state == State::Held);
         self.slots[slot as usize].state = State::Free;
-        self.held -= 1;
+        self.note_gone(slot);
         self.advance_tail();
     }
 
@@ -141,12 +174,27 @@ impl Holding {
             State::Free | State::Dead | State::BusyDead => return,
         };
         *state = dead;
+        self.note_gone(slot);
+    }
+
+    fn note_gone(&mut self, slot: u32) {
         self.held -= 1;
+        if let Some(target) = self.slots[slot as usize].target() {
+            self.trials[target] -= 1;
+        }
     }
 
     /// Its page belongs elsewhere now.
     pub fn set_owner(&mut self, slot: u32, owner: usize) {
         self.slots[slot as usize].owner = owner;
+    }
+
+    /// Its page is one of the mapped node number `target`, taken out to see whether it is used.
+    pub fn begin_trial(&mut self, slot: u32, target: usize, now_ms: u32) {
+        self.trials[target] += 1;
+        let slot = &mut self.slots[slot as usize];
+        slot.target = u8::try_from(target + 1).ok().and_then(NonZeroU8::new);
+        slot.since_ms = now_ms;
     }
 
     /// The copy that came along is gone.
@@ -307,6 +355,22 @@ mod tests {
             (0, State::BusyDead),
             "its page is still to be given back"
         );
+    }
+
+    #[test]
+    fn a_page_on_trial_is_known_until_its_slot_is_another_pages() {
+        let mut holding = filled(1);
+        assert_eq!(holding.get(0).target(), None);
+        holding.begin_trial(0, 3, u32::MAX - 4);
+        assert_eq!((holding.get(0).target(), holding.get(0).trial_ms(5)), (Some(3), 10));
+        let span = holding.claim(1).expect("one is held");
+        assert_eq!((holding.get(0).target(), holding.trials()), (Some(3), [0, 0, 0, 1]));
+        demote_all(&mut holding, span);
+        assert_eq!(holding.trials(), [0; MAX_TARGETS]);
+        for page in 1..=PAGES as usize {
+            holding.push(page * PAGE, None);
+        }
+        assert_eq!((holding.get(0).owner, holding.get(0).target()), (PAGES as usize * PAGE, None));
     }
 
     #[test]

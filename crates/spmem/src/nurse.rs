@@ -6,7 +6,7 @@ use spmem_sys::fd::{Poll, poll};
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, clock, process};
 
-use crate::fault::{Served, Server};
+use crate::fault::{Fault, Served, Server};
 use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
 use crate::populate::{Since, give, populate};
 use crate::protocol::Heir;
@@ -39,8 +39,9 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         let ready = poll(&mut entries, 10_000_000).unwrap_or(0);
         if entries[0].is_ready() {
             match may_read.then(|| uffd.read()) {
-                Some(Ok(Event::Fault { address, is_write, .. })) => {
-                    serve_own(runtime, server, uffd, address & !(PAGE - 1), is_write);
+                Some(Ok(Event::Fault { address, is_write, is_fenced, .. })) => {
+                    let kind = if is_fenced { Fault::Fenced } else { Fault::missing(is_write) };
+                    serve_own(runtime, server, uffd, address & !(PAGE - 1), kind);
                 }
                 // The forking thread's own: it waits for this to end anyway.
                 Some(Ok(Event::Remove { start, .. })) if is_of_holding(runtime, start) => {}
@@ -54,6 +55,10 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         }
         if entries[1].is_ready() {
             match child.read() {
+                Ok(Event::Fault { address, is_fenced: true, .. }) => {
+                    // What it shares with its parent is copied by the kernel.
+                    let _ = child.lift_fence(address & !(PAGE - 1), PAGE);
+                }
                 Ok(Event::Fault { address, .. }) => {
                     let page = address & !(PAGE - 1);
                     serve_child(runtime, &child, page, since.origin(page));
@@ -92,11 +97,11 @@ fn is_of_holding(runtime: &Runtime, address: usize) -> bool {
 }
 
 /// Serves one fault of the parent's own.
-fn serve_own(runtime: &Runtime, server: &mut Server, uffd: &Uffd, page: usize, is_write: bool) {
+fn serve_own(runtime: &Runtime, server: &mut Server, uffd: &Uffd, page: usize, fault: Fault) {
     let mut space = runtime.space.lock();
     let Some(space) = space.as_mut() else { return };
     // What cannot be served now (an unread event) wakes its thread, which faults again.
-    if server.serve(space, uffd, page, is_write) == Served::Later {
+    if server.serve(space, uffd, page, fault) == Served::Later {
         process::sleep_ns(50_000);
         let _ = uffd.wake(page, PAGE);
     }

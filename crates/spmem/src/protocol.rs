@@ -11,11 +11,12 @@
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
 //! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number stands alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
+//! | `Porter` | the process's /proc/self/mem, and a userfaultfd of its staging area, which is at `value` | memfd of a [`Crossing`](crate::porter::Crossing) that a thread outside of any wall serves; `EOPNOTSUPP` where the run places no pages |
 
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
 /// First word of every message; the low digits are the version.
-pub const MAGIC: u64 = 0x5350_4d50_524f_0002;
+pub const MAGIC: u64 = 0x5350_4d50_524f_0003;
 
 /// What a message asks.
 #[repr(u32)]
@@ -27,6 +28,8 @@ pub enum Kind {
     Userfault = 2,
     /// Encode pages for this process.
     Encoder = 3,
+    /// Copy pages to memory of mapped nodes for this process.
+    Porter = 5,
     /// Hold a forked child's userfaultfd, or let go of it. No reply.
     Child = 4,
 }

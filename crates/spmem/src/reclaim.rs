@@ -10,12 +10,14 @@ use crate::demote::Demoter;
 use crate::dense::Densifier;
 use crate::follow::Shadow;
 use crate::gate::GateKeeper;
+use crate::place::Checker;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::compressed::Room;
+use spmem_core::placing::TRIAL_PAGES;
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Facts, Floor, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS,
+    self, BATCH_PAGES, Facts, Floor, Gate, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS,
     SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
@@ -146,6 +148,22 @@ struct Tools {
     demoter: Demoter,
     gate: GateKeeper,
     densifier: Densifier,
+    checker: Checker,
+}
+
+impl Tools {
+    /// Looks whether placed pages are where they were put, and whether they are used.
+    fn look_at_placed(&mut self, runtime: &'static Runtime, gate: Gate) {
+        if runtime.staging_start.load(Relaxed) == 0 {
+            return;
+        }
+        let mut trial = [0; TRIAL_PAGES];
+        let count = self.checker.check(runtime, &mut trial);
+        if count > 0 && gate != Gate::Closed {
+            self.sweeper.try_out(&trial[..count]);
+        }
+        self.demoter.end_trials();
+    }
 }
 
 impl Monitor {
@@ -163,7 +181,10 @@ impl Monitor {
         let Some(tools) = &mut self.tools else {
             return Some((ticket, plan.sleep_ns));
         };
-        runtime.working(0, || tools.gate.keep(plan.gate));
+        runtime.working(0, || {
+            tools.gate.keep(plan.gate);
+            tools.look_at_placed(runtime, plan.gate);
+        });
         let has_encoder = runtime.exchange().is_some();
         self.shadow.follow(if has_encoder { runtime.home_cpu.load(Relaxed) } else { -1 });
         if plan.evict_pages == 0 {
@@ -208,6 +229,7 @@ impl Monitor {
                 demoter: Demoter::new(runtime, 0),
                 gate: GateKeeper::new(runtime)?,
                 densifier: Densifier::new(runtime),
+                checker: Checker::new(),
             })
         });
         if let Some(limit) = limit_before {
@@ -304,7 +326,9 @@ impl Gauge {
         let runtime = self.runtime;
         self.publish_agent_time(now);
         let exchange = runtime.exchange().map_or(0, |exchange| size_of_val(exchange) as u64);
-        let used = self.read_used(now) + exchange;
+        // What is on mapped nodes is no RAM of the budget's.
+        let placed = runtime.publish_placed() * PAGE as u64;
+        let used = self.read_used(now).saturating_sub(placed) + exchange;
         let slot = runtime.own_slot();
         slot.used_bytes.store(used, Relaxed);
         let (mut holding, mut overhead, mut refused) = (0, 0, 0);

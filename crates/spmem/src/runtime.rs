@@ -13,13 +13,14 @@
     reason = "starts raw threads and refers to a mapping that is never unmapped: the control page"
 )]
 
-use crate::control::{Control, Slot};
+use crate::control::{self, Control, Slot};
 use crate::demote::TRASH_LEN;
 use crate::encoder::Exchange;
 use crate::fault;
 use crate::fork;
 use crate::frames::{Frames, lend_metadata};
 use crate::holding::Holding;
+use crate::porter::{Crossing, STAGING_LEN};
 use crate::protocol::{Heir, Kind, MAGIC, Message};
 use crate::reclaim;
 use crate::recorder::{Happening, Record};
@@ -38,7 +39,7 @@ use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::socket::{Listener, MAX_NAME, Socket};
 use spmem_sys::thread::{self, Table};
-use spmem_sys::uffd::{Uffd, feature};
+use spmem_sys::uffd::{Uffd, Watch, feature};
 use spmem_sys::{Errno, PAGE, Result, process};
 
 /// The back end of node 1 in this process.
@@ -104,6 +105,10 @@ pub struct Runtime {
     pub(crate) reclaimers: AtomicU32,
     /// Address of what is shared with the encoder; 0 for none.
     exchange: AtomicUsize,
+    /// Where pages that come from the porter arrive; 0 where no page is placed.
+    pub(crate) staging_start: AtomicUsize,
+    /// Address of what is shared with the porter; 0 for none.
+    crossing: AtomicUsize,
     /// It owes an answer for long: there is work for others.
     pub(crate) is_encoder_late: AtomicBool,
     /// Several processes have filled node 1 together (R18).
@@ -164,6 +169,8 @@ impl Runtime {
             working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
             reclaimers: AtomicU32::new(0),
             exchange: AtomicUsize::new(0),
+            staging_start: AtomicUsize::new(0),
+            crossing: AtomicUsize::new(0),
             is_encoder_late: AtomicBool::new(false),
             is_node_full: AtomicBool::new(false),
             home_cpu: AtomicI32::new(-1),
@@ -335,6 +342,12 @@ impl Runtime {
         holding.leak();
         trash.leak();
         guard.leak();
+        if self.shared().targets().next().is_some() {
+            let staging = Mapping::new(STAGING_LEN, c"spmem staging")?;
+            staging.wipe_in_children()?;
+            self.staging_start.store(staging.start(), Ordering::Relaxed);
+            staging.leak();
+        }
         self.start_helpers()?;
         self.set_stage(Stage::Active);
         Ok(())
@@ -370,6 +383,8 @@ impl Runtime {
         self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
         // Before the handler starts, which asks `spm` for things too. Without an encoder pages are encoded here.
         let _ = self.hire_encoder();
+        // And without a porter they go to node 1.
+        let _ = self.hire_porter();
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         for number in 1..reclaimers(process::cpu_count()) {
             self.start_thread(number, Table::Shared, reclaim::helper)?;
@@ -402,6 +417,43 @@ impl Runtime {
         mapping.keep_from_children()?;
         self.exchange.store(mapping.leak().expose_provenance(), Ordering::Release);
         Ok(())
+    }
+
+    /// What faults are to come of the program's ranges.
+    pub(crate) fn watch(&self) -> Watch {
+        let is_fenced = |target: &control::Target| target.is_fenced.load(Ordering::Relaxed) != 0;
+        if self.shared().targets().any(is_fenced) { Watch::MissingAndFenced } else { Watch::Missing }
+    }
+
+    /// What this process shares with its porter; `None` where it has none.
+    pub(crate) fn crossing(&self) -> Option<&'static Crossing> {
+        let at = self.crossing.load(Ordering::Acquire);
+        // SAFETY: `hire_porter` stored the address of a mapping that is never unmapped, as long as a `Crossing`, which is
+        // atomics only.
+        (at != 0).then(|| unsafe { &*core::ptr::with_exposed_provenance(at) })
+    }
+
+    /// Asks `spm` for a porter, where pages are placed on mapped nodes.
+    fn hire_porter(&self) -> Result<()> {
+        let staging = self.staging_start.load(Ordering::Relaxed);
+        if staging == 0 {
+            return Ok(());
+        }
+        // The porter is its only holder: once he is gone nothing arrives there.
+        let userfault = self.make_scratch_userfaultfd()?;
+        userfault.register(staging, STAGING_LEN)?;
+        let memory = Fd::open_in_proc(c"/proc/self/mem")?;
+        let fds = [memory.raw(), userfault.raw()];
+        let memfd = self.ask_spm(Kind::Porter, staging as u64, &fds)?[0].take().ok_or(Errno(libc::EPROTO))?;
+        let mapping = Mapping::shared(memfd.raw(), size_of::<Crossing>())?;
+        mapping.keep_from_children()?;
+        self.crossing.store(mapping.leak().expose_provenance(), Ordering::Release);
+        Ok(())
+    }
+
+    /// From now on nothing is placed. In a forked child: the parent's porter works for the parent.
+    pub(crate) fn dismiss_porter(&self) {
+        self.crossing.store(0, Ordering::Relaxed);
     }
 
     /// From now on pages are encoded here. In a forked child: the parent's encoder works for the parent.

@@ -205,6 +205,8 @@ impl<B: Backend> Space<B> {
                 self.note_returned(page);
             }
         }
+        // What is shared with the parent is the parent's to count; a page that is written is somewhere else then.
+        self.table.forget_placed();
         core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
         core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
         self.table.leak_spares();
@@ -213,7 +215,8 @@ impl<B: Backend> Space<B> {
 
     /// Whether the page may be taken away: it is in its place, and nothing says it must stay.
     pub fn may_leave(&self, entry: Entry) -> bool {
-        !entry.is_away() && !entry.is_discarded() && !matches!(entry.copy(), Copy::Holding(_))
+        let is_here = !entry.is_away() && !matches!(entry.copy(), Copy::Holding(_));
+        is_here && !entry.is_discarded() && entry.target().is_none()
     }
 
     /// Whether a slot's page can be moved back whole, or only copied.

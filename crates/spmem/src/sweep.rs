@@ -4,12 +4,14 @@
 //! control blocks. Which pages: those the policy (`spmem_core::lru`) lets go. How: a chunk is
 //! registered when its first page leaves; then UFFDIO_MOVE, whose success says that no unread event concerns the range.
 
+use crate::place::now_ms;
 use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{ADDRESS_END, CHUNK, Copy, Entry};
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru::{self, Verdict};
+use spmem_core::placing::TRIALS_MAX;
 use spmem_core::reclaim::{Mapping, Origin, Retry};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping::populate_write;
@@ -288,7 +290,7 @@ impl Sweeper {
         if now.is_none() || self.runtime.excluded_in(from, to).is_some_and(|(from, to)| from < end && to > start) {
             return Err(Errno::EAGAIN);
         }
-        self.uffd.register(from, to - from)?;
+        self.uffd.register_for(from, to - from, self.runtime.watch())?;
         // The program may have unmapped some of it in between: the kernel passes over holes. What is registered is no
         // part of a mapping that is not, so one mapping and one page of it tell.
         let now = self.maps.at_or_above(from)?.filter(|now| now.start <= from && now.end >= to);
@@ -344,6 +346,28 @@ impl Sweeper {
             counter.fetch_add(1, Relaxed);
             self.runtime.record(why, page, 1);
             self.refuse(space, page);
+        }
+    }
+
+    /// Takes placed pages out to see whether they are used.
+    pub(crate) fn try_out(&self, pages: &[usize]) {
+        let Some(space) = &mut *self.runtime.space.lock() else { return };
+        for &page in pages {
+            let entry = space.table.get(page);
+            let may_leave = space.is_settled() && self.runtime.pinned_in(page, page + PAGE).is_none();
+            let (Some(target), Some((slot, 1))) = (entry.target(), space.holding.room(1)) else { return };
+            // Behind a fence any touch would bring it up.
+            let is_fenced = self.runtime.shared().targets[target].is_fenced.load(Relaxed) != 0;
+            if !may_leave || is_fenced || space.holding.trials().iter().sum::<u32>() >= TRIALS_MAX {
+                return;
+            }
+            self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
+            if self.move_out(space.holding.address(slot), page, PAGE).done == PAGE {
+                let slot = space.holding.push(page, None);
+                space.holding.begin_trial(slot, target, now_ms());
+                space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
+            }
+            self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
         }
     }
 

@@ -12,10 +12,12 @@
 //! | `Holding` | no | came back by copy while its slot is being compressed |
 //! | `Stored` | yes | on node 1 |
 //! | `Stored` | no | present, and an older compressed copy is kept: it may still be equal |
+//! | `placed` | no | present, in memory of a mapped node (place.rs), as far as known: who writes a shared page gets another |
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use spmem_core::lru::Age;
+use spmem_core::placing::MAX_TARGETS;
 use spmem_core::reclaim::Stay;
 use spmem_sys::PAGE;
 
@@ -32,6 +34,7 @@ const TOP: usize = 1 << 9;
 pub(crate) const ADDRESS_END: usize = TOP * BRANCH * LEAF * CHUNK;
 const PAYLOAD: u64 = (1 << 48) - 1;
 const KIND_SHIFT: u32 = 48;
+const PLACED: u64 = 3;
 const AWAY: u64 = 1 << 50;
 const AGE_SHIFT: u32 = 51;
 /// Pages of a row. Fewer would make sparse memory cheaper and each chunk larger: 8 bytes a row.
@@ -71,6 +74,17 @@ impl Entry {
         };
         debug_assert!(payload & !PAYLOAD == 0, "a handle has 48 bits");
         Self(payload | kind << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
+    }
+
+    /// A page in its place, on the mapped node that is number `target` of the run's.
+    pub fn placed(target: usize, age: Age) -> Self {
+        debug_assert!(target < MAX_TARGETS, "a run has few mapped nodes");
+        Self(target as u64 | PLACED << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
+    }
+
+    /// Which mapped node it is on, if it is in its place and on one.
+    pub fn target(self) -> Option<usize> {
+        (self.0 >> KIND_SHIFT & 3 == PLACED).then_some((self.0 & PAYLOAD) as usize)
     }
 
     /// Nothing is known.
@@ -152,6 +166,8 @@ pub struct Chunk {
     pub kept: u32,
     /// Pages that could not leave.
     pub refused: u32,
+    /// Pages on mapped nodes.
+    pub placed: u32,
     /// When a page last left, ns.
     pub left_ns: u64,
 }
@@ -167,6 +183,7 @@ impl Chunk {
             away: 0,
             kept: 0,
             refused: 0,
+            placed: 0,
             left_ns: 0,
         }
     }
@@ -196,6 +213,7 @@ impl Chunk {
         self.away = self.away + u32::from(entry.is_away()) - u32::from(old.is_away());
         self.kept = self.kept + u32::from(is_kept(entry)) - u32::from(is_kept(old));
         self.refused = self.refused + u32::from(entry.is_refused()) - u32::from(old.is_refused());
+        self.placed = self.placed + u32::from(entry.target().is_some()) - u32::from(old.target().is_some());
         old
     }
 
@@ -254,6 +272,7 @@ pub struct Table {
     chunks: Vec<Box<Chunk>>,
     /// Of all chunks.
     rows: usize,
+    placed: [u64; MAX_TARGETS],
     spare: Spare,
 }
 
@@ -279,7 +298,7 @@ impl Default for Table {
 impl Table {
     /// A table without chunks.
     pub fn new() -> Self {
-        Self { top: Vec::new(), chunks: Vec::new(), rows: 0, spare: Spare::default() }
+        Self { top: Vec::new(), chunks: Vec::new(), rows: 0, placed: [0; MAX_TARGETS], spare: Spare::default() }
     }
 
     /// Bytes this table takes.
@@ -301,6 +320,11 @@ impl Table {
     /// Pages that are in their place and have a copy kept as well. O(chunks).
     pub fn count_kept(&self) -> u64 {
         self.chunks.iter().map(|chunk| u64::from(chunk.kept)).sum()
+    }
+
+    /// Pages on each mapped node.
+    pub fn count_placed(&self) -> [u64; MAX_TARGETS] {
+        self.placed
     }
 
     /// The chunk of `address`, if it exists.
@@ -336,7 +360,13 @@ impl Table {
             chunk.rows[page_index(address) / ROW] = Some(row);
             self.rows += 1;
         }
-        chunk.set(address, entry)
+        let old = chunk.set(address, entry);
+        for (entry, is_more) in [(old, false), (entry, true)] {
+            if let Some(count) = entry.target().and_then(|target| self.placed.get_mut(target)) {
+                *count = if is_more { *count + 1 } else { *count - 1 };
+            }
+        }
+        old
     }
 
     /// How many chunks there are; they are numbered from 0.
@@ -411,6 +441,7 @@ impl Table {
 
     /// Counts anew: after a fork, counts, bits and words may be of different times.
     pub fn recount(&mut self) {
+        self.placed = [0; MAX_TARGETS];
         self.rows = self.chunks.iter().map(|chunk| chunk.count_rows()).sum();
         for chunk in &mut self.chunks {
             // A word that a page had before it was discarded would be counted for ever.
@@ -426,7 +457,26 @@ impl Table {
             let count = |is: fn(Entry) -> bool| words().filter(|&&entry| is(entry)).count() as u32;
             let counts = (count(Entry::is_away), count(is_kept), count(Entry::is_refused));
             (chunk.away, chunk.kept, chunk.refused) = counts;
+            chunk.placed = count(|entry| entry.target().is_some());
+            for target in words().filter_map(|entry| entry.target()) {
+                if let Some(count) = self.placed.get_mut(target) {
+                    *count += 1;
+                }
+            }
         }
+    }
+
+    /// Pages on mapped nodes are pages like any other from now on. O(words).
+    pub fn forget_placed(&mut self) {
+        for chunk in self.chunks.iter_mut().filter(|chunk| chunk.placed > 0) {
+            for word in chunk.rows.iter_mut().flatten().flat_map(|row| row.iter_mut()) {
+                if word.target().is_some() {
+                    *word = Entry::present(Copy::None, word.age());
+                }
+            }
+            chunk.placed = 0;
+        }
+        self.placed = [0; MAX_TARGETS];
     }
 
     /// Forgets the spares without freeing them: after a fork their list may be torn.
@@ -488,6 +538,12 @@ mod tests {
                 assert!(Entry::away(copy, age).is_away() && !Entry::present(copy, age).is_away());
             }
         }
+        for target in 0..MAX_TARGETS {
+            let placed = Entry::placed(target, Age::HOTTEST);
+            assert_eq!((placed.target(), placed.age(), placed.copy()), (Some(target), Age::HOTTEST, Copy::None));
+            assert!(!placed.is_away() && !placed.is_empty() && !placed.is_discarded() && !placed.is_refused());
+        }
+        assert!(Entry::away(Copy::Stored(PAYLOAD), Age::HOTTEST).target().is_none());
         assert!(!Entry::discarded().is_away() && Entry::discarded().copy() == Copy::None);
     }
 
@@ -537,7 +593,8 @@ mod tests {
     #[test]
     fn a_table_tells_of_each_page_what_it_was_told_last() {
         let mut table = Table::new();
-        let entries = |n: u64| match n % 5 {
+        let entries = |n: u64| match n % 6 {
+            4 => Entry::placed((n / 6) as usize % MAX_TARGETS, Age::COLDEST),
             0 => Entry::default(),
             1 => Entry::discarded(),
             2 => Entry::refused(Copy::Stored(n)),
@@ -562,6 +619,9 @@ mod tests {
                 let counts = [found.away, found.kept, found.refused].map(|count| count as usize);
                 assert_eq!(counts, [of(Entry::is_away), of(is_kept), of(Entry::is_refused)]);
             }
+            let placed: [u64; MAX_TARGETS] =
+                core::array::from_fn(|at| told.values().filter(|entry| entry.target() == Some(at)).count() as u64);
+            assert!(placed == table.count_placed() && placed.iter().all(|&count| count > 0), "{placed:?}");
             if !recounted {
                 table.recount();
             }

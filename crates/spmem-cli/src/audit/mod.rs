@@ -4,7 +4,8 @@
 //! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has.
 //!
 //! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. A page that the supervisor put there by
-//! UFFDIO_COPY looks like one that went astray, and a file that is named as doors name theirs like theirs. Looking at others' processes takes root.
+//! UFFDIO_COPY looks like one that went astray, and a file that is named as doors name theirs like theirs. In a program of `spm run` that
+//! places pages, all that nothing else explains is taken for placed. Looking at others' processes takes root.
 
 mod pages;
 
@@ -22,6 +23,8 @@ use crate::remark::remark;
 use crate::wall::WALL_NAMES;
 use pages::{By, pages_on};
 
+/// What a program shares with the porter of its run, as /proc/PID/maps has it.
+const CROSSING: &str = "/memfd:spmem-crossing (deleted)";
 /// A process cannot be looked at.
 pub const FAILURE: i32 = 2;
 /// Something is where it should not be.
@@ -104,23 +107,27 @@ fn of_process(pid: u32, numa_maps: &str, spm: &spmem_core::nodemask::NodeMask) -
     }
     let read = |name| read(pid, name).unwrap_or_default();
     let (command, guard) = (read("comm").trim().to_owned(), guard_of(&read("cgroup")));
-    let finding = |((node, by), (pages, bytes)): ((u16, Option<By>), (u64, u64))| Finding {
-        pid,
-        command: command.clone(),
-        node,
-        pages,
-        bytes,
-        wall: guard.map(|guard| guard.to_string()),
-        by,
-        is_clean: is_clean(by, guard),
+    let is_of_run = read("maps").lines().any(|line| line.ends_with(CROSSING));
+    let finding = |((node, by), (pages, bytes)): ((u16, Option<By>), (u64, u64))| {
+        let by = by.or(is_of_run.then_some(By::Run));
+        Finding {
+            pid,
+            command: command.clone(),
+            node,
+            pages,
+            bytes,
+            wall: guard.map(|guard| guard.to_string()),
+            by,
+            is_clean: is_clean(by, guard),
+        }
     };
     found.into_iter().map(finding).collect()
 }
 
-/// R9: strict bind opens an easy node, and no other. A door is opened by a grant only.
+/// R9: strict bind opens an easy node, and no other. A door is opened by a grant only, and a run's porter has one.
 fn is_clean(by: Option<By>, guard: Option<Guard>) -> bool {
     match by {
-        Some(By::Door) => true,
+        Some(By::Door | By::Run) => true,
         Some(By::Bind) => guard == Some(Guard::Easy),
         None => false,
     }
@@ -161,7 +168,7 @@ mod tests {
     fn bound_pages_are_clean_behind_an_easy_guard_only() {
         assert!(is_clean(Some(By::Bind), Some(Guard::Easy)));
         assert!(!is_clean(Some(By::Bind), Some(Guard::Hard)) && !is_clean(Some(By::Bind), None));
-        assert!(is_clean(Some(By::Door), Some(Guard::Hard)));
+        assert!(is_clean(Some(By::Door), Some(Guard::Hard)) && is_clean(Some(By::Run), Some(Guard::Hard)));
         assert!(!is_clean(None, Some(Guard::Easy)));
     }
 

@@ -18,6 +18,8 @@ pub enum By {
     Bind,
     /// They came through a door.
     Door,
+    /// `spm run` has placed them, by its grant.
+    Run,
 }
 
 impl By {
@@ -26,6 +28,7 @@ impl By {
         match self {
             Self::Bind => "bind",
             Self::Door => "door",
+            Self::Run => "run",
         }
     }
 }

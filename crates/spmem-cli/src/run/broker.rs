@@ -34,13 +34,15 @@ use spmem_sys::uffd::Uffd;
 use super::encoder::Encoder;
 use super::kernel::{self, Userfaultfd};
 use super::orphans::Orphans;
+use super::porter::{Porter, Service};
 use super::proc;
 use super::shared::{self, ControlPage};
 
 /// Most processes connected at a time: every slot twice, since a process between two images may have two.
 const MAX_CONNECTED: usize = spmem::control::SLOTS * 2;
-/// Descriptors that a process takes here: socket, pidfd, userfaultfd, a forked child's, and its encoder's two.
-const DESCRIPTORS_EACH: u64 = 6;
+/// Descriptors that a process takes here: socket, pidfd, userfaultfd, a forked child's, its encoder's two, and what it
+/// shares with its porter.
+const DESCRIPTORS_EACH: u64 = 7;
 /// Descriptors that are not for processes, and for those that have ended a moment ago.
 const DESCRIPTORS_OTHER: u64 = 32;
 /// Connections that are taken beyond the most, to be told so.
@@ -65,6 +67,7 @@ pub struct Broker {
     listener: OwnedFd,
     address: String,
     userfaultfd: Userfaultfd,
+    porter: Option<Porter>,
     connections: HashMap<u64, Connection>,
     next_token: u64,
     /// The agent's file, by which a process that will still connect is known.
@@ -95,11 +98,12 @@ struct Connection {
     /// Those of forked children that the process serves, by their numbers there.
     children: HashMap<u32, (Uffd, Heir)>,
     encoder: Option<Encoder>,
+    service: Option<Service>,
 }
 
 impl Connection {
     fn new(socket: OwnedFd) -> Self {
-        Self { socket, process: None, held: Vec::new(), children: HashMap::new(), encoder: None }
+        Self { socket, process: None, held: Vec::new(), children: HashMap::new(), encoder: None, service: None }
     }
 }
 
@@ -150,6 +154,7 @@ impl Broker {
             listener,
             address,
             userfaultfd,
+            porter: None,
             connections: HashMap::new(),
             next_token: FIRST_TOKEN,
             agent: agent.to_owned(),
@@ -202,8 +207,8 @@ impl Broker {
         loop {
             let Some(connection) = self.connections.get(&token) else { return };
             match receive(connection.socket.as_fd()) {
-                Ok(Some((request, descriptor))) => {
-                    if self.answer(token, request, descriptor, control).is_err() {
+                Ok(Some((request, descriptors))) => {
+                    if self.answer(token, request, descriptors, control).is_err() {
                         return self.hang_up(token, control);
                     }
                 }
@@ -294,9 +299,12 @@ impl Broker {
         &mut self,
         token: u64,
         request: Message,
-        descriptor: Option<OwnedFd>,
+        mut taken: Vec<OwnedFd>,
         control: &ControlPage,
     ) -> Result<(), Errno> {
+        // All but one kind bring one at most; others are closed.
+        let second = if taken.len() == 2 { taken.pop() } else { None };
+        let descriptor = taken.pop();
         if request.kind == Kind::Child as u32 {
             self.hold_child(token, request.value, descriptor);
             return Ok(());
@@ -319,12 +327,17 @@ impl Broker {
             reply.errno = self.hold(token, descriptor, request.value);
         } else if request.kind == Kind::Encoder as u32 {
             reply.errno = self.hire(token, descriptor, control.seed.load(Relaxed));
+        } else if request.kind == Kind::Porter as u32 {
+            reply.errno = self.hire_porter(token, request.value, descriptor, second);
         } else {
             reply.errno = Errno::OPNOTSUPP.raw_os_error();
         }
         let Some(connection) = self.connections.get(&token) else { return Ok(()) };
         if request.kind == Kind::Encoder as u32 {
             descriptors.extend(connection.encoder.as_ref().map(|encoder| encoder.exchange().as_fd()));
+        }
+        if request.kind == Kind::Porter as u32 {
+            descriptors.extend(connection.service.as_ref().map(|service| service.crossing().as_fd()));
         }
         send(connection.socket.as_fd(), &reply, &descriptors)
     }
@@ -423,6 +436,30 @@ impl Broker {
         if connection.encoder.is_some() { 0 } else { libc::EAGAIN }
     }
 
+    /// From now on processes are given a porter.
+    pub fn employ(&mut self, porter: Option<Porter>) {
+        self.porter = porter;
+    }
+
+    /// Gives the process a porter. 0, or an errno.
+    fn hire_porter(
+        &mut self,
+        token: u64,
+        staging: u64,
+        memory: Option<OwnedFd>,
+        userfault: Option<OwnedFd>,
+    ) -> i32 {
+        let Some(porter) = &self.porter else { return libc::EOPNOTSUPP };
+        let Some(connection) = self.connections.get_mut(&token) else { return libc::ENOTCONN };
+        let Some(process) = &connection.process else { return libc::EPROTO };
+        let (Some(memory), Some(userfault)) = (memory, userfault) else { return libc::EBADF };
+        if connection.service.is_some() {
+            return libc::EALREADY;
+        }
+        connection.service = porter.serve(process.pid, staging, &memory, &userfault).ok();
+        if connection.service.is_some() { 0 } else { libc::EAGAIN }
+    }
+
     /// `spm` is about to end: memory that its processes have left and that others still use is looked after by somebody else.
     pub fn leave(mut self, control: &ControlPage) {
         let tokens: Vec<u64> = self.connections.keys().copied().collect();
@@ -477,23 +514,22 @@ impl AsFd for Broker {
     }
 }
 
-/// The next message and at most one descriptor; `None` on hang-up or for something that is no message.
-fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Option<OwnedFd>)>, Errno> {
+/// The next message and its descriptors; `None` on hang-up or for something that is no message.
+fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Vec<OwnedFd>)>, Errno> {
     let mut bytes = [0; size_of::<Message>()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags)?;
-    let mut descriptor = None;
+    let mut taken = Vec::new();
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-            // More than one is nobody's protocol; the others are closed.
-            descriptor = descriptors.last();
+            taken.extend(descriptors);
         }
     }
     let message = Message::from_bytes(&bytes);
     let is_whole = received.bytes == bytes.len() && message.magic == MAGIC;
-    Ok(is_whole.then_some((message, descriptor)))
+    Ok(is_whole.then_some((message, taken)))
 }
 
 fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {

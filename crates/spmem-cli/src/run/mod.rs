@@ -14,6 +14,7 @@ mod encoder;
 mod kernel;
 mod orphans;
 mod plot;
+mod porter;
 mod proc;
 pub mod program;
 mod report;
@@ -46,6 +47,7 @@ use crate::size::SysramLimit;
 use crate::wall;
 use broker::Broker;
 use course::Course;
+use porter::{Porter, Targets};
 use report::Outputs;
 pub use report::Summary;
 pub use shared::ControlPage;
@@ -86,8 +88,18 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Ok(program) => program,
         Err(missing) => return Ok(say_not_started(name, &missing.into())),
     };
+    let control = ControlPage::for_tree(sysram.bytes(ram_bytes), config.store_capacity.bytes(ram_bytes))?;
+    let targets = Targets::plan(&config).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
+    // Before the wall: it has to reach what the program does not.
+    let porter = if targets.is_empty() {
+        None
+    } else {
+        targets.publish(&control, &config)?;
+        Some(Porter::start(targets, &control)?)
+    };
     if options.wall.is_wanted() {
-        wall::enter(&options.wall, &config, options.best_effort || config.run.best_effort)?;
+        let company = porter.as_ref().map(Porter::pid);
+        wall::enter(&options.wall, &config, options.best_effort || config.run.best_effort, company)?;
     }
     let management = match Management::prepare(&program, path.as_deref()) {
         Ok(management) => Some(management),
@@ -98,7 +110,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Err(reason) => bail!("refused: {reason:#}; or run it unmanaged with --best-effort"),
     };
 
-    let control = ControlPage::for_tree(sysram.bytes(ram_bytes), config.store_capacity.bytes(ram_bytes))?;
+    let management = management.map(|management| management.with(porter));
     let job = Job { program: &program, command: &options.command, control: &control };
     let mut trace = options.trace.as_deref().map(|path| Trace::begin(path, &control)).transpose()?;
     let mut course = Course::begin(slowdown, ram);
@@ -140,6 +152,13 @@ impl Management {
         let userfaultfd = kernel::open().map_err(|lack| anyhow::anyhow!("{lack}"))?;
         let agent = agent_file::install()?;
         Ok(Self { broker: Broker::listen(userfaultfd, &agent)?, agent })
+    }
+
+    /// With a porter, for runs that place pages on mapped nodes.
+    #[must_use]
+    pub fn with(mut self, porter: Option<Porter>) -> Self {
+        self.broker.employ(porter);
+        self
     }
 }
 

@@ -118,6 +118,10 @@ impl Orphan {
     fn answer(&mut self, children: &mut Vec<Self>) {
         loop {
             match self.userfault.read() {
+                // The page is there, and nobody keeps it from being written any more.
+                Ok(Event::Fault { address, is_fenced: true, .. }) => {
+                    let _ = self.userfault.lift_fence(address & !(PAGE - 1), PAGE);
+                }
                 Ok(Event::Fault { address, tid, .. }) => {
                     let page = address & !(PAGE - 1);
                     if self.userfault.poison(page).stopped.is_some() {

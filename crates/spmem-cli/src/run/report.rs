@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
-use spmem::control::{Control, Histogram, UNLIMITED};
+use spmem::control::{Control, Histogram, Target as Mapped, UNLIMITED};
 
 use super::course::{AutoReport, Course};
 use super::plot;
@@ -158,7 +158,7 @@ pub struct Summary {
     dense_pages: u64,
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
-    nodes: [NodeUse; 2],
+    nodes: Vec<NodeUse>,
     /// What all threads together waited for room.
     stall_seconds: f64,
     /// Of `--sysram auto`; the limit above is its last one.
@@ -201,6 +201,22 @@ struct NodeUse {
     reserve_bytes_peak: u64,
     /// 0 to 1000; 0 for RAM.
     pressure_peak: u64,
+    /// Of a node that pages are placed on.
+    #[serde(flatten)]
+    placed: Option<PlacedPages>,
+}
+
+/// What became of pages on a mapped node.
+#[derive(Debug, Serialize)]
+struct PlacedPages {
+    /// The kernel's number.
+    kernel_node: u32,
+    demoted_pages: u64,
+    promoted_pages: u64,
+    /// Found elsewhere later.
+    strayed_pages: u64,
+    /// For which there was no room.
+    refused_pages: u64,
 }
 
 impl Summary {
@@ -216,6 +232,9 @@ impl Summary {
         let read = |value: &AtomicU64| value.load(Relaxed);
         let counters = &control.counters;
         let limit = read(&control.limit_bytes);
+        let placed = |count: fn(&Mapped) -> &AtomicU64| -> u64 {
+            control.targets().map(|target| read(count(target))).sum()
+        };
         Self {
             schema: 1,
             command: command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
@@ -226,8 +245,8 @@ impl Summary {
             overrun_peak_bytes: read(&control.overrun_peak_bytes),
             processes: read(&counters.processes),
             unmanaged_processes: read(&counters.unmanaged_processes),
-            demoted_pages: read(&counters.demoted_pages),
-            promoted_pages: read(&counters.promoted_pages),
+            demoted_pages: read(&counters.demoted_pages) + placed(|target| &target.demoted_pages),
+            promoted_pages: read(&counters.promoted_pages) + placed(|target| &target.promoted_pages),
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
             dense_pages: read(&counters.dense_pages),
@@ -296,6 +315,14 @@ impl Summary {
                 node.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
             )?;
         }
+        for (node, placed) in self.nodes.iter().filter_map(|node| Some((node.node, node.placed.as_ref()?))) {
+            let PlacedPages { kernel_node, demoted_pages, promoted_pages, strayed_pages, refused_pages } = placed;
+            writeln!(
+                to,
+                "  node {node} is the kernel's {kernel_node}: pages {demoted_pages} demoted, {promoted_pages} promoted, \
+                 {strayed_pages} strayed, {refused_pages} found no room"
+            )?;
+        }
         Ok(())
     }
 
@@ -344,11 +371,11 @@ impl FaultTimes {
 const PAGE_BYTES: u64 = 4096;
 
 /// Node 0 holds everything that is resident, the frames of node 1 included: they are RAM, too.
-fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
+fn node_use(control: &Control, ram_bytes: u64) -> Vec<NodeUse> {
     let peak = control.sysram_peak_bytes.load(Relaxed);
     let stored = control.stored_bytes_peak.load(Relaxed);
     let used = control.store_used_bytes_peak.load(Relaxed);
-    [
+    let mut nodes = vec![
         NodeUse {
             node: 0,
             r#type: "sysram",
@@ -359,6 +386,7 @@ fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
             ratio: ratio(peak, peak),
             reserve_bytes_peak: 0,
             pressure_peak: 0,
+            placed: None,
         },
         NodeUse {
             node: 1,
@@ -370,8 +398,33 @@ fn node_use(control: &Control, ram_bytes: u64) -> [NodeUse; 2] {
             ratio: ratio(stored, used),
             reserve_bytes_peak: control.store_reserve_bytes_peak.load(Relaxed),
             pressure_peak: control.store_pressure_peak.load(Relaxed),
+            placed: None,
         },
-    ]
+    ];
+    nodes.extend(control.targets().map(placed_use));
+    nodes
+}
+
+fn placed_use(target: &Mapped) -> NodeUse {
+    let peak = target.peak_bytes.load(Relaxed);
+    NodeUse {
+        node: target.id.load(Relaxed),
+        r#type: "spm",
+        class: target.class.load(Relaxed),
+        capacity_bytes: target.quota_bytes.load(Relaxed),
+        stored_bytes_peak: peak,
+        used_bytes_peak: peak,
+        ratio: ratio(peak, peak),
+        reserve_bytes_peak: 0,
+        pressure_peak: 0,
+        placed: Some(PlacedPages {
+            kernel_node: target.node.load(Relaxed),
+            demoted_pages: target.demoted_pages.load(Relaxed),
+            promoted_pages: target.promoted_pages.load(Relaxed),
+            strayed_pages: target.strayed_pages.load(Relaxed),
+            refused_pages: target.refused_pages.load(Relaxed),
+        }),
+    }
 }
 
 #[allow(clippy::cast_precision_loss, reason = "a ratio of amounts of memory needs three digits")]

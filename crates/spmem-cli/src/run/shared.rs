@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::rand::GetRandomFlags;
 use spmem::control::{self, Control};
 use spmem::encoder::Exchange;
+use spmem::porter::Crossing;
 use spmem_sys::mapping::Mapping;
 
 /// Memory of which any bytes are a valid value, and others may write them at any time.
@@ -24,6 +25,8 @@ pub unsafe trait Atomics {}
 unsafe impl Atomics for Control {}
 // SAFETY: its fields are.
 unsafe impl Atomics for Exchange {}
+// SAFETY: its fields are.
+unsafe impl Atomics for Crossing {}
 
 /// A `T`, mapped for as long as this lives; zeros at first.
 pub struct Shared<T> {
@@ -49,6 +52,20 @@ impl<T> Shared<T> {
             .with_context(|| format!("{name} cannot be sealed"))?;
         let mapping =
             Mapping::shared(memfd.as_raw_fd(), size).with_context(|| format!("{name} cannot be mapped"))?;
+        Ok(Self { memfd, mapping, of: PhantomData })
+    }
+}
+
+impl<T: Atomics> Shared<T> {
+    /// Maps what another process has made.
+    ///
+    /// # Errors
+    /// It is of another size, or can still be made smaller; as mmap(2).
+    pub fn open(memfd: OwnedFd) -> anyhow::Result<Self> {
+        let (size, seals) = (size_of::<T>(), rustix::fs::fcntl_get_seals(&memfd)?);
+        let is_whole = rustix::fs::fstat(&memfd)?.st_size.cast_unsigned() == size as u64;
+        anyhow::ensure!(is_whole && seals.contains(SealFlags::SHRINK), "no memory that is shared like this");
+        let mapping = Mapping::shared(memfd.as_raw_fd(), size)?;
         Ok(Self { memfd, mapping, of: PhantomData })
     }
 }

@@ -63,18 +63,18 @@ pub struct Site {
 }
 
 impl Site {
-    /// Makes a cgroup whose cpuset has `mems`, empty.
+    /// Makes a cgroup whose cpuset has `mems`, empty. `company` is a process of ours that is not to be in it.
     ///
     /// # Errors
     /// There is no place for one; what would help.
-    pub fn prepare(mems: &NodeMask, guard: Guard) -> anyhow::Result<Self> {
+    pub fn prepare(mems: &NodeMask, guard: Guard, company: Option<u32>) -> anyhow::Result<Self> {
         let read = |path| fs::read_to_string(path).with_context(|| format!("{path} cannot be read"));
         let own = find(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?)
             .context("no cgroups are mounted; mount -t cgroup2 cgroup /sys/fs/cgroup")?;
         let name = format!("{WALL_NAMES}{guard}-");
         let site = match own.version {
             Version::One => Self { wall: make(&own.directory, &name)?, emptied: None },
-            Version::Two => prepare_two(&own, &name)?,
+            Version::Two => prepare_two(&own, &name, company)?,
         };
         let result = site.set(&own, mems);
         if result.is_err() {
@@ -120,7 +120,7 @@ impl Site {
 }
 
 /// Below our own cgroup if that can be, else beside it.
-fn prepare_two(own: &Own, name: &str) -> anyhow::Result<Site> {
+fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Site> {
     let above: Vec<&Path> =
         own.directory.ancestors().skip(1).take_while(|path| path.starts_with(&own.top)).collect();
     // Whoever may, passes cpusets down to us.
@@ -138,10 +138,11 @@ fn prepare_two(own: &Own, name: &str) -> anyhow::Result<Site> {
         }
         return Ok(Site { wall: make(&own.directory, name)?, emptied: None });
     }
-    let id = std::process::id().to_string();
+    let ours: Vec<String> =
+        [Some(std::process::id()), company].into_iter().flatten().map(|id| id.to_string()).collect();
     let inside = fs::read_to_string(own.directory.join(PROCESSES)).unwrap_or_default();
-    if inside.lines().all(|line| line == id) {
-        return prepare_emptied(own, name);
+    if inside.lines().all(|line| ours.iter().any(|id| id == line)) {
+        return prepare_emptied(own, name, &ours);
     }
     let Some(parent) = above.first() else {
         bail!(
@@ -168,13 +169,12 @@ fn prepare_two(own: &Own, name: &str) -> anyhow::Result<Site> {
 }
 
 /// We are alone in our cgroup, as in one that was delegated: leave it, so that it may give cpusets on.
-fn prepare_emptied(own: &Own, name: &str) -> anyhow::Result<Site> {
+fn prepare_emptied(own: &Own, name: &str, ours: &[String]) -> anyhow::Result<Site> {
     let keeper = make(&own.directory, KEEPER_NAMES)?;
     let wall = make(&own.directory, name)?;
     let site = Site { wall, emptied: Some((keeper.clone(), own.directory.clone())) };
-    let id = std::process::id().to_string();
-    let result =
-        write(&keeper.join(PROCESSES), &id).and_then(|()| write(&own.directory.join(CHILDREN), "+cpuset"));
+    let leave = || ours.iter().try_for_each(|id| write(&keeper.join(PROCESSES), id));
+    let result = leave().and_then(|()| write(&own.directory.join(CHILDREN), "+cpuset"));
     if result.is_err() {
         site.remove();
     }

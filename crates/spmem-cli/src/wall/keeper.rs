@@ -3,7 +3,7 @@
 //! It is nobody's child, holds no file or terminal of the command, answers for an easy guard as long as one process has the filter,
 //! and removes the cgroup once it is empty. If it is killed, an easy guard's calls fail (ENOSYS) and the next wall
 //! removes the cgroup.
-#![allow(unsafe_code, reason = "fork, and the calls around it that rustix leaves to libc")]
+#![allow(unsafe_code, reason = "descriptors that outlive a call, and the end of a forked process")]
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -16,13 +16,14 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{PidfdFlags, pidfd_open};
 use spmem_core::enclosure::Enclosure;
-use spmem_sys::fd::{Fd, close_all_but};
+use spmem_sys::fd::Fd;
 use spmem_sys::seccomp::Listener;
 
 use super::cgroup::Site;
 use super::filter::{self, Easy};
+use crate::apart;
 
 const FIRST_LOOK: Duration = Duration::from_millis(20);
 const LAST_LOOK: Duration = Duration::from_secs(1);
@@ -42,26 +43,10 @@ impl Keeper {
             .context("no socket for the keeper")?;
         let command =
             pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context("no descriptor of a process")?;
-        // SAFETY: this process has one thread, so the child may do whatever it could do.
-        match unsafe { libc::fork() } {
-            -1 => Err(std::io::Error::last_os_error()).context("no process for the keeper"),
-            0 => {
-                // SAFETY: as above; the child in between ends at once, so that the keeper is nobody's child.
-                if unsafe { libc::fork() } == 0 {
-                    keep(&command, &its, site, Easy { cpuset: wall.cpuset, easy: wall.easy });
-                }
-                // SAFETY: ends the process without running what belongs to its parent.
-                unsafe { libc::_exit(0) }
-            }
-            child => {
-                let child = Pid::from_raw(child).context("a child without a number")?;
-                match rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()) {
-                    // Who inherits that SIGCHLD is ignored waits for the end all the same, and has no status (waitpid(2)).
-                    Ok(_) | Err(rustix::io::Errno::CHILD) => Ok(Self { channel: ours }),
-                    Err(error) => Err(error).context("the keeper's start was lost"),
-                }
-            }
-        }
+        apart::start("the keeper", || {
+            keep(&command, &its, site, Easy { cpuset: wall.cpuset, easy: wall.easy });
+        })?;
+        Ok(Self { channel: ours })
     }
 
     /// Gives it the calls to answer; it has them when this returns.
@@ -84,20 +69,7 @@ impl Keeper {
 
 /// The keeper's life.
 fn keep(command: &OwnedFd, channel: &OwnedFd, site: Option<&Site>, around: Easy) -> ! {
-    let _ = rustix::process::setsid();
-    let _ = rustix::thread::set_name(c"spm-keeper");
-    let _ = rustix::process::chdir("/");
-    let null = std::fs::File::options().read(true).write(true).open("/dev/null");
-    if let Ok(null) = &null {
-        let _ = rustix::stdio::dup2_stdin(null);
-        let _ = rustix::stdio::dup2_stdout(null);
-        let _ = rustix::stdio::dup2_stderr(null);
-    }
-    let mut kept = [0, 1, 2, command.as_raw_fd(), channel.as_raw_fd()];
-    kept.sort_unstable();
-    let _ = close_all_but(&kept);
-    // What was closed behind its back is not to be closed again.
-    std::mem::forget(null);
+    apart::settle(c"spm-keeper", &[command.as_raw_fd(), channel.as_raw_fd()]);
     // Without a message, the command has been started, or never will be: there is nothing to answer.
     if let Some(listener) = take_listener(channel) {
         answer_all(&listener, &around);

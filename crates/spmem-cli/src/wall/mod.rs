@@ -43,15 +43,21 @@ pub fn run(options: &WallArguments) -> anyhow::Result<i32> {
         Ok(program) => program,
         Err(missing) => return Ok(run::say_not_started(name, &missing.into())),
     };
-    enter(&options.wall, &config, options.best_effort)?;
+    enter(&options.wall, &config, options.best_effort, None)?;
     Ok(run::say_not_started(name, &become_command(&program, &options.command)))
 }
 
-/// Puts this process, and all that it starts from now on, behind the wall. The process must have one thread.
+/// Puts this process, and all that it starts from now on, behind the wall. The process must have one thread. `company` is a process of
+/// ours that stays outside.
 ///
 /// # Errors
 /// As [`run()`]; nothing has changed then.
-pub fn enter(flags: &WallFlags, config: &Config, is_best_effort: bool) -> anyhow::Result<()> {
+pub fn enter(
+    flags: &WallFlags,
+    config: &Config,
+    is_best_effort: bool,
+    company: Option<u32>,
+) -> anyhow::Result<()> {
     let nodes = machine::kernel_nodes(config)?;
     let wish = Wish {
         mems: flags.mems.as_deref().map(|text| parse(text, &nodes)).transpose().context("--mems")?,
@@ -64,11 +70,16 @@ pub fn enter(flags: &WallFlags, config: &Config, is_best_effort: bool) -> anyhow
             "node {node} is spm: behind a hard guard only components allocate there; --guard easy lets programs bind to it"
         ));
     }
-    raise(&enclosure, &nodes, wish.guard, is_best_effort)
+    raise(&enclosure, &nodes, (wish.guard, company), is_best_effort)
 }
 
 /// Makes the cgroup, the policy and the filter, in this order.
-fn raise(wall: &Enclosure, nodes: &Nodes, guard: Guard, is_best_effort: bool) -> anyhow::Result<()> {
+fn raise(
+    wall: &Enclosure,
+    nodes: &Nodes,
+    (guard, company): (Guard, Option<u32>),
+    is_best_effort: bool,
+) -> anyhow::Result<()> {
     let outside = wall.outside(nodes);
     let mut default = wall.default;
     // Where the cpuset would keep nothing out that is not out already, nobody misses it.
@@ -86,7 +97,7 @@ fn raise(wall: &Enclosure, nodes: &Nodes, guard: Guard, is_best_effort: bool) ->
         }
         Ok(())
     };
-    let site = match Site::prepare(&wall.cpuset, guard) {
+    let site = match Site::prepare(&wall.cpuset, guard, company) {
         Ok(site) => Some(site),
         Err(reason) => {
             go_on_without(reason)?;

@@ -9,6 +9,8 @@ pub(crate) mod values;
 mod vm_backends;
 mod vm_facts;
 mod vm_nodes;
+mod vm_runs;
+mod vm_runs_probe;
 mod vm_wall;
 mod vm_wall_probe;
 
@@ -31,6 +33,10 @@ pub(crate) enum Program {
     VmWall(vm_wall::Options),
     /// What a program behind a wall tries.
     VmWallProbe(vm_wall_probe::Options),
+    /// In a virtual machine: do cold pages of runs go to a node of the kernel's, and stay whole?
+    VmRuns(vm_runs::Options),
+    /// What a program does whose pages are placed.
+    VmRunsProbe(vm_runs_probe::Options),
     /// In a virtual machine: does every kind of node hold what all must?
     VmBackends(vm_backends::Options),
 }
@@ -45,6 +51,8 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::VmFacts(options) => vm_facts::run(options),
         Program::VmWall(options) => vm_wall::run(options),
         Program::VmWallProbe(options) => vm_wall_probe::run(options),
+        Program::VmRuns(options) => vm_runs::run(options),
+        Program::VmRunsProbe(options) => vm_runs_probe::run(options),
         Program::VmBackends(options) => vm_backends::run(options),
     }
 }

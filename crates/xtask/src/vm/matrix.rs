@@ -1,8 +1,8 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! Three checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
+//! Four checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
 //! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; and on [`WALLED`],
-//! `vm-wall`, does `spm wall` keep what docs/walls.md says. Each in a guest of its own. A row is
+//! `vm-wall`, does `spm wall` keep what docs/walls.md says, and `vm-runs`, do cold pages of runs go to a node and stay whole. Each in a guest of its own. A row is
 //! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -33,7 +33,7 @@ const EXIT_SKIPPED: u8 = 77;
     after_help = "Exit status: 0 when all that was checked holds; 1 when not; 77 when neither QEMU nor a kernel could be fetched."
 )]
 pub(crate) struct Options {
-    /// Only numa4, hmem and cxl on 6.12, and of the walls only the hard one: two to three minutes.
+    /// Only numa4, hmem and cxl on 6.12, of the walls only the hard one, a few runs: three to four minutes.
     #[arg(long)]
     quick: bool,
     /// Only these topologies.
@@ -78,8 +78,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
         let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
         let checks = modes.flat_map(|(topo, mode)| {
-            let walls = (topo.name == WALLED).then_some("walls");
-            [Some("facts"), Some("backends"), walls].into_iter().flatten().map(move |check| (topo, mode, check))
+            let (walls, runs) = (topo.name == WALLED).then_some(("walls", "runs")).unzip();
+            [Some("facts"), Some("backends"), walls, runs]
+                .into_iter()
+                .flatten()
+                .map(move |check| (topo, mode, check))
         });
         for (topology, mode, check) in checks {
             let started = Instant::now();
@@ -136,6 +139,8 @@ fn run_check(
     let words: &[&str] = match check {
         "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
         "walls" => &["program", "vm-wall", "--spm"],
+        "runs" if is_quick => &["program", "vm-runs", "--quick", "--spm"],
+        "runs" => &["program", "vm-runs", "--spm"],
         "backends" => &["program", "vm-backends", "--topology", &topology.name, "--mode", &mode.name],
         _ => &["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"],
     };

@@ -1,0 +1,445 @@
+//! The porter of a run (`spmem::porter`): a process outside of the run's wall, which has the grant for its mapped nodes.
+//!
+//! [`Targets::plan`] says which nodes and in which order, by core's tiers. [`Porter::start`] forks it before the wall is raised, as the keeper
+//! is. It has a registry with the nodes and, for each, a grant with the run's quota: every page is admitted and charged there (R6, R12). A
+//! thread of it serves each managed process. It ends with `spm`; the programs then go on with the compressed node.
+//!
+//! Holes: what a process has is its agent's word in the control page; pages that a forked child shares are charged to its parent alone.
+#![allow(unsafe_code, reason = "ends a forked process without running what belongs to its parent")]
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, bail, ensure};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use spmem::control::Control;
+use spmem::porter::{self, Crossing, Desk};
+use spmem_core::distance::Distances;
+use spmem_core::grant::{Charge, Grant, Rights, Terms};
+use spmem_core::node::{Guard, NodeSpec, NodeType, Services};
+use spmem_core::nodemask::NodeMask;
+use spmem_core::placing::{ALLOTMENT, Allotment, MAX_TARGETS, allotment, leaves_room};
+use spmem_core::registry::Registry;
+use spmem_core::tier::{DRAM, Performance, Tiers};
+use spmem_core::units::{Bytes, DomainId, NodeId, PAGE_SIZE};
+use spmem_core::wall::Request;
+use spmem_node::machine::{Machine, Node};
+use spmem_sys::fd::Fd;
+use spmem_sys::mempolicy::{MPOL_F_STATIC_NODES, MPOL_PREFERRED, mask, set_policy};
+use spmem_sys::uffd::Uffd;
+use spmem_sys::{Errno, Result};
+
+use super::shared::{ControlPage, Shared};
+use crate::apart;
+use crate::config::{Capacity, Config, NumaNode};
+use crate::machine::{kernel_nodes, reachable_nodes};
+
+/// The mapped nodes of a run, best first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Targets(Vec<Target>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    id: u16,
+    node: NodeId,
+    spec: NodeSpec,
+    quota: Bytes,
+}
+
+impl Targets {
+    /// Those of the configuration, against this machine.
+    ///
+    /// # Errors
+    /// A node is not there, has no memory, or is not in this process's cpuset; there are too many.
+    pub fn plan(config: &Config) -> anyhow::Result<Self> {
+        if config.numa.is_empty() {
+            return Ok(Self(Vec::new()));
+        }
+        ensure!(config.numa.len() <= MAX_TARGETS, "a run uses at most {MAX_TARGETS} nodes of kind \"numa\"");
+        let machine = Machine::read(Path::new("/"), &config.classes);
+        let sysram = kernel_nodes(config)?.sysram;
+        Self::order(&machine, &config.numa, &sysram, &reachable_nodes()?)
+    }
+
+    fn order(
+        machine: &Machine,
+        wanted: &[NumaNode],
+        sysram: &NodeMask,
+        reachable: &NodeMask,
+    ) -> anyhow::Result<Self> {
+        let find = |id: u16| machine.nodes.iter().find(|node| node.id == id);
+        let is_home = |node: &&Node| NodeId::new(node.id).is_ok_and(|id| sysram.contains(id));
+        let home = machine.nodes.iter().find(|node| is_home(node) && !node.cpus.is_empty());
+        // A machine of one node may stand in for others: then its pages come back to where they were.
+        let home = home.or_else(|| machine.nodes.first()).context("this machine does not tell its nodes")?;
+        let home_id = NodeId::new(home.id)?;
+        let (mut tiers, mut distances, mut targets) = (Tiers::default(), Distances::default(), Vec::new());
+        for numa in wanted {
+            let id = NodeId::new(numa.node)?;
+            let memory = find(numa.node).and_then(|node| Some((node, node.memory?)));
+            let Some((node, memory)) = memory.filter(|(_, memory)| memory.total_bytes > 0) else {
+                bail!("node {} of the configuration: the kernel has no memory on a node {}", numa.id, numa.node);
+            };
+            ensure!(
+                reachable.contains(id),
+                "node {}: this process's cpuset lacks the kernel's node {id}",
+                numa.id
+            );
+            tiers.set(id, abstract_distance(home, node));
+            if let Some(&distance) = home.distances.get(&node.id) {
+                distances.set(home_id, id, distance).context("distances of nodes")?;
+            }
+            let quota = Bytes(match numa.capacity {
+                Capacity::Auto => memory.total_bytes,
+                Capacity::Bytes(bytes) => bytes.min(memory.total_bytes),
+            });
+            let fence = if numa.is_fenced { Services::WRITE_FENCE } else { Services::empty() };
+            let services =
+                Services::RECLAIM | Services::MIGRATION | Services::DEMOTION | Services::PROMOTION | fence;
+            let spec = NodeSpec {
+                node_type: NodeType::Spm,
+                class: numa.class.unwrap_or(node.class.class),
+                services,
+                guard: Guard::Hard,
+                owner: "porter".into(),
+            };
+            targets.push(Target { id: numa.id, node: id, spec, quota });
+        }
+        let all: NodeMask = targets.iter().map(|target| target.node).collect();
+        let order = tiers.demotion_order(home_id, &all, &distances).map_err(|error| anyhow::anyhow!("{error}"))?;
+        // What is no slower than ordinary memory is used because the configuration says so, after what is meant for it.
+        targets.sort_by_key(|target| order.iter().position(|&node| node == target.node).unwrap_or(usize::MAX));
+        Ok(Self(targets))
+    }
+
+    /// There is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Tells the agents.
+    pub fn publish(&self, control: &Control, config: &Config) -> anyhow::Result<()> {
+        for (to, target) in control.targets.iter().zip(&self.0) {
+            to.id.store(target.id.into(), Relaxed);
+            to.node.store(target.node.get().into(), Relaxed);
+            to.class.store(target.spec.class.number().into(), Relaxed);
+            to.is_fenced.store(target.spec.services.contains(Services::WRITE_FENCE).into(), Relaxed);
+            to.quota_bytes.store(target.quota.0, Relaxed);
+        }
+        for node in kernel_nodes(config)?.sysram.iter() {
+            control.sysram[usize::from(node.get()) / 64].fetch_or(1 << (node.get() % 64), Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// What the firmware tells, else its distance, where 10 is the node's own.
+fn abstract_distance(home: &Node, node: &Node) -> u64 {
+    let performance = |node: &Node| {
+        let access = node.access.as_ref()?;
+        let (read, write) = (access.read_bandwidth_mib_s?, access.write_bandwidth_mib_s?);
+        Some(Performance { latency_ns: access.latency_ns()?, bandwidth_mib_s: u64::midpoint(read, write) })
+    };
+    match (performance(home), performance(node)) {
+        (Some(dram), Some(own)) => own.abstract_distance(&dram),
+        _ => DRAM * u64::from(home.distances.get(&node.id).copied().unwrap_or(10)) / 10,
+    }
+}
+
+/// The porter, as `spm` sees it. It ends when this is dropped.
+pub struct Porter {
+    channel: OwnedFd,
+    pid: u32,
+}
+
+/// A process's porter. It ends when this is dropped.
+pub struct Service {
+    crossing: Shared<Crossing>,
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.crossing.end();
+    }
+}
+
+impl Service {
+    /// What the process maps to talk to it.
+    pub fn crossing(&self) -> &Shared<Crossing> {
+        &self.crossing
+    }
+}
+
+/// Bytes of an order: the process and where its staging area is.
+const ORDER: usize = 16;
+
+impl Porter {
+    /// Starts it; the caller must have one thread, and be outside of the wall.
+    ///
+    /// # Errors
+    /// No process, no descriptors; the wall in core refuses the grant.
+    pub fn start(targets: Targets, control: &ControlPage) -> anyhow::Result<Self> {
+        let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .context("no socket for the porter")?;
+        let wicket = Wicket::new(&targets)?;
+        apart::start("the porter", || {
+            apart::settle(c"spm-porter", &[its.as_raw_fd()]);
+            let _ = rustix::io::write(&its, &std::process::id().to_ne_bytes());
+            carry(&its, control, Arc::new(Mutex::new(wicket)));
+            // SAFETY: ends the process without running what belongs to the one it was forked from.
+            unsafe { libc::_exit(0) }
+        })?;
+        drop(its);
+        let mut pid = [0; 4];
+        let read = rustix::io::read(&ours, &mut pid).context("the porter")?;
+        ensure!(read == pid.len(), "the porter has ended");
+        Ok(Self { channel: ours, pid: u32::from_ne_bytes(pid) })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Has a process's pages carried to its staging area: `memory` is its /proc/PID/mem, `userfault` what `staging` is registered with.
+    ///
+    /// # Errors
+    /// The porter is gone, or busy; descriptors or memory are short.
+    pub fn serve(&self, pid: u32, staging: u64, memory: &OwnedFd, userfault: &OwnedFd) -> anyhow::Result<Service> {
+        let crossing: Shared<Crossing> = Shared::create("spmem-crossing")?;
+        let mut order = [0; ORDER];
+        order[..4].copy_from_slice(&pid.to_ne_bytes());
+        order[8..].copy_from_slice(&staging.to_ne_bytes());
+        let fds = [crossing.as_fd(), memory.as_fd(), userfault.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        sendmsg(&self.channel, &[IoSlice::new(&order)], &mut ancillary, flags).context("the porter")?;
+        Ok(Service { crossing })
+    }
+}
+
+/// The porter's life.
+fn carry(channel: &OwnedFd, control: &ControlPage, wicket: Arc<Mutex<Wicket>>) {
+    spmem_sys::clock::find();
+    // SAFETY: this process ends without leaving this function's caller, so the mapping outlives all its threads.
+    let control: &'static Control = unsafe { &*std::ptr::from_ref::<Control>(control) };
+    while let Some((pid, staging, [crossing, memory, userfault])) = receive(channel.as_fd()) {
+        let Ok(crossing) = Shared::<Crossing>::open(crossing) else { continue };
+        let memory = Fd::from_raw(memory.into_raw_fd());
+        let userfault = Uffd::from_fd(Fd::from_raw(userfault.into_raw_fd()));
+        let mut counter =
+            Counter { pid, control, wicket: Arc::clone(&wicket), charges: Default::default(), bound: None };
+        let work = move || porter::serve(&crossing, &memory, (&userfault, staging), &mut counter);
+        // Without a thread nobody answers, and the process does without.
+        let _ = std::thread::Builder::new().name("spm-porter".into()).spawn(work);
+    }
+}
+
+fn receive(channel: BorrowedFd<'_>) -> Option<(u32, usize, [OwnedFd; 3])> {
+    loop {
+        let mut order = [0; ORDER];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = match recvmsg(channel, &mut [IoSliceMut::new(&mut order)], &mut ancillary, flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            received => received.ok()?,
+        };
+        if received.bytes == 0 {
+            return None;
+        }
+        let fds: Vec<OwnedFd> = ancillary
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let pid = u32::from_ne_bytes(order[..4].try_into().ok()?);
+        let staging = u64::from_ne_bytes(order[8..].try_into().ok()?);
+        if let Ok(fds) = <[OwnedFd; 3]>::try_from(fds) {
+            return Some((pid, usize::try_from(staging).ok()?, fds));
+        }
+    }
+}
+
+/// The nodes and the grants: where the wall is asked.
+struct Wicket {
+    registry: Registry,
+    grants: Vec<(NodeId, Grant)>,
+}
+
+impl Wicket {
+    fn new(targets: &Targets) -> anyhow::Result<Self> {
+        let mut registry = Registry::new();
+        let mut grants = Vec::new();
+        let rights =
+            Rights::ALLOC | Rights::MAP_READ | Rights::MAP_WRITE | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
+        for target in &targets.0 {
+            let refused = |error: &dyn std::fmt::Display| anyhow::anyhow!("node {}: {error}", target.id);
+            let owner =
+                registry.register(target.node, target.spec.clone()).map_err(|error| refused(&error))?.owner;
+            // In whole allotments, the last one for what is left.
+            let quota = Bytes(target.quota.0.next_multiple_of(ALLOTMENT.0));
+            let grant = registry.grant(&[&owner], Terms::new(rights, quota)).map_err(|error| refused(&error))?;
+            grants.push((target.node, grant));
+        }
+        Ok(Self { registry, grants })
+    }
+
+    fn charge(&mut self, target: usize) -> Result<Charge> {
+        let (node, grant) = self.grants.get(target).ok_or(Errno::EINVAL)?;
+        let shown = [grant];
+        let refused = Errno(libc::EACCES);
+        self.registry.admit(&Request::on(DomainId::ROOT, *node, &shown)).map_err(|_| refused)?;
+        self.registry.check(*node, Rights::ALLOC | Rights::DEMOTE_TO, &shown).map_err(|_| refused)?;
+        self.registry.charge(grant, ALLOTMENT).map_err(|_| Errno(libc::EDQUOT))
+    }
+
+    fn uncharge(&mut self, charge: Charge) {
+        self.registry.uncharge(charge).expect("it is this registry's");
+    }
+}
+
+/// Where one process's pages are let through.
+struct Counter {
+    pid: u32,
+    control: &'static Control,
+    wicket: Arc<Mutex<Wicket>>,
+    charges: [Vec<Charge>; MAX_TARGETS],
+    /// The target that this thread's policy prefers.
+    bound: Option<usize>,
+}
+
+impl Counter {
+    /// Charges what `wanted` bytes more take, or gives back what is not needed.
+    fn settle(&mut self, target: usize, wanted: Bytes) -> Result<()> {
+        let slot = self.control.live_slots().find(|slot| slot.pid.load(Relaxed) == self.pid);
+        let placed = Bytes(slot.map_or(0, |slot| slot.placed_bytes[target].load(Relaxed)));
+        let charges = &mut self.charges[target];
+        loop {
+            let charged = Bytes(charges.len() as u64 * ALLOTMENT.0);
+            let Ok(mut wicket) = self.wicket.lock() else { return Err(Errno(libc::EIO)) };
+            match allotment(charged, placed, wanted) {
+                Allotment::Covered => return Ok(()),
+                Allotment::Charge => charges.push(wicket.charge(target)?),
+                Allotment::GiveBack => charges.pop().into_iter().for_each(|charge| wicket.uncharge(charge)),
+            }
+        }
+    }
+}
+
+impl Desk for Counter {
+    fn admit(&mut self, target: usize, pages: usize) -> Result<()> {
+        let wanted = Bytes(pages as u64 * PAGE_SIZE);
+        if target >= MAX_TARGETS {
+            return Err(Errno::EINVAL);
+        }
+        self.settle(target, wanted)?;
+        let node = self.control.targets[target].node.load(Relaxed);
+        let (free, total) = read_free(node).ok_or(Errno(libc::EIO))?;
+        if !leaves_room(free, total, wanted) {
+            return Err(Errno::ENOMEM);
+        }
+        if self.bound != Some(target) {
+            let node = u16::try_from(node).map_err(|_| Errno::EINVAL)?;
+            // Not MPOL_BIND: on a full node the kernel would end whoever is bound to it. Where pages land is looked at anyway.
+            set_policy(MPOL_PREFERRED | MPOL_F_STATIC_NODES, &mask([node]))?;
+            self.bound = Some(target);
+        }
+        Ok(())
+    }
+
+    fn rest(&mut self) {
+        for target in 0..MAX_TARGETS {
+            let _ = self.settle(target, Bytes(0));
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        let Ok(mut wicket) = self.wicket.lock() else { return };
+        self.charges.iter_mut().flat_map(|charges| charges.drain(..)).for_each(|charge| wicket.uncharge(charge));
+    }
+}
+
+/// Free and all memory of one of the kernel's nodes.
+fn read_free(node: u32) -> Option<(Bytes, Bytes)> {
+    let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).ok()?;
+    parse_free(&text)
+}
+
+fn parse_free(text: &str) -> Option<(Bytes, Bytes)> {
+    let bytes = |key: &str| {
+        let kib =
+            text.lines().find_map(|line| line.split_once(key)?.1.split_whitespace().next()?.parse::<u64>().ok());
+        kib.map(|kib| Bytes(kib << 10))
+    };
+    Some((bytes("MemFree:")?, bytes("MemTotal:")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spmem_core::node::Class;
+
+    fn target(id: u16, quota: Bytes) -> Target {
+        let spec = NodeSpec {
+            node_type: NodeType::Spm,
+            class: Class::Slower,
+            services: Services::RECLAIM | Services::MIGRATION | Services::DEMOTION | Services::PROMOTION,
+            guard: Guard::Hard,
+            owner: "porter".into(),
+        };
+        Target { id, node: NodeId::new(id).unwrap(), spec, quota }
+    }
+
+    #[test]
+    fn what_a_node_has_left_is_read_of_its_own_meminfo() {
+        let text =
+            "Node 2 MemTotal:         393216 kB\nNode 2 MemFree:           65536 kB\nNode 2 MemUsed: 1 kB\n";
+        assert_eq!(parse_free(text), Some((Bytes::mib(64), Bytes::mib(384))));
+        assert_eq!(parse_free("Node 2 MemTotal: 1 kB\n"), None);
+    }
+
+    #[test]
+    fn a_process_is_charged_for_what_it_has_and_all_together_no_more_than_the_quota() {
+        let control: &'static ControlPage = Box::leak(Box::new(ControlPage::for_tree(None, 0).unwrap()));
+        let (first, _) = control.claim_slot(11).unwrap();
+        control.claim_slot(12).unwrap();
+        let wicket = Wicket::new(&Targets(vec![target(2, Bytes(3 * ALLOTMENT.0))])).unwrap();
+        let wicket = Arc::new(Mutex::new(wicket));
+        let counter =
+            |pid| Counter { pid, control, wicket: Arc::clone(&wicket), charges: Default::default(), bound: None };
+        let used = || {
+            let wicket = wicket.lock().unwrap();
+            wicket.registry.grant_info(&wicket.grants[0].1).unwrap().used
+        };
+        let (mut one, mut other) = (counter(11), counter(12));
+        one.settle(0, Bytes(PAGE_SIZE)).unwrap();
+        assert_eq!(used(), ALLOTMENT);
+        control.slots[first].placed_bytes[0].store(2 * ALLOTMENT.0, Relaxed);
+        one.settle(0, Bytes(PAGE_SIZE)).unwrap();
+        assert_eq!(used(), Bytes(3 * ALLOTMENT.0));
+        assert_eq!(other.settle(0, Bytes(PAGE_SIZE)), Err(Errno(libc::EDQUOT)));
+        control.slots[first].placed_bytes[0].store(0, Relaxed);
+        one.rest();
+        assert_eq!(used(), ALLOTMENT, "what is not needed is another's");
+        other.settle(0, Bytes(PAGE_SIZE)).unwrap();
+        drop(one);
+        assert_eq!(used(), ALLOTMENT, "a process that ends gives all back");
+        drop(other);
+        assert_eq!(used(), Bytes(0));
+    }
+}

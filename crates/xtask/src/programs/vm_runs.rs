@@ -1,0 +1,147 @@
+//! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a node of the kernel's, behind walls and without.
+//!
+//! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
+//! where they go, by configuration. Called by `cargo xtask vm-test` on the topology numa4.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::vm_facts::Facts;
+
+/// What to hold against.
+#[derive(Clone, clap::Args)]
+pub(crate) struct Options {
+    /// Where `spm` is.
+    #[arg(long)]
+    spm: PathBuf,
+    /// A few rows only.
+    #[arg(long)]
+    quick: bool,
+    /// Only rows of this word.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// Nodes by name: open, fenced, small.
+const CONFIGS: [(&str, &str); 3] = [
+    ("open", "[[node]]\nid = 2\nkind = \"numa\"\n"),
+    ("fenced", "[[node]]\nid = 7\nkind = \"numa\"\nnode = 2\nwrite_fence = true\n"),
+    ("small", "[[node]]\nid = 2\nkind = \"numa\"\ncapacity = \"4M\"\n"),
+];
+
+/// The words of the probe, the node, the flags of the wall, and whether it is one of the few.
+const ROWS: [(&str, &str, &[&str], bool); 9] = [
+    ("write", "fenced", &["--guard", "hard"], true),
+    ("fork", "open", &["--guard", "hard"], true),
+    ("unmap", "open", &["--guard", "hard"], true),
+    ("read", "open", &["--guard", "hard"], false),
+    ("write", "open", &[], false),
+    ("fork", "fenced", &["--mems", "0-1"], false),
+    ("threads", "fenced", &["--sysram-nodes", "0"], false),
+    ("unmap", "fenced", &[], false),
+    ("read --mib 14", "small", &["--guard", "hard"], false),
+];
+
+/// Runs it.
+///
+/// # Errors
+/// A row is not as it says.
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let mut facts = Facts::default();
+    // What is tried here is who moves pages; the kernel's own idea of where they belong is tried with `fork open`.
+    let balancing = "/proc/sys/kernel/numa_balancing";
+    for (words, config, wall, is_quick) in ROWS {
+        let is_wanted = options.only.as_ref().is_none_or(|only| words.starts_with(only.as_str()));
+        if !is_wanted || options.quick && !is_quick {
+            continue;
+        }
+        fs::write(balancing, if words == "fork" { "1" } else { "0" }).context("no NUMA balancing")?;
+        check(&mut facts, &options.spm, words, config, wall)?;
+    }
+    if !options.quick && options.only.as_ref().is_none_or(|only| only == "killed") {
+        check_killed(&mut facts, &options.spm)?;
+    }
+    facts.end()
+}
+
+fn command(spm: &Path, config: &str, wall: &[&str], words: &str) -> anyhow::Result<(Command, PathBuf)> {
+    let folder = std::env::temp_dir();
+    let (file, report) = (folder.join(format!("{config}.toml")), folder.join("report.json"));
+    let text = CONFIGS.iter().find(|(name, _)| *name == config).context("no such configuration")?.1;
+    fs::write(&file, text)?;
+    let _ = fs::remove_file(&report);
+    let mut command = Command::new(spm);
+    command.args(["run", "--sysram", "5M", "--config"]).arg(&file).arg("--json").arg(&report).args(wall).arg("--");
+    command.arg(std::env::current_exe()?).args(["program", "vm-runs-probe"]).args(words.split(' '));
+    if config == "fenced" {
+        command.arg("--fenced");
+    }
+    Ok((command, report))
+}
+
+fn check(facts: &mut Facts, spm: &Path, words: &str, config: &str, wall: &[&str]) -> anyhow::Result<()> {
+    let (mut command, report) = command(spm, config, wall, words)?;
+    let output = command.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stdout).trim().replace('\n', "; ");
+    let errors = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+    let name =
+        format!("{words}, node {config}, {}", if wall.is_empty() { "no wall".to_owned() } else { wall.join(" ") });
+    facts.note(output.status.success() && said.ends_with("done"), format!("{name}: {said} {errors}"));
+    let text = fs::read_to_string(&report).unwrap_or_default();
+    let report: Value = serde_json::from_str(&text).unwrap_or_default();
+    let node = report["nodes"].get(2).cloned().unwrap_or_default();
+    let number = |key: &str| node[key].as_u64().unwrap_or_default();
+    facts.note(
+        number("demoted_pages") >= 128 && node["kernel_node"] == 2,
+        format!("{name}: the report has {node}"),
+    );
+    facts.note(
+        number("used_bytes_peak") <= number("capacity_bytes"),
+        format!("{name}: {} of {} bytes", number("used_bytes_peak"), number("capacity_bytes")),
+    );
+    if config == "small" {
+        let compressed = report["demoted_pages"].as_u64().unwrap_or_default() - number("demoted_pages");
+        facts.note(compressed > 0, format!("{name}: {compressed} pages went to node 1 once node 2 was full"));
+    }
+    if config == "fenced" && words != "unmap" {
+        facts.note(
+            number("promoted_pages") > 0,
+            format!("{name}: writes have promoted {}", number("promoted_pages")),
+        );
+    }
+    Ok(())
+}
+
+/// `spm` is killed, and the porter ends with it: the program reads and writes its pages all the same.
+fn check_killed(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
+    for config in ["open", "fenced"] {
+        let (mut command, _) = command(spm, config, &[], "wait")?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut said = BufReader::new(child.stdout.take().context("no pipe")?);
+        let mut line = String::new();
+        said.read_line(&mut line)?;
+        facts.note(line.starts_with("placed"), format!("killed, {config}: {}", line.trim()));
+        let pid = line.split_whitespace().last().unwrap_or_default();
+        let file = std::env::temp_dir().join(format!("{config}.toml"));
+        let audit = Command::new(spm).args(["audit", pid, "--json", "--config"]).arg(file).output()?;
+        let found: Value = serde_json::from_slice(&audit.stdout).unwrap_or_default();
+        facts.note(
+            audit.status.success() && found[0]["by"] == "run" && found[0]["is_clean"] == true,
+            format!("killed, {config}: audit says {found}"),
+        );
+        kill_process(Pid::from_raw(child.id().cast_signed()).context("no process")?, Signal::KILL)?;
+        let mut told = child.stdin.take().context("no pipe")?;
+        child.wait()?;
+        told.write_all(b"go\n")?;
+        line.clear();
+        said.read_line(&mut line)?;
+        facts.equal(&format!("killed, {config}: the program goes on"), line.trim(), "done");
+    }
+    Ok(())
+}
