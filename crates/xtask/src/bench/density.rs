@@ -334,8 +334,8 @@ fn churn(store: &mut HeapStore, pages: &[Page], handles: &mut Vec<(usize, Handle
     }
     let codec = store.codec();
     let mut workspace = codec.workspace();
-    for number in 0..pages.len() / 8 {
-        if let Ok(verified) = codec.stage(&pages[number], &mut workspace) {
+    for (number, page) in pages[..pages.len() / 8].iter().enumerate() {
+        if let Ok(verified) = codec.stage(page, &mut workspace) {
             handles.push((number, store.insert(&verified)?));
         }
     }
