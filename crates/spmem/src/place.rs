@@ -6,7 +6,7 @@
 //!
 //! Out, behind a fence (R17): the write's fault takes the page into the holding area and copies it back from there, to ordinary memory.
 //! Out, by heat: a few placed pages at a time are taken out on *trial*. One that is touched soon comes up; what is not goes back as it is.
-//! Contents never depend on where a page is: what the table says of placed pages is a count, put right by [`check`].
+//! Contents never depend on where a page is: what the table says of placed pages is a count, put right by [`Checker`].
 //!
 //! Holes: a page that a fork shares counts as the parent's; a write in the microsecond between the move and the fence lands on the node.
 
