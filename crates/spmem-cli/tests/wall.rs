@@ -109,7 +109,8 @@ fn a_reader_of_the_commands_output_sees_its_end_at_once() {
 fn a_file_whose_name_is_no_text_hides_nobody_from_an_audit() {
     let directory = tempfile::tempdir().unwrap();
     let name = directory.path().join(std::ffi::OsStr::from_bytes(b"\xff\xfe"));
-    std::fs::copy("/bin/sleep", &name).unwrap();
+    // By another process: a child that another test starts meanwhile would hold our descriptor, and the file stay busy.
+    assert!(Command::new("cp").arg("/bin/sleep").arg(&name).status().unwrap().success());
     let mut program = Command::new(&name).arg("20").spawn().unwrap();
     let output =
         Command::new(env!("CARGO_BIN_EXE_spm")).args(["audit", &program.id().to_string()]).output().unwrap();
