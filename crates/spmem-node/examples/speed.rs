@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
-use samples::{Ram, collect_samples};
+use samples::collect_samples;
 use spmem_core::frames::Metadata;
 use spmem_core::units::FrameCount;
 use spmem_node::compressed::{Codec, Encoded, GrantedFrames, Scratch, Store};
@@ -71,8 +71,11 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
     }
     let frames = kept.len() + 1024;
     let capacity = FrameCount(frames as u64);
-    let mut store =
-        Store::new(GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?, Ram::new(frames), 0x5eed);
+    let mut store = Store::new(
+        GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?,
+        vec![0; frames * PAGE_BYTES],
+        0x5eed,
+    );
     let mut rounds = Rounds::default();
     for _ in 0..ROUNDS {
         time_codec(&mut rounds, codec, &kept, &encoded);
@@ -113,7 +116,7 @@ fn time_codec(rounds: &mut Rounds, codec: Codec, pages: &[Page], encoded: &[Vec<
 /// Inserts all pages, loads and compares them, and removes them in another order.
 fn time_store(
     rounds: &mut Rounds,
-    store: &mut Store<GrantedFrames, Ram>,
+    store: &mut Store<GrantedFrames, Vec<u8>>,
     pages: &[Page],
 ) -> Result<(), Box<dyn Error>> {
     let codec = store.codec();

@@ -9,15 +9,15 @@ mod samples;
 
 use std::error::Error;
 
-use samples::{Ram, Random, Sample, collect_samples};
+use samples::{Random, Sample, collect_samples};
 use spmem_core::frames::Metadata;
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::compressed::{GrantedFrames, Stats, Store};
-use spmem_node::{Handle, Page, Stage};
+use spmem_node::{Handle, PAGE_BYTES, Page, Stage};
 
 const PAGES_OF_A_KIND: usize = 4096;
 
-type HeapStore = Store<GrantedFrames, Ram>;
+type HeapStore = Store<GrantedFrames, Vec<u8>>;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("percent of payload bytes; 'ratio' is pages stored / frames used, metadata included");
@@ -54,7 +54,7 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
     let frames = pages.len() + 1024;
     let capacity = FrameCount(frames as u64);
     let granted = GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?;
-    let mut store = Store::new(granted, Ram::new(frames), 0x5eed);
+    let mut store = Store::new(granted, vec![0; frames * PAGE_BYTES], 0x5eed);
     let mut handles = Vec::new();
     for page in pages {
         handles.extend(put(&mut store, page)?);

@@ -5,8 +5,7 @@ use std::vec::Vec;
 
 use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
 
-use crate::backend::PAGE_BYTES;
-use crate::compressed::{FrameBlock, FrameBytes, FrameSource};
+use crate::compressed::{FrameBlock, FrameSource};
 
 /// First fit over a map of owners; panics on a wrong free.
 pub(crate) struct FirstFit {
@@ -66,29 +65,5 @@ impl FrameSource for FirstFit {
         for owner in &mut self.owned[at..at + size] {
             assert_eq!(owner.take(), Some(order), "freed frames were allocated with that order");
         }
-    }
-}
-
-/// Node memory in a vector.
-pub(crate) struct Ram(pub(crate) Vec<u8>);
-
-impl Ram {
-    pub(crate) fn new(frames: usize) -> Self {
-        Self(vec![0; frames * PAGE_BYTES])
-    }
-}
-
-impl FrameBytes for Ram {
-    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-        &self.0[offset..offset + len]
-    }
-
-    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        &mut self.0[offset..offset + len]
-    }
-
-    fn discard(&mut self, offset: usize, len: usize) {
-        assert!(offset.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES), "whole frames");
-        self.0[offset..offset + len].fill(0);
     }
 }

@@ -416,30 +416,14 @@ mod tests {
     use spmem_core::frames::Metadata;
     use spmem_core::units::FrameCount;
     use spmem_node::Stage;
-    use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
+    use spmem_node::compressed::{GrantedFrames, Store};
 
-    struct Ram(Vec<u8>);
-
-    impl FrameBytes for Ram {
-        fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-            &self.0[offset..offset + len]
-        }
-
-        fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-            &mut self.0[offset..offset + len]
-        }
-
-        fn discard(&mut self, offset: usize, len: usize) {
-            self.0[offset..offset + len].fill(0);
-        }
-    }
-
-    type HeapStore = Store<GrantedFrames, Ram>;
+    type HeapStore = Store<GrantedFrames, Vec<u8>>;
 
     fn new_store(frames: usize) -> HeapStore {
         let capacity = FrameCount(frames as u64);
         let granted = GrantedFrames::embedded(capacity, Metadata::from_heap(capacity).expect("memory"));
-        Store::new(granted.expect("the embedded machine"), Ram(alloc::vec![0; frames * PAGE]), 5)
+        Store::new(granted.expect("the embedded machine"), alloc::vec![0; frames * PAGE], 5)
     }
 
     fn record_page(number: u64) -> Page {

@@ -1,9 +1,8 @@
-//! Pages of realistic data, made or read on this machine, and node memory for the examples.
+//! Pages of realistic data, made or read on this machine.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use spmem_node::compressed::FrameBytes;
 use spmem_node::{PAGE_BYTES, Page};
 
 /// Pages of one kind.
@@ -12,30 +11,6 @@ pub struct Sample {
     pub name: &'static str,
     /// The pages.
     pub pages: Vec<Page>,
-}
-
-/// Node memory on the heap.
-pub struct Ram(Vec<u8>);
-
-impl Ram {
-    /// Zeroed memory for that many frames.
-    pub fn new(frames: usize) -> Self {
-        Self(vec![0; frames * PAGE_BYTES])
-    }
-}
-
-impl FrameBytes for Ram {
-    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-        &self.0[offset..offset + len]
-    }
-
-    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        &mut self.0[offset..offset + len]
-    }
-
-    fn discard(&mut self, offset: usize, len: usize) {
-        self.0[offset..offset + len].fill(0);
-    }
 }
 
 /// A small deterministic generator (xorshift), so that runs can be compared.

@@ -9,13 +9,13 @@ use super::store::Store;
 use super::{Codec, FrameBytes, HEADER_BYTES};
 use crate::backend::{Handle, PAGE_BYTES, Page, Stage};
 use crate::conformance::page_with_noise;
-use crate::testing::{FirstFit, Ram};
+use crate::testing::FirstFit;
 
-type TestStore = Store<FirstFit, Ram>;
+type TestStore = Store<FirstFit, Vec<u8>>;
 const SEED: u64 = 0x5eed;
 
 fn new_store(frames: usize) -> TestStore {
-    Store::new(FirstFit::new(frames), Ram::new(frames), SEED)
+    Store::new(FirstFit::new(frames), alloc::vec![0; frames * PAGE_BYTES], SEED)
 }
 
 /// A page of records that have much in common, and of which no two are equal.

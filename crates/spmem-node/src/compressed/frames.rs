@@ -1,6 +1,10 @@
 //! What the store needs from the node it lives on: frames, and their bytes.
 
+use alloc::vec::Vec;
+
 use spmem_core::units::{FrameCount, FrameNumber, NodeId, Order};
+
+use crate::backend::PAGE_BYTES;
 
 /// Where the store gets its frames and gives them back.
 ///
@@ -48,4 +52,20 @@ pub trait FrameBytes {
 
     /// Gives the RAM of whole frames back to the kernel; they read as zeros from then on (R21).
     fn discard(&mut self, offset: usize, len: usize);
+}
+
+/// Memory on the heap, for tests and tools: zeros to begin with.
+impl FrameBytes for Vec<u8> {
+    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        &self[offset..offset + len]
+    }
+
+    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        &mut self[offset..offset + len]
+    }
+
+    fn discard(&mut self, offset: usize, len: usize) {
+        assert!(offset.is_multiple_of(PAGE_BYTES) && len.is_multiple_of(PAGE_BYTES), "whole frames");
+        self[offset..offset + len].fill(0);
+    }
 }

@@ -218,18 +218,18 @@ pub fn cram_spec() -> NodeSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::PAGE_BYTES;
     use crate::compressed::Store;
     use crate::conformance::conformance;
-    use crate::testing::Ram;
 
     fn embedded(frames: u64) -> GrantedFrames {
         let lent = Metadata::from_heap(FrameCount(frames)).unwrap();
         GrantedFrames::embedded(FrameCount(frames), lent).unwrap()
     }
 
-    fn new_store(frames: usize) -> Store<GrantedFrames, Ram> {
+    fn new_store(frames: usize) -> Store<GrantedFrames, alloc::vec::Vec<u8>> {
         let granted = embedded(frames as u64);
-        Store::new(granted, Ram::new(frames), 0x5eed)
+        Store::new(granted, alloc::vec![0; frames * PAGE_BYTES], 0x5eed)
     }
 
     conformance!(through_the_wall, super::new_store);

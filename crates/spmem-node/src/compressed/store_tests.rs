@@ -10,12 +10,12 @@ use super::store::Store;
 use super::{Codec, Encoded, FrameBytes, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch};
 use crate::backend::{Damage, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
 use crate::conformance::{conformance, page_with_noise};
-use crate::testing::{FirstFit, Ram};
+use crate::testing::FirstFit;
 
-type TestStore = Store<FirstFit, Ram>;
+type TestStore = Store<FirstFit, Vec<u8>>;
 
 fn new_store(frames: usize) -> TestStore {
-    Store::new(FirstFit::new(frames), Ram::new(frames), 0x5eed)
+    Store::new(FirstFit::new(frames), alloc::vec![0; frames * PAGE_BYTES], 0x5eed)
 }
 
 conformance!(compressed, super::new_store);
@@ -151,8 +151,8 @@ proptest! {
         let page = page_with_noise(at as u64, noise);
         let mut store = new_store(16);
         let handle = put(&mut store, &page).unwrap();
-        let end = (at + garbage.len()).min(store.memory_mut().0.len());
-        store.memory_mut().0[at..end].copy_from_slice(&garbage[..end - at]);
+        let end = (at + garbage.len()).min(store.memory_mut().len());
+        store.memory_mut()[at..end].copy_from_slice(&garbage[..end - at]);
         if let Ok(back) = get(&store, handle) {
             prop_assert!(*back == page);
         }
@@ -167,10 +167,10 @@ fn every_flipped_bit_of_an_object_is_found() {
         let handle = put(&mut store, &page).unwrap();
         let object = HEADER_BYTES + usize::try_from(store.stats().payload.0).unwrap();
         for bit in 0..object * 8 {
-            store.memory_mut().0[bit / 8] ^= 1 << (bit % 8);
+            store.memory_mut()[bit / 8] ^= 1 << (bit % 8);
             assert!(get(&store, handle).is_err(), "bit {bit} of {object} bytes");
             assert!(!store.same_as(handle, &page, &mut Box::new([0; PAGE_BYTES])), "bit {bit}");
-            store.memory_mut().0[bit / 8] ^= 1 << (bit % 8);
+            store.memory_mut()[bit / 8] ^= 1 << (bit % 8);
         }
         assert_eq!(*get(&store, handle).unwrap(), page);
     }
@@ -209,11 +209,11 @@ fn a_stale_handle_does_not_reach_the_page_that_took_its_place() {
 fn a_damaged_object_keeps_its_place_and_names_its_frame() {
     let mut store = new_store(16);
     let handle = put(&mut store, &page_with_noise(1, 50)).unwrap();
-    store.memory_mut().0[2] ^= 1;
+    store.memory_mut()[2] ^= 1;
     let corrupt = store.remove(handle).unwrap_err();
     assert_eq!(corrupt.frame.unwrap().0, 0);
     assert_eq!(store.stats().object_pages, 1);
-    store.memory_mut().0[2] ^= 1;
+    store.memory_mut()[2] ^= 1;
     store.remove(handle).unwrap();
     assert_adds_up(&store);
 }
@@ -222,7 +222,7 @@ fn a_damaged_object_keeps_its_place_and_names_its_frame() {
 fn a_damaged_length_upsets_the_sums_only_until_its_block_is_empty() {
     let mut store = new_store(16);
     let handles: Vec<_> = (0..4).map(|_| put(&mut store, &page_with_noise(7, 50)).unwrap()).collect();
-    store.memory_mut().0[0] ^= 3;
+    store.memory_mut()[0] ^= 3;
     for handle in handles {
         store.remove(handle).unwrap();
     }
@@ -273,7 +273,7 @@ fn a_page_encoded_under_another_seed_is_not_taken() {
 #[test]
 fn a_store_may_move_to_another_thread() {
     fn assert_send<T: Send>() {}
-    assert_send::<Store<super::GrantedFrames, Ram>>();
+    assert_send::<Store<super::GrantedFrames, Vec<u8>>>();
     assert_send::<super::Workspace>();
 }
 
@@ -323,7 +323,7 @@ fn a_page_that_comes_and_goes_takes_frames_once() {
     store.remove(again).unwrap();
     store.release_spares();
     assert_eq!(store.frames().used(), 0);
-    assert!(store.memory_mut().0.iter().all(|byte| *byte == 0), "given back means zeroed (R21)");
+    assert!(store.memory_mut().iter().all(|byte| *byte == 0), "given back means zeroed (R21)");
 }
 
 #[test]
@@ -373,7 +373,7 @@ fn metadata_stays_under_two_percent_of_the_bytes_stored() {
 
 /// Frames of which only the first few can be had, as under RLIMIT_DATA.
 struct Rationed {
-    ram: Ram,
+    ram: Vec<u8>,
     ready: usize,
 }
 
@@ -398,7 +398,7 @@ impl FrameBytes for Rationed {
 
 #[test]
 fn frames_that_cannot_be_made_ready_are_a_full_store_and_nothing_is_lost() {
-    let memory = Rationed { ram: Ram::new(256), ready: 64 * PAGE_BYTES };
+    let memory = Rationed { ram: alloc::vec![0; 256 * PAGE_BYTES], ready: 64 * PAGE_BYTES };
     let mut store = Store::new(FirstFit::new(256), memory, 0x5eed);
     let mut workspace = store.codec().workspace();
     let mut stored = Vec::new();

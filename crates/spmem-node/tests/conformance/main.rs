@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use spmem_core::frames::Metadata;
 use spmem_core::units::{Bytes, FrameCount};
-use spmem_node::compressed::{FrameBytes, GrantedFrames, Store};
+use spmem_node::compressed::{GrantedFrames, Store};
 use spmem_node::model::{Device, Shape};
 use spmem_node::{PAGE_BYTES, file, numa};
 use spmem_sys::Errno;
@@ -84,29 +84,12 @@ fn every_claim_holds_on_the_model_of_a_compressing_device() {
     }
 }
 
-/// Memory that the compressed kind is lent.
-struct Lent(Vec<u8>);
-
-impl FrameBytes for Lent {
-    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-        &self.0[offset..offset + len]
-    }
-
-    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        &mut self.0[offset..offset + len]
-    }
-
-    fn discard(&mut self, offset: usize, len: usize) {
-        self.0[offset..offset + len].fill(0);
-    }
-}
-
 #[test]
 fn every_claim_about_pages_that_are_copied_holds_on_compressed_memory() {
     let make = |frames: usize| {
         let count = FrameCount(frames as u64);
         let granted = GrantedFrames::embedded(count, Metadata::from_heap(count).unwrap()).unwrap();
-        Store::new(granted, Lent(vec![0; frames * PAGE_BYTES]), 0x5eed)
+        Store::new(granted, vec![0; frames * PAGE_BYTES], 0x5eed)
     };
     backend::what_is_stored_comes_back(make);
     backend::same_as_tells_the_page_from_any_other(make);

@@ -22,7 +22,7 @@ use serde_json::json;
 use spmem_core::frames::Metadata;
 use spmem_core::reclaim::{Dictionaries, Way, compacts};
 use spmem_core::units::FrameCount;
-use spmem_node::compressed::{Codec, DenseEncoder, FrameBytes, GrantedFrames, Slot, Stats, Store, train};
+use spmem_node::compressed::{Codec, DenseEncoder, GrantedFrames, Slot, Stats, Store, train};
 use spmem_node::{Handle, PAGE_BYTES, Page, Stage};
 
 use crate::bench::peer::ZramDisk;
@@ -176,7 +176,7 @@ fn measure(name: &'static str, pages: &[Page]) -> anyhow::Result<Row> {
     let frames = pages.len() + 1024;
     let capacity = FrameCount(frames as u64);
     let granted = GrantedFrames::embedded(capacity, Metadata::from_heap(capacity)?)?;
-    let mut store = Store::new(granted, Ram(vec![0; frames * PAGE_BYTES]), 0x5eed);
+    let mut store = Store::new(granted, vec![0; frames * PAGE_BYTES], 0x5eed);
     let (handles, encode_us) = insert_all(&mut store, pages)?;
     let mut handles: Vec<(usize, Handle)> =
         handles.into_iter().enumerate().filter_map(|(page, handle)| handle.map(|handle| (page, handle))).collect();
@@ -222,24 +222,7 @@ fn measure_zram(pages: &[Page]) -> anyhow::Result<(f64, f64)> {
     Ok((bytes.len() as f64 / held.used as f64, bytes.len() as f64 / 1e6 / seconds))
 }
 
-/// Node memory on the heap.
-struct Ram(Vec<u8>);
-
-impl FrameBytes for Ram {
-    fn bytes(&self, offset: usize, len: usize) -> &[u8] {
-        &self.0[offset..offset + len]
-    }
-
-    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
-        &mut self.0[offset..offset + len]
-    }
-
-    fn discard(&mut self, offset: usize, len: usize) {
-        self.0[offset..offset + len].fill(0);
-    }
-}
-
-type HeapStore = Store<GrantedFrames, Ram>;
+type HeapStore = Store<GrantedFrames, Vec<u8>>;
 
 /// A handle for each page that compresses, and us a page.
 fn insert_all(store: &mut HeapStore, pages: &[Page]) -> anyhow::Result<(Vec<Option<Handle>>, f64)> {
