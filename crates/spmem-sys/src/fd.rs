@@ -183,21 +183,22 @@ impl Poll {
     }
 }
 
-/// ppoll(2): how many entries are ready; waits at most `timeout_ns`.
+/// ppoll(2): how many entries are ready; waits at most `timeout_ns`, or as long as it takes: the kernel sets no timer then.
 ///
 /// # Errors
 /// As poll(2).
-pub fn poll(entries: &mut [Poll], timeout_ns: u64) -> Result<usize> {
-    let timeout = libc::timespec {
-        tv_sec: i64::try_from(timeout_ns / 1_000_000_000).unwrap_or(i64::MAX),
-        tv_nsec: i64::try_from(timeout_ns % 1_000_000_000).expect("below 2^30"),
-    };
-    let (at, len, timeout) = (entries.as_mut_ptr(), entries.len(), core::ptr::from_ref(&timeout));
+pub fn poll(entries: &mut [Poll], timeout_ns: Option<u64>) -> Result<usize> {
+    let timeout = timeout_ns.map(|ns| libc::timespec {
+        tv_sec: i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(ns % 1_000_000_000).expect("below 2^30"),
+    });
+    let timeout = timeout.as_ref().map_or(core::ptr::null(), core::ptr::from_ref);
+    let (at, len) = (entries.as_mut_ptr(), entries.len());
     // SAFETY: the kernel writes `revents` of exactly `entries.len()` entries; a null mask changes none.
     let result = unsafe { syscall!(Sysno::ppoll, at, len, timeout, 0, 8) };
     if result == Err(syscalls::Errno::EINVAL) {
         // More entries than RLIMIT_NOFILE, which the program may set to 0: callers look again by themselves.
-        crate::process::sleep_ns(timeout_ns.min(50_000));
+        crate::process::sleep_ns(timeout_ns.map_or(50_000, |ns| ns.min(50_000)));
     }
     Ok(result?)
 }

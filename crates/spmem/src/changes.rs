@@ -285,7 +285,7 @@ pub(crate) fn is_quiet_soon(uffd: &Uffd) -> bool {
         }
         let now_ns = clock::now_ns();
         // What waits to be read does not end by itself.
-        let is_unread = poll(&mut [Poll::readable(uffd.raw())], 0) != Ok(0);
+        let is_unread = poll(&mut [Poll::readable(uffd.raw())], Some(0)) != Ok(0);
         if is_unread || now_ns - begin_ns > LOOK_NS {
             return false;
         }

@@ -37,10 +37,9 @@ use spmem_sys::{Errno, PAGE, clock, process, thread};
 
 /// How often waiting faults are looked at, ns.
 const RETRY_NS: u64 = 50_000;
-/// Events read under one hold of the lock.
+/// Events read under one hold of the lock where several threads fault. Where one does, a second one is seldom there: looking for
+/// it in vain takes as long as what it would spare.
 const MAX_READS: usize = 16;
-/// Longer than any wait.
-const FOREVER_NS: u64 = 1 << 60;
 /// Faults that can wait: a thread has one, or a few where signals interrupt it. Address space, most of it never touched.
 const MAX_WAITING: usize = 1 << 16;
 
@@ -146,14 +145,14 @@ impl Server {
         loop {
             let mut entries = [Poll::readable(uffd.raw()), Poll::readable(listener)];
             let is_idle = waiting.is_empty() && is_settled && read_before.is_none();
-            let _ = poll(&mut entries, if is_idle { FOREVER_NS } else { RETRY_NS });
+            let _ = poll(&mut entries, (!is_idle).then_some(RETRY_NS));
             let is_orphan;
             let ward = {
                 // Events are read and applied under one hold of the lock: the kernel counts an event as over once it is
                 // read, and a sweep that got the lock in between would act on what is known no longer.
                 let mut space = runtime.space.lock();
                 let Some(space) = space.as_mut() else { process::abort() };
-                for _ in 0..MAX_READS {
+                for _ in 0..if self.follower.is_bound() { 1 } else { MAX_READS } {
                     let event = match read_before.take().map_or_else(|| uffd.read(), Ok) {
                         Ok(event) => event,
                         Err(Errno::EAGAIN) => break,

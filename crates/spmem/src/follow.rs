@@ -33,6 +33,11 @@ impl Follower {
         Self { home, all: Affinity::of_caller(), faults: 0, last: 0, row: 0, bound: None }
     }
 
+    /// Whether faults come from one processor.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.bound.is_some()
+    }
+
     /// Thread `tid` faults.
     pub(crate) fn note(&mut self, tid: u32) {
         self.faults += 1;

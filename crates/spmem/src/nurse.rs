@@ -36,7 +36,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         }
         let own = if is_own_waiting { -1 } else { uffd.raw() };
         let mut entries = [Poll::readable(own), Poll::readable(child.raw()), Poll::readable(listener)];
-        let ready = poll(&mut entries, 10_000_000).unwrap_or(0);
+        let ready = poll(&mut entries, Some(10_000_000)).unwrap_or(0);
         if entries[0].is_ready() {
             match may_read.then(|| uffd.read()) {
                 Some(Ok(Event::Fault { address, is_write, is_fenced, .. })) => {

@@ -233,7 +233,7 @@ fn may_be_ours(runtime: &Runtime, child: &Uffd, since: &mut Since, page: usize) 
 
 /// The child has changed something, which is to be read first.
 fn read_on(runtime: &Runtime, child: &Uffd, since: &mut Since) {
-    let _ = poll(&mut [Poll::readable(child.raw())], 1_000_000);
+    let _ = poll(&mut [Poll::readable(child.raw())], Some(1_000_000));
     if let Ok(event) = child.read() {
         since.note(runtime, event);
     }

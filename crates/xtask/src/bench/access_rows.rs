@@ -61,8 +61,10 @@ pub(super) fn run(
                     p50_us: measured.fault_p50_us,
                     p99_us: measured.fault_p99_us,
                     p999_us: measured.fault_p999_us,
+                    settle_seconds: (shape.pattern == Pattern::Moving).then(|| settle_seconds(&measured.slices)),
                     slow_share: measured.faults as f64 / measured.operations as f64,
                     cpu_seconds_per_million: cpu.as_secs_f64() * 1e6 / measured.operations as f64,
+                    slices: measured.slices,
                     ram_bytes,
                     peak_bytes: running.sampled_peak_bytes(),
                 });
@@ -77,4 +79,31 @@ pub(super) fn run(
     let finished = running.finish()?;
     finished.succeeded()?;
     Ok((figures.context("the access program measured nothing")?, finished.report))
+}
+
+/// Slices that have to be fast together: one alone may be chance.
+const TOGETHER: usize = 5;
+
+/// When throughput is settled, s after the phase change: from when on half a second on average makes nine tenths of what the
+/// last third makes.
+fn settle_seconds(slices: &[u64]) -> f64 {
+    let mean = |slices: &[u64]| slices.iter().sum::<u64>() as f64 / slices.len().max(1) as f64;
+    let wanted = mean(&slices[slices.len() - slices.len() / 3..]) * 0.9;
+    let first = slices.windows(TOGETHER).position(|together| mean(together) >= wanted);
+    first.map_or(f64::NAN, |first| first as f64 / 10.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn throughput_is_settled_once_half_a_second_makes_what_the_end_makes() {
+        let mut slices = vec![10; 20];
+        slices.extend([100; 40]);
+        assert_eq!(settle_seconds(&slices), 2.0);
+        slices[3] = 300;
+        assert_eq!(settle_seconds(&slices), 2.0, "one fast slice is not enough");
+        assert!(settle_seconds(&[]).is_nan());
+    }
 }

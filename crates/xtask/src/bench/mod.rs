@@ -10,6 +10,7 @@ mod peer;
 mod redis_rows;
 mod wall;
 mod zram;
+mod zram_plot;
 
 use clap::Subcommand;
 

@@ -37,6 +37,8 @@ pub(super) fn run(bed: &Bed, side: &Side, shape: &Shape, probe: &Probe<'_>) -> a
         p99_us: traffic.quantile_us(0.99),
         p999_us: traffic.quantile_us(0.999),
         slow_share: f64::NAN,
+        settle_seconds: None,
+        slices: Vec::new(),
         cpu_seconds_per_million: cpu.as_secs_f64() * 1e6 / traffic.requests as f64,
         ram_bytes,
         peak_bytes: finished.sampled_peak_bytes,

@@ -11,12 +11,13 @@
 use std::cell::Cell;
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::bench::peer::{self, MemoryGroup, Zram};
+use crate::bench::zram_plot::{self, Bar, Course};
 use crate::bench::{access_rows, redis_rows};
 use crate::figures::{self, MIB, Table, median, mib, short};
 use crate::launch::{Bed, NeedSpm, Side};
@@ -65,6 +66,9 @@ pub(crate) struct Options {
     /// Only the kernel's side; needs no spm.
     #[arg(long)]
     kernel_only: bool,
+    /// Draw the comparison into this file (SVG).
+    #[arg(long)]
+    svg: Option<PathBuf>,
     /// Write the raw numbers to this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -87,6 +91,10 @@ pub(super) struct Figures {
     pub(super) p999_us: f64,
     /// Share of accesses that were faults.
     pub(super) slow_share: f64,
+    /// Of a phase change: how long until throughput is what it then stays.
+    pub(super) settle_seconds: Option<f64>,
+    /// Accesses in each tenth of a second.
+    pub(super) slices: Vec<u64>,
     pub(super) cpu_seconds_per_million: f64,
     /// RAM in all at the end of the measured time.
     pub(super) ram_bytes: u64,
@@ -140,6 +148,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     print_head(options, ratio);
     print_rows(&rows, options);
     let raw: Vec<_> = rows.iter().map(Row::to_json).collect();
+    if let Some(file) = &options.svg {
+        write_picture(file, &rows, options)?;
+    }
     let head = json!({ "bench": "zram", "mib": options.mib, "rounds": options.rounds, "corpus_lz4_ratio": ratio });
     figures::write_json(options.json.as_deref(), &json!({ "head": head, "rows": raw }))
 }
@@ -259,6 +270,7 @@ fn print_rows(rows: &[Row<'_>], options: &Options) {
         "p99 us",
         "p99.9 us",
         "faults %",
+        "settled s",
         "CPU s/Mop",
         "RAM",
         "peak",
@@ -285,13 +297,22 @@ fn print_rows(rows: &[Row<'_>], options: &Options) {
         return;
     }
     println!();
-    let mut table = Table::new(&["spm / kernel zram", "throughput", "goal", "p99", "goal ", "CPU per op"]);
+    let mut table =
+        Table::new(&["spm / kernel zram", "throughput", "goal", "p99", "goal ", "CPU per op", "settles"]);
     for row in rows {
         let ratio = |pick: fn(&Figures) -> f64| middle(&row.spm, pick) / middle(&row.kernel, pick);
         let (rate, p99) = (ratio(|f| f.rate), ratio(|f| f.p99_us));
         if rate.is_nan() {
             let none = || "-".into();
-            table.row(vec![row.name.clone(), none(), "no figure".into(), none(), "no figure".into(), none()]);
+            table.row(vec![
+                row.name.clone(),
+                none(),
+                "no figure".into(),
+                none(),
+                "no figure".into(),
+                none(),
+                none(),
+            ]);
             continue;
         }
         let verdict = |is_kept| if is_kept { "kept" } else { "missed" };
@@ -302,9 +323,27 @@ fn print_rows(rows: &[Row<'_>], options: &Options) {
             format!("{p99:.3}"),
             format!("<= {GOAL_P99}: {}", verdict(p99 <= GOAL_P99)),
             format!("{:.2}", ratio(|f| f.cpu_seconds_per_million)),
+            short(ratio(|f| f.settle_seconds.unwrap_or(f64::NAN))),
         ]);
     }
     table.print();
+}
+
+fn write_picture(file: &std::path::Path, rows: &[Row<'_>], options: &Options) -> anyhow::Result<()> {
+    let bars = rows.iter().map(|row| {
+        let ratio = |pick: fn(&Figures) -> f64| middle(&row.spm, pick) / middle(&row.kernel, pick);
+        Bar { name: row.name.clone(), rate: ratio(|f| f.rate), p99: ratio(|f| f.p99_us) }
+    });
+    let courses = rows.iter().filter_map(|row| match (&row.shape, row.kernel.first(), row.spm.first()) {
+        (Shape::Access(shape), Some(kernel), Some(spm)) if shape.pattern == Pattern::Moving => {
+            Some(Course { name: row.name.clone(), kernel: kernel.slices.clone(), spm: spm.slices.clone() })
+        }
+        _ => None,
+    });
+    let (bars, courses): (Vec<_>, Vec<_>) = (bars.collect(), courses.collect());
+    let title = format!("{} MiB, {} rounds", options.mib, options.rounds);
+    let text = zram_plot::draw(&title, &bars, [GOAL_RATE, GOAL_P99], &courses)?;
+    std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
 fn side_cells(name: &str, side: &str, runs: &[Figures], ratio: f64) -> Vec<String> {
@@ -317,6 +356,7 @@ fn side_cells(name: &str, side: &str, runs: &[Figures], ratio: f64) -> Vec<Strin
         short(middle(|f| f.p99_us)),
         short(middle(|f| f.p999_us)),
         short(middle(|f| f.slow_share * 100.0)),
+        short(middle(|f| f.settle_seconds.unwrap_or(f64::NAN))),
         short(middle(|f| f.cpu_seconds_per_million)),
         mib(middle(|f| f.ram_bytes as f64) as u64),
         mib(middle(|f| f.peak_bytes as f64) as u64),

@@ -29,6 +29,8 @@ const FAULT_NS: u64 = 2000;
 /// Places of a page that tags rotate over: so a page written often keeps its compressibility.
 const TAG_SLOTS: u32 = 8;
 const WORDS: u64 = (PAGE / 8) as u64;
+/// How finely throughput is followed, ms.
+const SLICE_MS: u128 = 100;
 
 /// Which pages are accessed how often.
 #[derive(Clone, Copy, ValueEnum, Serialize, Deserialize, PartialEq, Eq, Debug)]
@@ -106,6 +108,8 @@ pub(crate) struct Measured {
     pub(crate) fault_p999_us: f64,
     /// Of all accesses.
     pub(crate) access_p99_us: f64,
+    /// Accesses in each whole tenth of a second.
+    pub(crate) slices: Vec<u64>,
 }
 
 #[repr(align(4096))]
@@ -143,8 +147,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     for_all(&mut parts, options, options.warm_seconds, 1)?;
     say(&Event::Warm)?;
     let started = Instant::now();
-    let (operations, times) = for_all(&mut parts, options, options.seconds, 2)?;
-    say(&Event::Measured(summarise(operations, started.elapsed(), &times)))?;
+    let (slices, times) = for_all(&mut parts, options, options.seconds, 2)?;
+    say(&Event::Measured(summarise(slices, started.elapsed(), &times)))?;
     std::io::stdin().lock().read_line(&mut String::new())?;
     for (number, (page, version)) in pages.iter().zip(&versions).enumerate() {
         let mut expected = [0; PAGE];
@@ -155,26 +159,27 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     say(&Event::Verified)
 }
 
-/// Operations of all threads and the times of all accesses, ns.
+/// Accesses of all threads in each tenth of a second, and the times of all of them, ns.
 fn for_all(
     parts: &mut [Part<'_>],
     options: &Options,
     seconds: f64,
     salt: u64,
-) -> anyhow::Result<(u64, Histogram<u64>)> {
+) -> anyhow::Result<(Vec<u64>, Histogram<u64>)> {
     let duration = Duration::from_secs_f64(seconds);
     let results: Vec<_> = std::thread::scope(|scope| {
         let spawn = |part| scope.spawn(move || access(part, options.pattern, duration, salt));
         let handles: Vec<_> = parts.iter_mut().map(spawn).collect();
         handles.into_iter().map(|handle| handle.join().expect("an access thread does not panic")).collect()
     });
-    let (mut operations, mut times) = (0, new_histogram());
+    let (mut slices, mut times) = (Vec::new(), new_histogram());
     for result in results {
-        let (count, histogram) = result?;
-        operations += count;
+        let (counts, histogram) = result?;
+        slices.resize(counts.len().max(slices.len()), 0);
+        slices.iter_mut().zip(&counts).for_each(|(sum, count)| *sum += count);
         times.add(histogram).context("cannot add up the times")?;
     }
-    Ok((operations, times))
+    Ok((slices, times))
 }
 
 fn access(
@@ -182,7 +187,7 @@ fn access(
     pattern: Pattern,
     duration: Duration,
     salt: u64,
-) -> anyhow::Result<(u64, Histogram<u64>)> {
+) -> anyhow::Result<(Vec<u64>, Histogram<u64>)> {
     let count = part.pages.len();
     let mut rng = SmallRng::seed_from_u64(mix(part.first as u64, salt));
     let mut place: Vec<u32> = (0..count as u32).collect();
@@ -192,8 +197,9 @@ fn access(
     let hot = count / HOT_SHARE;
     ensure!(hot > 0, "fewer than {HOT_SHARE} pages a thread");
     let mut times = new_histogram();
-    let mut operations = 0;
-    let end = Instant::now() + duration;
+    let mut slices = Vec::new();
+    let begin = Instant::now();
+    let end = begin + duration;
     loop {
         let rank = match pattern {
             Pattern::Uniform => rng.random_range(0..count),
@@ -208,9 +214,13 @@ fn access(
         let after = Instant::now();
         ensure!(is_right, "page {} at version {} has a wrong tag", part.first + index, part.versions[index]);
         times.saturating_record((after - before).as_nanos() as u64);
-        operations += 1;
+        let slice = ((after - begin).as_millis() / SLICE_MS) as usize;
+        if slices.len() <= slice {
+            slices.resize(slice + 1, 0);
+        }
+        slices[slice] += 1;
         if after >= end {
-            return Ok((operations, times));
+            return Ok((slices, times));
         }
     }
 }
@@ -256,7 +266,9 @@ fn new_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("these bounds are valid")
 }
 
-fn summarise(operations: u64, elapsed: Duration, times: &Histogram<u64>) -> Measured {
+fn summarise(mut slices: Vec<u64>, elapsed: Duration, times: &Histogram<u64>) -> Measured {
+    let operations = slices.iter().sum();
+    slices.truncate((elapsed.as_millis() / SLICE_MS) as usize);
     let mut faults = new_histogram();
     for bucket in times.iter_recorded().filter(|bucket| bucket.value_iterated_to() > FAULT_NS) {
         faults.saturating_record_n(bucket.value_iterated_to(), bucket.count_at_value());
@@ -270,6 +282,7 @@ fn summarise(operations: u64, elapsed: Duration, times: &Histogram<u64>) -> Meas
         fault_p99_us: us(&faults, 0.99),
         fault_p999_us: us(&faults, 0.999),
         access_p99_us: us(times, 0.99),
+        slices,
     }
 }
 
