@@ -21,6 +21,7 @@ mod advise_wipe;
 mod area;
 mod descriptors;
 mod exec;
+mod faults;
 mod fork;
 mod fork_busy;
 mod futex;
@@ -82,6 +83,7 @@ const THEMES: &[&[Case]] = &[
     store::CASES,
     store_cold::CASES,
     supervisor::CASES,
+    faults::CASES,
 ];
 
 fn main() {

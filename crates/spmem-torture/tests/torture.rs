@@ -45,6 +45,8 @@ const EXIT_SKIPPED: i32 = 77;
 const KEEPS_BUDGET: &str = "store-read";
 /// The case whose pages stay away for so long that they are recompressed, where a second processor is there for it.
 const GOES_COLD: &str = "store-cold";
+/// The case whose store is damaged: each page that it loses is told of.
+const LOSES_PAGES: &str = "faults-bits";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
 /// In the quick set, one in so many cases of a theme is tried at each of the wider budgets.
@@ -190,7 +192,10 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
     if case.name == "orphan" {
         return run_orphan(settings, command, &place);
     }
-    match judge(watch::run(command, &place.path("output"), settings.limit))? {
+    let watched = watch::run(command, &place.path("output"), settings.limit);
+    let watched_output = watched.output.clone();
+    match judge(watched)? {
+        Completion::Completed if case.name == LOSES_PAGES => judge_losses(&watched_output, &report),
         Completion::Completed => judge_report(case, &report, settings.budget_bytes(per_cent)),
         skipped => Ok(skipped),
     }
@@ -246,6 +251,31 @@ fn judge(watched: Watched) -> Result<Completion, Failed> {
             Ok(Completion::ignored_with(reason))
         }
         _ => Err(watched.to_string().into()),
+    }
+}
+
+/// R20: who lost which page is told, by process, address and node; and nobody is told of a page that was not lost.
+fn judge_losses(output: &str, report: &Path) -> Result<Completion, Failed> {
+    let losses = output.lines().filter_map(|line| line.strip_prefix("lost ")?.split_once(' '));
+    let mut losses: Vec<_> =
+        losses.map(|(process, address)| format!("process {process}: page {address} is lost: node 1 ")).collect();
+    if losses.is_empty() {
+        return Err(format!("no page was lost: the case proved nothing\n{output}").into());
+    }
+    let count = field(&std::fs::read_to_string(report)?, "lost_pages");
+    if count != Some(losses.len() as u64) {
+        return Err(format!("{} pages were lost; the report says {count:?}\n{output}", losses.len()).into());
+    }
+    for line in output.lines().filter(|line| line.contains(" is lost: ")) {
+        let Some(at) = losses.iter().position(|loss| line.contains(loss)) else {
+            return Err(format!("told, and not lost, or told twice: {line}\n{output}").into());
+        };
+        losses.swap_remove(at);
+    }
+    if losses.is_empty() {
+        Ok(Completion::Completed)
+    } else {
+        Err(format!("not told: {losses:?}\n{output}").into())
     }
 }
 

@@ -156,6 +156,8 @@ pub struct Summary {
     rescued_pages: u64,
     same_filled_pages: u64,
     dense_pages: u64,
+    /// What was stored of them was damaged: whoever used them got SIGBUS, and each was told of.
+    lost_pages: u64,
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
     nodes: Vec<NodeUse>,
@@ -250,6 +252,7 @@ impl Summary {
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
             dense_pages: read(&counters.dense_pages),
+            lost_pages: read(&counters.corrupt_pages),
             refused_pages: RefusedPages {
                 pinned: read(&counters.refused_pinned),
                 shared_by_fork: read(&counters.refused_shared),
@@ -288,6 +291,9 @@ impl Summary {
             "  pages      {} demoted ({} same-filled), {} promoted, {} rescued from the holding area, {} recompressed",
             self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages, self.dense_pages
         )?;
+        if self.lost_pages > 0 {
+            writeln!(to, "  lost       {} pages: what was stored of them was damaged", self.lost_pages)?;
+        }
         let refused = &self.refused_pages;
         writeln!(
             to,

@@ -36,7 +36,7 @@ pub enum End {
 pub struct Watched {
     /// How it ended.
     pub end: End,
-    /// The last it printed.
+    /// What it printed.
     pub output: String,
     /// Processes that were still there, described.
     pub left_behind: String,
@@ -48,7 +48,8 @@ impl fmt::Display for Watched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.command)?;
         writeln!(f, "ended with {:?} after {:.1} s, saying:", self.end, self.took.as_secs_f64())?;
-        f.write_str(&self.output)?;
+        let tail = &self.output.as_bytes()[self.output.len().saturating_sub(SHOWN)..];
+        f.write_str(&String::from_utf8_lossy(tail))?;
         if !self.left_behind.is_empty() {
             write!(f, "\nstill there (and killed):\n{}", self.left_behind)?;
         }
@@ -149,7 +150,7 @@ impl Started {
             (_, None) => End::Signal(status.signal().unwrap_or(0)),
         };
         let bytes = fs::read(&self.output).unwrap_or_default();
-        let output = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(SHOWN)..]).into_owned();
+        let output = String::from_utf8_lossy(&bytes).into_owned();
         Watched { end, output, left_behind, took: self.begun.elapsed(), command: self.command }
     }
 }
