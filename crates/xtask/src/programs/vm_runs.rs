@@ -28,15 +28,20 @@ pub(crate) struct Options {
     only: Option<String>,
 }
 
-/// Nodes by name: open, fenced, small.
-const CONFIGS: [(&str, &str); 3] = [
+/// Nodes by name: open, fenced, small, two.
+const CONFIGS: [(&str, &str); 4] = [
     ("open", "[[node]]\nid = 2\nkind = \"numa\"\n"),
     ("fenced", "[[node]]\nid = 7\nkind = \"numa\"\nnode = 2\nwrite_fence = true\n"),
     ("small", "[[node]]\nid = 2\nkind = \"numa\"\ncapacity = \"4M\"\n"),
+    (
+        "two",
+        "[[node]]\nid = 2\nkind = \"numa\"\ncapacity = \"4M\"\n\
+         [[node]]\nid = 3\nkind = \"numa\"\ncapacity = \"4M\"\nwrite_fence = true\n",
+    ),
 ];
 
 /// The words of the probe, the node, the flags of the wall, and whether it is one of the few.
-const ROWS: [(&str, &str, &[&str], bool); 9] = [
+const ROWS: [(&str, &str, &[&str], bool); 11] = [
     ("write", "fenced", &["--guard", "hard"], true),
     ("fork", "open", &["--guard", "hard"], true),
     ("unmap", "open", &["--guard", "hard"], true),
@@ -46,6 +51,8 @@ const ROWS: [(&str, &str, &[&str], bool); 9] = [
     ("threads", "fenced", &["--sysram-nodes", "0"], false),
     ("unmap", "fenced", &[], false),
     ("read --mib 14", "small", &["--guard", "hard"], false),
+    ("read --mib 16 --node 3", "two", &["--guard", "hard"], false),
+    ("fork --mib 16", "two", &["--guard", "hard"], false),
 ];
 
 /// Runs it.
@@ -95,25 +102,26 @@ fn check(facts: &mut Facts, spm: &Path, words: &str, config: &str, wall: &[&str]
     facts.note(output.status.success() && said.ends_with("done"), format!("{name}: {said} {errors}"));
     let text = fs::read_to_string(&report).unwrap_or_default();
     let report: Value = serde_json::from_str(&text).unwrap_or_default();
-    let node = report["nodes"].get(2).cloned().unwrap_or_default();
-    let number = |key: &str| node[key].as_u64().unwrap_or_default();
-    facts.note(
-        number("demoted_pages") >= 128 && node["kernel_node"] == 2,
-        format!("{name}: the report has {node}"),
-    );
-    facts.note(
-        number("used_bytes_peak") <= number("capacity_bytes"),
-        format!("{name}: {} of {} bytes", number("used_bytes_peak"), number("capacity_bytes")),
-    );
-    if config == "small" {
-        let compressed = report["demoted_pages"].as_u64().unwrap_or_default() - number("demoted_pages");
-        facts.note(compressed > 0, format!("{name}: {compressed} pages went to node 1 once node 2 was full"));
+    let mapped = report["nodes"].as_array().and_then(|nodes| nodes.get(2..)).unwrap_or_default();
+    facts.equal(&format!("{name}: mapped nodes"), mapped.len(), if config == "two" { 2 } else { 1 });
+    let sum = |key: &str| mapped.iter().filter_map(|node| node[key].as_u64()).sum::<u64>();
+    for (node, kernel_node) in mapped.iter().zip(2..) {
+        let number = |key: &str| node[key].as_u64().unwrap_or_default();
+        facts.note(
+            number("demoted_pages") >= 128 && node["kernel_node"] == kernel_node,
+            format!("{name}: the report has {node}"),
+        );
+        facts.note(
+            number("used_bytes_peak") <= number("capacity_bytes"),
+            format!("{name}: {} of {} bytes", number("used_bytes_peak"), number("capacity_bytes")),
+        );
+    }
+    if ["small", "two"].contains(&config) {
+        let compressed = report["demoted_pages"].as_u64().unwrap_or_default() - sum("demoted_pages");
+        facts.note(compressed > 0, format!("{name}: {compressed} pages went to node 1 once the others were full"));
     }
     if config == "fenced" && words != "unmap" {
-        facts.note(
-            number("promoted_pages") > 0,
-            format!("{name}: writes have promoted {}", number("promoted_pages")),
-        );
+        facts.note(sum("promoted_pages") > 0, format!("{name}: writes have promoted {}", sum("promoted_pages")));
     }
     Ok(())
 }
