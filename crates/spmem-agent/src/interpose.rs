@@ -3,7 +3,7 @@
 //! | function | why |
 //! |---|---|
 //! | `pthread_create` | a thread's control block must stay in place: the kernel writes to it when the thread exits |
-//! | `pthread_mutex_init` | a robust mutex must stay in place: the kernel unlocks it for a thread that dies |
+//! | `pthread_mutex_init`, `_lock`, `_trylock`, `_timedlock`, `_clocklock` | see [`crate::robust`] |
 //! | `mlockall` | locks what the program has, range by range: node 1's frames are not to be filled |
 //! | `mremap` | registration splits mappings, and the kernel moves none that is split (EFAULT): moved piece by piece |
 //! | `madvise` | MADV_GUARD_INSTALL drops pages without a word to userfaultfd, so they are dropped in words afterwards; MADV_FREE becomes MADV_DONTNEED: it gives the budget its RAM back at once, and the kernel announces both alike; MADV_WIPEONFORK memory must stay in place: the kernel empties it in a child without a word |
@@ -20,7 +20,6 @@ use spmem_sys::maps::{Maps, Name, Vma};
 
 type Start = extern "C" fn(*mut c_void) -> *mut c_void;
 type PthreadCreate = unsafe extern "C" fn(*mut c_void, *const c_void, Start, *mut c_void) -> c_int;
-type MutexInit = unsafe extern "C" fn(*mut libc::pthread_mutex_t, *const libc::pthread_mutexattr_t) -> c_int;
 type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, ...) -> *mut c_void;
 type Shmat = unsafe extern "C" fn(c_int, *const c_void, c_int) -> *mut c_void;
 type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
@@ -29,24 +28,23 @@ type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
 const MADV_GUARD_INSTALL: c_int = 102;
 
 static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
-static MUTEX_INIT: Next = Next::new(c"pthread_mutex_init");
 static MLOCKALL: Next = Next::new(c"mlockall");
 static MREMAP: Next = Next::new(c"mremap");
 static MADVISE: Next = Next::new(c"madvise");
 static SHMAT: Next = Next::new(c"shmat");
 
 /// The function of this name that would have been called without this object.
-struct Next {
+pub struct Next {
     name: &'static CStr,
-    at: AtomicUsize,
+    pub at: AtomicUsize,
 }
 
 impl Next {
-    const fn new(name: &'static CStr) -> Self {
+    pub const fn new(name: &'static CStr) -> Self {
         Self { name, at: AtomicUsize::new(0) }
     }
 
-    fn find(&self) -> usize {
+    pub fn find(&self) -> usize {
         let known = self.at.load(Ordering::Relaxed);
         if known != 0 {
             return known;
@@ -60,9 +58,10 @@ impl Next {
 
 /// Looks the functions up while the dynamic linker's data is certainly there.
 pub fn resolve() {
-    for next in [&PTHREAD_CREATE, &MUTEX_INIT, &MLOCKALL, &MREMAP, &MADVISE, &SHMAT] {
+    for next in [&PTHREAD_CREATE, &MLOCKALL, &MREMAP, &MADVISE, &SHMAT] {
         next.find();
     }
+    crate::robust::resolve();
 }
 
 /// What a new thread is to run; made by the creating thread, freed by the new one.
@@ -128,31 +127,6 @@ extern "C" fn prepare(begin: *mut Begin) -> Begin {
     // SAFETY: made by malloc(3) there, and not used any more.
     unsafe { libc::free(begin.cast()) };
     copy
-}
-
-/// Stands in front of pthread_mutex_init(3).
-///
-/// # Safety
-/// As pthread_mutex_init(3).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn pthread_mutex_init(
-    mutex: *mut libc::pthread_mutex_t,
-    attributes: *const libc::pthread_mutexattr_t,
-) -> c_int {
-    let next = MUTEX_INIT.find();
-    // SAFETY: the address is that of the C library's pthread_mutex_init.
-    let next: MutexInit = unsafe { core::mem::transmute::<usize, MutexInit>(next) };
-    // SAFETY: the caller's arguments.
-    let result = unsafe { next(mutex, attributes) };
-    let mut robust = 0;
-    if result == 0 && !attributes.is_null() {
-        // SAFETY: initialised attributes, which the C library has just accepted.
-        unsafe { libc::pthread_mutexattr_getrobust(attributes, &raw mut robust) };
-    }
-    if robust == libc::PTHREAD_MUTEX_ROBUST {
-        RUNTIME.pin(mutex.expose_provenance());
-    }
-    result
 }
 
 /// Stands in front of mlockall(2).

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`heap`] | the allocator of agent threads: its own mappings, never the program's heap |
 //! | [`interpose`] | the C library's functions that this object stands in front of |
+//! | [`robust`] | robust mutexes stay in place |
 //! | [`memory`] | `memcpy` and its kind, so that agent threads run none of the program's |
 //!
 //! Symbols are bound when the object is loaded (RELRO, `now`): agent threads never enter the dynamic linker, whose
@@ -25,6 +26,7 @@ mod exit;
 mod heap;
 mod interpose;
 mod memory;
+mod robust;
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use spmem::runtime::Runtime;

@@ -2,7 +2,7 @@
 //! thread is already exiting: a fault at that point is not served by userfaultfd, so those pages must not be away.
 
 use crate::area::{Area, Ballast};
-use crate::harness::{Case, Ctx, Outcome, Res, ensure};
+use crate::harness::{Case, Ctx, Outcome, bail, ensure};
 use crate::model::PAGE;
 use crate::process::{self, End};
 use crate::sys;
@@ -19,7 +19,12 @@ pub const CASES: &[Case] = &[
         "pthread_exit from the first thread, others end the process",
         pthread_exit_main,
     ),
-    Case::new("thread-robust", "a robust mutex in a cold page is handed on when its owner dies", robust),
+    Case::new("thread-robust", "a robust mutex in a cold page is handed on when its owner dies", |ctx| {
+        robust(ctx, by_attributes)
+    }),
+    Case::new("thread-robust-static", "the same of PTHREAD_ROBUST_MUTEX_INITIALIZER_NP", |ctx| {
+        robust(ctx, by_initialiser)
+    }),
     Case::new("thread-exit-group", "exit() while other threads fault", exit_group),
 ];
 
@@ -237,8 +242,10 @@ fn pthread_exit_main(_: &Ctx) -> Outcome {
     crate::harness::skip!("written for x86-64")
 }
 
-fn robust_mutex(at: usize) -> Res<*mut libc::pthread_mutex_t> {
-    let mutex = at as *mut libc::pthread_mutex_t;
+/// Makes a robust mutex in zeroed memory.
+type Make = fn(*mut libc::pthread_mutex_t) -> Outcome;
+
+fn by_attributes(mutex: *mut libc::pthread_mutex_t) -> Outcome {
     // SAFETY: mapped zeroed memory, large enough.
     unsafe {
         let mut attributes: libc::pthread_mutexattr_t = std::mem::zeroed();
@@ -247,28 +254,72 @@ fn robust_mutex(at: usize) -> Res<*mut libc::pthread_mutex_t> {
         let error = libc::pthread_mutex_init(mutex, &raw const attributes);
         ensure!(error == 0, "pthread_mutex_init gave {error}");
     }
-    Ok(mutex)
+    Ok(())
 }
 
-/// Owners lock mutexes in pages of their own and sleep until these are cold, then die holding them.
-fn robust(ctx: &Ctx) -> Outcome {
+/// No function is called: the C library learns of it when it is locked.
+fn by_initialiser(mutex: *mut libc::pthread_mutex_t) -> Outcome {
+    /// As pthread.h has it; the number is glibc's PTHREAD_MUTEX_ROBUST_NORMAL_NP.
+    const KIND: i32 = 16;
+    // SAFETY: mapped memory, large enough; the kind follows four words.
+    unsafe { mutex.cast::<i32>().wrapping_add(4).write(KIND) };
+    Ok(())
+}
+
+/// The functions that lock, in turn.
+unsafe fn lock(mutex: *mut libc::pthread_mutex_t, number: usize) -> i32 {
+    unsafe extern "C" {
+        fn pthread_mutex_clocklock(
+            mutex: *mut libc::pthread_mutex_t,
+            clock: libc::clockid_t,
+            until: *const libc::timespec,
+        ) -> i32;
+    }
+    let until = libc::timespec { tv_sec: 4_000_000_000, tv_nsec: 0 };
+    // SAFETY: the caller's mutex.
+    unsafe {
+        match number % 4 {
+            0 => libc::pthread_mutex_lock(mutex),
+            1 => libc::pthread_mutex_trylock(mutex),
+            2 => libc::pthread_mutex_timedlock(mutex, &raw const until),
+            _ => pthread_mutex_clocklock(mutex, libc::CLOCK_MONOTONIC, &raw const until),
+        }
+    }
+}
+
+/// Mutexes get cold, owners lock them, each in pages of its own, and sleep until these would be cold again, then die holding
+/// them. A mutex may lie across two pages.
+fn robust(ctx: &Ctx, make: Make) -> Outcome {
     const COUNT: usize = 16;
+    const APART: usize = 8;
     let mut ballast = Ballast::new(ctx)?;
-    let area = Area::filled(ctx.seed, ctx.pages())?;
-    let base = sys::anon(COUNT)?;
-    for _ in ctx.rounds(1) {
-        let mutexes: Vec<usize> =
-            (0..COUNT).map(|n| robust_mutex(base + n * PAGE + 256).map(|m| m as usize)).collect::<Res<_>>()?;
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut beside = Area::filled(ctx.seed + 1, COUNT * APART)?;
+    for round in ctx.rounds(1) {
+        let at = |number: usize| {
+            beside.addr(number * APART + 4) + if number.is_multiple_of(2) { 256 } else { PAGE - 24 }
+        };
+        let mutexes: Vec<usize> = (0..COUNT).map(at).collect();
+        for &mutex in &mutexes {
+            let mutex = mutex as *mut libc::pthread_mutex_t;
+            // SAFETY: pages of ours, large enough.
+            unsafe { mutex.write_bytes(0, 1) };
+            make(mutex)?;
+        }
+        ballast.sweep()?;
+        ballast.sweep()?;
         let (reader, writer) = sys::pipe()?;
         let running: Vec<_> = mutexes
             .iter()
-            .map(|&mutex| {
+            .enumerate()
+            .map(|(number, &mutex)| {
                 std::thread::spawn(move || {
                     let mut byte = 0u8;
                     // SAFETY: the mutex was initialised; the thread ends holding it.
                     unsafe {
-                        libc::pthread_mutex_lock(mutex as *mut _);
+                        let error = lock(mutex as *mut _, number);
                         libc::read(reader, (&raw mut byte).cast(), 1);
+                        error
                     }
                 })
             })
@@ -278,13 +329,17 @@ fn robust(ctx: &Ctx) -> Outcome {
         ballast.sweep()?;
         sys::write_full(writer, [0u8; COUNT].as_ptr() as usize, COUNT)?;
         for thread in running {
-            ensure!(thread.join().is_ok(), "an owner panicked");
+            match thread.join() {
+                Ok(0) => {}
+                Ok(error) => bail!("an owner got its mutex with {error}"),
+                Err(_) => bail!("an owner panicked"),
+            }
         }
         for (number, &mutex) in mutexes.iter().enumerate() {
-            let limit = libc::timespec { tv_sec: 4_000_000_000, tv_nsec: 0 };
             let mutex = mutex as *mut libc::pthread_mutex_t;
+            // A lock that waits for ever would end the case only by its limit.
             // SAFETY: initialised, its owner is dead.
-            let error = unsafe { libc::pthread_mutex_timedlock(mutex, &raw const limit) };
+            let error = unsafe { libc::pthread_mutex_trylock(mutex) };
             ensure!(error == libc::EOWNERDEAD, "mutex {number} in a cold page gave {error}, expected EOWNERDEAD");
             // SAFETY: now ours.
             unsafe {
@@ -295,7 +350,13 @@ fn robust(ctx: &Ctx) -> Outcome {
         }
         sys::close(reader);
         sys::close(writer);
-        area.check_order("beside robust mutexes", (0..area.len()).step_by(3))?;
+        area.check_all("far from robust mutexes")?;
+        for number in 0..COUNT {
+            let first = number * APART;
+            beside.check_order("beside robust mutexes", (first..first + 4).chain(first + 6..first + APART))?;
+        }
+        area.scribble(&mut ctx.rng(round), 2);
+        beside.write_all();
     }
     Ok(())
 }

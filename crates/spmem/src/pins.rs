@@ -14,6 +14,9 @@ use crate::runtime::{MAX_PINS, Runtime};
 /// may run first.
 static PINS: [AtomicU64; MAX_PINS] = [const { AtomicU64::new(0) }; MAX_PINS];
 
+/// Some of them, where they are found at once: a mutex may be locked again and again.
+static RECENT: [AtomicU64; 256] = [const { AtomicU64::new(0) }; 256];
+
 impl Runtime {
     /// Never lets pages of this range leave. For memory that agent threads or the kernel must find in place. Takes no lock.
     ///
@@ -95,19 +98,24 @@ impl Runtime {
         if block == 0 {
             return;
         }
-        let known = self.pins().any(|pin| pin.load(Ordering::Relaxed) == block as u64);
-        if known {
+        let recent = &RECENT[((block / align_of::<u64>()) ^ (block / PAGE)) % RECENT.len()];
+        if recent.load(Ordering::Relaxed) == block as u64 {
             return;
         }
-        let index = self.pin_count.fetch_add(1, Ordering::Relaxed);
-        if index >= MAX_PINS {
-            return;
+        let is_known = self.pins().any(|pin| pin.load(Ordering::Relaxed) == block as u64);
+        if !is_known {
+            let index = self.pin_count.fetch_add(1, Ordering::Relaxed);
+            // Without a place for it everything stays.
+            if let Some(pin) = PINS.get(index) {
+                pin.store(block as u64, Ordering::SeqCst);
+            }
         }
-        PINS[index].store(block as u64, Ordering::SeqCst);
+        // Whoever made it known may still wait for this.
         self.wait_for_sweep();
         // Bring back what may have left in between.
         // SAFETY: mapped, says the caller.
         unsafe { core::ptr::with_exposed_provenance::<u8>(block).read_volatile() };
+        recent.store(block as u64, Ordering::Relaxed);
     }
 
     /// The first range within `[start, end)` that never leaves, or that belongs to a thread's control block or to the
