@@ -138,10 +138,7 @@ impl Runtime {
         self.fork_turn
             .nonce
             .store(process::now_ns() ^ self.shared().seed.load(Ordering::Relaxed), Ordering::Relaxed);
-        // Nothing leaves while reclaimers pause. This touches the stack the next lines run on, so that they cannot
-        // fault while they hold the lock the handler needs.
-        let mut stack = [0_u8; 2 * PAGE];
-        core::hint::black_box(&mut stack);
+        touch_stack();
         // The child begins with these entries: they must say what is so.
         while !self.space.lock().as_mut().is_none_or(Space::quieten) {
             process::sleep_ns(20_000);
@@ -311,9 +308,7 @@ impl Runtime {
         let mask = process::set_signal_mask(u64::MAX);
         self.fork_turn.take();
         self.pause_reclaimers();
-        // As before a fork: nothing leaves, so this stack cannot fault under the lock.
-        let mut stack = [0_u8; 2 * PAGE];
-        core::hint::black_box(&mut stack);
+        touch_stack();
         let (found, is_quiet) = {
             let space = self.space.lock();
             let space = space.as_ref();
@@ -348,6 +343,14 @@ impl Runtime {
         self.is_paused.store(false, Ordering::SeqCst);
         self.pause.signal();
     }
+}
+
+/// Touches the stack that the calling thread's next calls run on, so that they cannot fault while they hold the lock that the handler
+/// needs: nothing leaves while reclaimers pause. Not inlined: what lies below its caller's frame is what matters.
+#[inline(never)]
+fn touch_stack() {
+    let mut stack = [0_u8; 2 * PAGE];
+    core::hint::black_box(&mut stack);
 }
 
 /// What a child asks, and what it is given along with its userfaultfd and /dev/userfaultfd: events as words.
