@@ -6,6 +6,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`atfork`] | what happens before and after fork(3) |
 //! | [`heap`] | the allocator of agent threads: its own mappings, never the program's heap |
 //! | [`interpose`] | the C library's functions that this object stands in front of |
 //! | [`robust`] | robust mutexes stay in place |
@@ -22,6 +23,7 @@
 
 extern crate alloc;
 
+mod atfork;
 mod exit;
 mod heap;
 mod interpose;
@@ -50,22 +52,8 @@ extern "C" fn construct(_argc: c_int, _argv: *const *const c_char, environment: 
     exclude_libraries();
     if RUNTIME.attach(name.to_bytes()).is_ok() {
         pin_link_maps();
-        // SAFETY: the three functions stay loaded as long as the process runs: a preloaded object is never unloaded.
-        unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
+        atfork::register();
     }
-}
-
-extern "C" fn before_fork() {
-    RUNTIME.before_fork();
-}
-
-extern "C" fn after_fork_in_parent() {
-    RUNTIME.after_fork_in_parent();
-}
-
-extern "C" fn after_fork_in_child() {
-    HEAP.reset();
-    RUNTIME.after_fork_in_child();
 }
 
 /// The value of an environment variable.

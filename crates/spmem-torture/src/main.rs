@@ -24,6 +24,7 @@ mod exec;
 mod faults;
 mod fork;
 mod fork_busy;
+mod fork_traced;
 mod futex;
 mod harness;
 mod heap;
@@ -58,6 +59,7 @@ const THEMES: &[&[Case]] = &[
     heap::CASES,
     fork::CASES,
     fork_busy::CASES,
+    fork_traced::CASES,
     exec::CASES,
     raw_clone::CASES,
     raw_crowd::CASES,

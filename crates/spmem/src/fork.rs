@@ -12,13 +12,14 @@
 //!    the child unmapped meanwhile. From then on the child is a process like any other.
 //!
 //! `spm` is given each child's userfaultfd as soon as the fork's event is read: should this process be killed, the child's
-//! missing pages are still missing, and who touches one gets SIGBUS.
+//! missing pages are still missing, and who touches one gets SIGBUS. Before that the child of fork(3) may read zeros, but no code of
+//! the program does: it runs once the child serves itself, and a child that cannot ends.
 //!
 //! A fork that nobody announced (a raw system call) gets all its pages at once ([`crate::populate`]) and runs unmanaged.
 //! So does a child that cannot be told from such a one, that forks before it serves itself, or that was forked while other
 //! threads moved ranges: its copy of the entries may be torn.
 //!
-//! Known hole: a parent killed in the microsecond between reading the event and handing the descriptor to `spm`
+//! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
 
 use crate::changes;
@@ -366,7 +367,7 @@ pub(crate) fn on_fork(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd) {
     let is_announced =
         turn.state.compare_exchange(ANNOUNCED, NURSING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
     // From here on the child's missing pages survive this process.
-    runtime.entrust(&child, if is_announced { Heir::Child } else { Heir::Spm });
+    runtime.entrust(&child, Heir::Later);
     changes::note_birth(runtime, space, child, is_announced);
 }
 

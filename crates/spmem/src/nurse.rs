@@ -68,7 +68,7 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             }
         }
         let may_take_over = entries[2].is_ready() && can_be_handed_over(&since);
-        let is_handed_over = may_take_over && hand_over(runtime, Some(&child), since.changes());
+        let is_handed_over = may_take_over && pass_on(runtime, &child, &since);
         if is_handed_over || ready == 0 && is_gone(&child) {
             stand_alone(runtime);
             break false;
@@ -76,7 +76,6 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     };
     if let Some(space) = runtime.space.lock().as_mut() {
         if is_to_be_populated {
-            runtime.entrust(&child, Heir::Spm);
             populate(runtime, space, &child, since);
         }
         end_quiet(runtime, space);
@@ -84,6 +83,22 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     runtime.release(&child);
     drop(child);
     own_event
+}
+
+/// Gives a child that connects what it needs to serve itself.
+///
+/// `spm` lets go of it first: it may answer for none that could have its userfaultfd. Should this process be killed in between
+/// nobody holds it, but a child that has connected waits, and ends itself.
+fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since) -> bool {
+    if !runtime.release(child) {
+        process::sleep_ns(1_000_000);
+        return false;
+    }
+    let is_handed_over = hand_over(runtime, Some(child), since.changes());
+    if !is_handed_over {
+        runtime.entrust(child, Heir::Later);
+    }
+    is_handed_over
 }
 
 /// Not one to which more has happened than can be passed on, or that has forked before it can serve itself: whom it has

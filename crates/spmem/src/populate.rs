@@ -84,7 +84,7 @@ impl Since {
             Event::Fault { .. } => {}
             Event::Fork { child } => {
                 let uffd = Uffd::from_fd(Fd::from_raw(child));
-                runtime.entrust(&uffd, Heir::Spm);
+                runtime.entrust(&uffd, Heir::Later);
                 self.born.push(Child { uffd, raced: self.raced.clone(), changes: self.changes.clone() });
             }
             change => self.changes.push(change),
@@ -283,7 +283,7 @@ pub(crate) fn condemn(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, race
             }
         }
     }
-    runtime.entrust(child, Heir::SpmNow);
+    runtime.entrust(child, Heir::Now);
 }
 
 fn poison(runtime: &Runtime, child: &Uffd, page: usize) {
@@ -292,7 +292,7 @@ fn poison(runtime: &Runtime, child: &Uffd, page: usize) {
             return;
         }
         if let Ok(Event::Fork { child }) = child.read() {
-            runtime.entrust(&Uffd::from_fd(Fd::from_raw(child)), Heir::SpmNow);
+            runtime.entrust(&Uffd::from_fd(Fd::from_raw(child)), Heir::Now);
         }
     }
 }

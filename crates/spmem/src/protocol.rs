@@ -9,14 +9,14 @@
 //! |---|---|---|
 //! | `Hello` | `value` 1: a forked child, which is managed even without a connection | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
-//! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number stands alone | no reply |
+//! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number is about to stand alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
 //! | `Porter` | the process's /proc/self/mem, and a userfaultfd of its staging area, which is at `value` | memfd of a [`Crossing`](crate::porter::Crossing) that a thread outside of any wall serves; `EOPNOTSUPP` where the run places no pages |
 
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
 /// First word of every message; the low digits are the version.
-pub const MAGIC: u64 = 0x5350_4d50_524f_0003;
+pub const MAGIC: u64 = 0x5350_4d50_524f_0004;
 
 /// What a message asks.
 #[repr(u32)]
@@ -34,16 +34,14 @@ pub enum Kind {
     Child = 4,
 }
 
-/// Who answers the faults of a forked child when the parent that serves it ends. The upper half of `value`.
+/// From when on `spm` answers the faults of a forked child. The upper half of `value`.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Heir {
-    /// The child: it ends itself, or serves itself already.
-    Child = 0,
-    /// `spm`: nobody in the child knows.
-    Spm = 1,
-    /// `spm`, from now on.
-    SpmNow = 2,
+    /// When the parent that serves it ends.
+    Later = 1,
+    /// Now.
+    Now = 2,
 }
 
 impl Heir {
@@ -56,9 +54,8 @@ impl Heir {
     pub const fn read(value: u64) -> Option<(u32, Self)> {
         let number = (value & 0xffff_ffff) as u32;
         match value >> 32 {
-            0 => Some((number, Self::Child)),
-            1 => Some((number, Self::Spm)),
-            2 => Some((number, Self::SpmNow)),
+            1 => Some((number, Self::Later)),
+            2 => Some((number, Self::Now)),
             _ => None,
         }
     }
@@ -117,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_child_travels_with_its_heir() {
-        for heir in [Heir::Child, Heir::Spm, Heir::SpmNow] {
+        for heir in [Heir::Later, Heir::Now] {
             assert_eq!(Heir::read(heir.with(513)), Some((513, heir)));
         }
         assert_eq!(Heir::read(3 << 32), None);

@@ -487,11 +487,11 @@ impl Runtime {
         });
     }
 
-    /// The child stands alone, or has got all its pages. To be called before its userfaultfd is closed here: the number is
-    /// another's then.
-    pub(crate) fn release(&self, child: &Uffd) {
-        let message = request(Kind::Child, Heir::Child.with(child.raw())).to_bytes();
-        let _ = self.with_socket(|socket| socket.send_now(&message, &[]));
+    /// The child is about to stand alone, or has got all its pages. To be called before its userfaultfd is closed here: the
+    /// number is another's then. False if `spm` cannot be told now.
+    pub(crate) fn release(&self, child: &Uffd) -> bool {
+        let message = request(Kind::Child, Heir::Later.with(child.raw())).to_bytes();
+        self.with_socket(|socket| socket.send_now(&message, &[])) != Err(Errno::EAGAIN)
     }
 
     fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {

@@ -96,7 +96,7 @@ struct Connection {
     /// Second holder of what the program could close.
     held: Vec<Uffd>,
     /// Those of forked children that the process serves, by their numbers there.
-    children: HashMap<u32, (Uffd, Heir)>,
+    children: HashMap<u32, Uffd>,
     encoder: Option<Encoder>,
     service: Option<Service>,
 }
@@ -412,12 +412,12 @@ impl Broker {
             None => {
                 children.remove(&number);
             }
-            Some(child) if heir == Heir::SpmNow => {
+            Some(child) if heir == Heir::Now => {
                 children.remove(&number);
                 self.orphans.take_condemned(process.pid, child);
             }
             Some(child) if children.len() < MAX_CHILDREN || children.contains_key(&number) => {
-                children.insert(number, (child, heir));
+                children.insert(number, child);
             }
             Some(_) => {}
         }
@@ -475,11 +475,8 @@ impl Broker {
         // The agent's threads have a table of descriptors of their own: it is closed when the last of them has ended.
         let is_unserved = proc::has_hung_up(&socket);
         self.orphans.take(process.pid, held, is_unserved);
-        // A child that was not handed over ends itself; one that was reads its events itself. One that waits to be given its
-        // pages does neither. None may see zeros.
-        for (child, heir) in children.into_values() {
-            self.orphans.take(process.pid, [child], is_unserved && heir == Heir::Spm);
-        }
+        // None of these can read its events itself: it was let go of before it could.
+        self.orphans.take(process.pid, children.into_values(), is_unserved);
         // The last look at what it had: its slot may be gone with the next line.
         control.observe();
         let pid = process.pid;

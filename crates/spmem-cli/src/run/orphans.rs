@@ -7,7 +7,8 @@
 //! no list of ranges and no guess which processes share the memory, since the fault itself says where, and it harms nobody
 //! who does not need what is lost. A page that was never touched gets SIGBUS too: from outside nothing tells it from a lost one.
 //!
-//! Likewise a child that was forked by a raw system call, and whose parent is killed before it has given it all its pages.
+//! Likewise a forked child whose parent is killed before it can serve itself, or, if it was made by a raw system call, before it
+//! has been given all its pages.
 //!
 //! [`Orphans::leave`] gives what is left to a process of its own when `spm` ends.
 //! Hole: descendants that outlive `spm` have nobody who would do this for them later.
@@ -152,7 +153,7 @@ impl Orphan {
         self.is_told = true;
         remark(format_args!(
             "process {pid} has ended while process {tid} still used its memory (vfork, or clone with CLONE_VM) or had \
-             not got all of its own (a raw fork); what lay on node 1 is lost, and who touches it gets SIGBUS"
+             not got all of its own (fork); what lay on node 1 is lost, and who touches it gets SIGBUS"
         ));
     }
 }
