@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
         "a child of fork(3) that is held at its birth is given nothing younger than itself",
         nursed,
     ),
+    Case::new("fork-served", "a thread gets its cold pages while a child of fork(3) is held at its birth", served),
 ];
 
 /// What a child checks before anything else of the program runs in it.
@@ -240,6 +241,62 @@ fn nursed(ctx: &Ctx) -> Outcome {
         area.check_all("the parent of a child that was held at its birth")?;
     }
     Ok(())
+}
+
+/// The tracer lets go of the child once a thread of the parent has got its pages. A thread that would wait for the child would do
+/// so until the child has been given all its pages and runs without a server.
+fn served(ctx: &Ctx) -> Outcome {
+    /// On a busy machine a child may be given its pages because a thread was slow.
+    const TRIES: usize = 20;
+    const HAS_NO_SERVER: i32 = 3;
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    let own = std::process::id() as i32;
+    for number in 0..TRIES {
+        ballast.sweep()?;
+        let (told, tell) = sys::pipe()?;
+        let (go, let_go) = sys::pipe()?;
+        let tracer = process::fork(|| {
+            let child = hold_next(own, tell)?;
+            let mut byte = 0_u8;
+            sys::read_full(go, (&raw mut byte) as usize, 1)?;
+            // SAFETY: lets the child go on.
+            sys::ok("PTRACE_DETACH", unsafe { libc::ptrace(libc::PTRACE_DETACH, child, 0, 0) }).map(drop)
+        })?;
+        sys::close(tell);
+        let mut byte = 0_u8;
+        if sys::read_full(told, (&raw mut byte) as usize, 1)? == 0 {
+            return process::succeed("the tracer of a child", tracer);
+        }
+        let pages = number * 64 % area.len()..(number * 64 + 64) % area.len();
+        let end = std::thread::scope(|scope| {
+            let busy = scope.spawn(|| {
+                let mut byte = 0_u8;
+                sys::read_full(told, (&raw mut byte) as usize, 1)?;
+                // The forking thread has gone to wait for its child.
+                process::nap(50);
+                let outcome = area.check_order("a thread beside a fork", pages);
+                sys::write_full(let_go, (&raw const byte) as usize, 1)?;
+                outcome
+            });
+            let child = process::fork(|| {
+                area.check_all("a child that was held at its birth")?;
+                process::leave(if server_of(std::process::id() as i32).is_some() { 0 } else { HAS_NO_SERVER })
+            });
+            let end = child.and_then(process::wait);
+            crate::harness::join(busy).and(end)
+        })?;
+        process::succeed("the tracer of a child", tracer)?;
+        [told, go, let_go].into_iter().for_each(sys::close);
+        area.check_all("the parent of a child that was held at its birth")?;
+        match end {
+            End::Exit(0) => return Ok(()),
+            End::Exit(HAS_NO_SERVER) if server_of(own).is_none() => return Ok(()),
+            End::Exit(HAS_NO_SERVER) => {}
+            other => bail!("a child that was held at its birth ended with {other:?}"),
+        }
+    }
+    bail!("in {TRIES} tries a thread waited until a child had got all its pages")
 }
 
 /// Traces `parent` and says so, keeps the next child that it forks from running, and says that.

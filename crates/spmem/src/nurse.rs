@@ -12,11 +12,12 @@ use crate::populate::{Since, give, populate};
 use crate::protocol::Heir;
 use crate::runtime::Runtime;
 
-/// How long an event of the parent's own waits for the child to serve itself, ns; then the child gets all its pages.
-const EVENT_PATIENCE_NS: u64 = 1_000_000_000;
+/// How long the child may take until it serves itself, ns; then it gets all its pages. Events of the parent's own wait, and
+/// nothing leaves.
+const PATIENCE_NS: u64 = 1_000_000_000;
 
-/// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, its events
-/// are not: whoever causes one waits these milliseconds. While changes are put off, faults wait likewise. An event that was
+/// Serves a child's faults until it asks for its userfaultfd. The parent's own faults are served as well, as many as can be
+/// remembered, its events are not: whoever causes one waits these milliseconds. While changes are put off, faults wait likewise. An event that was
 /// read and is still to be taken is given back.
 pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd, child: Uffd) -> Option<Event> {
     let listener = runtime.listener.load(Ordering::Relaxed);
@@ -24,17 +25,18 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     let may_read = runtime.space.lock().as_ref().is_some_and(|space| !space.changes.is_put_off());
     let mut own_event: Option<Event> = None;
     let mut is_own_waiting = false;
-    let mut deadline_ns = u64::MAX;
+    let deadline_ns = clock::now_ns() + PATIENCE_NS;
     let is_to_be_populated = loop {
-        // More than can be passed on, or: of two children one was announced, and this need not be it. Or an event waits
-        // too long for a child that may never come.
+        // More than can be passed on, or: of two children one was announced, and this need not be it. Or the child may never
+        // come.
         if !can_be_handed_over(&since)
             || matches!(own_event, Some(Event::Fork { .. }))
             || clock::now_ns() > deadline_ns
         {
             break true;
         }
-        let own = if is_own_waiting { -1 } else { uffd.raw() };
+        let is_full = runtime.space.lock().as_ref().is_none_or(|space| space.is_promoted_full());
+        let own = if is_own_waiting || is_full { -1 } else { uffd.raw() };
         let mut entries = [Poll::readable(own), Poll::readable(child.raw()), Poll::readable(listener)];
         let ready = poll(&mut entries, Some(10_000_000)).unwrap_or(0);
         if entries[0].is_ready() {
@@ -43,13 +45,13 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                     let kind = if is_fenced { Fault::Fenced } else { Fault::missing(is_write) };
                     serve_own(runtime, server, uffd, address & !(PAGE - 1), kind);
                 }
-                // The forking thread's own: it waits for this to end anyway.
-                Some(Ok(Event::Remove { start, .. })) if is_of_holding(runtime, start) => {}
+                // The forking thread's mark: it waits for this to end anyway.
+                Some(Ok(Event::Remove { start, .. }))
+                    if start == runtime.holding_start.load(Ordering::Relaxed) => {}
                 Some(Err(_)) => {}
                 other => {
                     own_event = other.and_then(Result::ok);
                     is_own_waiting = true;
-                    deadline_ns = clock::now_ns() + EVENT_PATIENCE_NS;
                 }
             }
         }
@@ -105,10 +107,6 @@ fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since) -> bool {
 /// cloned would be forgotten, with its missing pages.
 fn can_be_handed_over(since: &Since) -> bool {
     since.changes().len() <= MAX_EVENTS && !since.has_children()
-}
-
-fn is_of_holding(runtime: &Runtime, address: usize) -> bool {
-    runtime.space.lock().as_ref().is_some_and(|space| space.holding.contains(address))
 }
 
 /// Serves one fault of the parent's own.

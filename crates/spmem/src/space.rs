@@ -12,6 +12,7 @@ use crate::changes::Changes;
 use crate::holding::{Holding, State};
 use crate::table::{CHUNK, Copy, Entry, Table};
 use alloc::vec::Vec;
+use spmem_core::readahead::WINDOW_MAX;
 use spmem_node::{Backend, Handle};
 use spmem_sys::PAGE;
 
@@ -160,6 +161,11 @@ impl<B: Backend> Space<B> {
         if self.promoted.len() < self.promoted.capacity() {
             self.promoted.push(page);
         }
+    }
+
+    /// Whether no more pages that come back while quiet can be remembered.
+    pub fn is_promoted_full(&self) -> bool {
+        self.promoted.len() + WINDOW_MAX as usize > self.promoted.capacity()
     }
 
     /// A page that is in its place although its entry says that it is away.
