@@ -49,9 +49,10 @@ fn build_agent(manifest: &Path) -> PathBuf {
     }
     // Symbols stay for gdb; what the debug lines would add is many times the code.
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
-    // Else zstd calls functions of that name of whatever program it is loaded into.
+    // TRACE: else zstd calls functions of that name of whatever program it is loaded into. BUFFER: a page's literals fit, and
+    // the decoder that each process has is 60 KiB smaller.
     let flags = env::var("CFLAGS").unwrap_or_default();
-    cargo.env("CFLAGS", format!("{flags} -DZSTD_TRACE=0"));
+    cargo.env("CFLAGS", format!("{flags} -DZSTD_TRACE=0 -DZSTD_DECODER_INTERNAL_BUFFER=4096"));
     if let Ok(jobs) = env::var("CARGO_MAKEFLAGS") {
         cargo.env("MAKEFLAGS", jobs);
     }

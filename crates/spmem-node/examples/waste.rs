@@ -1,21 +1,25 @@
-//! Where the compressed store's bytes go, on realistic pages: after a fill, and after half of the
-//! pages were replaced in random order; and what relocating gives back.
+//! Where the compressed store's bytes go, on realistic pages: after a fill, once all are recompressed as cold pages are, and
+//! after half of the pages were replaced in random order; and what relocating gives back.
 //!
 //! ```text
 //! cargo run --release -p spmem-node --example waste [PAGES_OF_A_KIND]
+//! cargo run --release -p spmem-node --example waste NAME.pages...   # as `cargo xtask bench density --keep` writes them
 //! ```
 
 mod samples;
 
 use std::error::Error;
+use std::path::Path;
 
 use samples::{Random, Sample, collect_samples};
 use spmem_core::frames::Metadata;
 use spmem_core::units::{Bytes, FrameCount};
-use spmem_node::compressed::{GrantedFrames, Stats, Store};
+use spmem_node::compressed::{DenseEncoder, GrantedFrames, Slot, Stats, Store, train};
 use spmem_node::{Handle, PAGE_BYTES, Page, Stage};
 
 const PAGES_OF_A_KIND: usize = 4096;
+/// Pages that a dictionary is made of.
+const SAMPLE_PAGES: usize = 128;
 
 type HeapStore = Store<GrantedFrames, Vec<u8>>;
 
@@ -37,7 +41,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         "total",
         "ratio"
     );
-    let pages = std::env::args().nth(1).map_or(Ok(PAGES_OF_A_KIND), |pages| pages.parse())?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument.ends_with(".pages")) {
+        for path in &arguments {
+            let bytes = std::fs::read(path)?;
+            let name = Path::new(path).file_stem().and_then(|stem| stem.to_str()).unwrap_or(path);
+            measure(name, bytes.as_chunks().0)?;
+        }
+        return Ok(());
+    }
+    let pages = arguments.first().map_or(Ok(PAGES_OF_A_KIND), |pages| pages.parse())?;
     let samples = collect_samples(pages);
     for sample in &samples {
         measure(sample.name, &sample.pages)?;
@@ -61,6 +74,10 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
     }
     let refused = pages.len() - handles.len();
     report(name, refused, &store.stats());
+    densify(&mut store, pages, &mut handles);
+    report("  recompressed", refused, &store.stats());
+    relocate(&mut store, &mut handles)?;
+    report("  and relocated", refused, &store.stats());
 
     let mut random = Random(5);
     let churn = handles.len() / 2;
@@ -69,9 +86,7 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
         store.remove(handles.swap_remove(at))?;
     }
     report("  half removed", refused, &store.stats());
-    for handle in &mut handles {
-        *handle = store.relocate(*handle)?.unwrap_or(*handle);
-    }
+    relocate(&mut store, &mut handles)?;
     report("  and relocated", refused, &store.stats());
     while handles.len() < 2 * churn {
         let at = usize::try_from(random.below(pages.len() as u64))?;
@@ -88,11 +103,40 @@ fn measure(name: &str, pages: &[Page]) -> Result<(), Box<dyn Error>> {
         }
     }
     report("  replaced twice over", refused, &store.stats());
-    for handle in &mut handles {
-        *handle = store.relocate(*handle)?.unwrap_or(*handle);
-    }
+    relocate(&mut store, &mut handles)?;
     report("  and relocated", refused, &store.stats());
     Ok(())
+}
+
+fn relocate(store: &mut HeapStore, handles: &mut [Handle]) -> Result<(), Box<dyn Error>> {
+    for handle in handles {
+        *handle = store.relocate(*handle)?.unwrap_or(*handle);
+    }
+    Ok(())
+}
+
+/// Recompresses what it can, with a dictionary where that makes a page smaller.
+fn densify(store: &mut HeapStore, pages: &[Page], handles: &mut [Handle]) {
+    let codec = store.codec();
+    let mut encoder = DenseEncoder::new(&codec);
+    let stride = (pages.len() / SAMPLE_PAGES).max(1);
+    let samples: Vec<Page> = pages.iter().step_by(stride).copied().collect();
+    let has_dictionary = train(&samples).is_some_and(|dictionary| {
+        store.set_dictionary(Slot::A, &dictionary) && encoder.set_dictionary(Slot::A, &dictionary)
+    });
+    let mut page = [0; PAGE_BYTES];
+    for handle in handles {
+        let Some(original) = store.original(*handle) else { continue };
+        let label = original.label;
+        assert!(original.read(&codec, &mut page), "what is stored reads back");
+        let mut bytes = |slot| encoder.encode(&page, slot).map_or(PAGE_BYTES, |dense| dense.bytes.len());
+        let slot = (has_dictionary && bytes(Some(Slot::A)) < bytes(None)).then_some(Slot::A);
+        if let Some(dense) = encoder.encode(&page, slot)
+            && let Ok(new) = store.densify(*handle, label, &dense)
+        {
+            *handle = new;
+        }
+    }
 }
 
 fn put(store: &mut HeapStore, page: &Page) -> Result<Option<Handle>, Box<dyn Error>> {

@@ -10,6 +10,7 @@
 //! Known hole: one handler a process; threads that fault at the same time queue.
 
 use crate::changes;
+use crate::dense::is_dense;
 use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
@@ -329,6 +330,8 @@ impl Server {
         for at in (page..page + done * PAGE).step_by(PAGE) {
             let entry = space.table.get(at);
             let mut copy = entry.copy();
+            space.returned.0 += 1;
+            space.returned.1 += u64::from(is_dense(copy));
             if space.mode == Mode::Normal && !self.runtime.keeps_copies.load(Relaxed) {
                 space.forget_copy(entry);
                 copy = Copy::None;

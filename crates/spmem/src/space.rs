@@ -40,6 +40,8 @@ pub struct Space<B> {
     pub mode: Mode,
     /// Changes of the address space that were read and not applied yet (changes.rs).
     pub(crate) changes: Changes,
+    /// Pages that came back from node 1, and of these, such as were encoded anew.
+    pub(crate) returned: (u64, u64),
     orphans: Vec<Handle>,
     /// Pages promoted in a quiet time: their entries still say `away`.
     promoted: Vec<usize>,
@@ -54,6 +56,7 @@ impl<B: Backend> Space<B> {
             store,
             mode: Mode::Normal,
             changes: Changes::new(),
+            returned: (0, 0),
             orphans: Vec::with_capacity(ORPHANS),
             promoted: Vec::with_capacity(4096),
         }

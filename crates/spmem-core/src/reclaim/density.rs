@@ -3,7 +3,8 @@
 //! A hand goes round the pages that are away ([`Rounds`]); a page that it has met so often without its having come back is
 //! cold ([`Stay`], [`on_round`]). Cold pages go in batches with a rest between them, so that this work takes a few
 //! hundredths of a processor at most. [`Dictionaries`] says page by page how to encode and learns from what it came to.
-//! [`compacts`] says when the room that is lost in half-empty blocks is worth moving pages for.
+//! [`compacts`] says when the room that is lost in half-empty blocks is worth moving pages for, and [`Payoff`] holds cold pages
+//! back while those that were encoded anew come back too soon.
 //!
 //! Pure: the caller has the clock. Called by the runtime's monitor and by the thread of `spm` that encodes densely.
 
@@ -102,6 +103,59 @@ impl Rounds {
 /// ```
 pub const fn compacts(free_slots: Bytes, used: Bytes) -> bool {
     free_slots.0 > used.0 / 16 && free_slots.0 > Bytes::mib(1).0
+}
+
+/// How long it is watched, at least, before it is judged whether it pays: a round of the hand.
+const WATCH_NS: u64 = ROUND_NS;
+/// Encoding six pages anew makes room for one, and takes about eight times as long as a fault and the eviction that it calls
+/// for. So it pays in processor time where such pages stay eight times as long as stored pages do on average ...
+const PAYS_TIMES: u128 = 8;
+/// ... and in memory, whatever the time, where they stay for a minute: that is a thousandth of a processor for 1000 pages.
+const PAYS_NS: u128 = 60_000_000_000;
+/// Pages that are encoded anew all the same, so that it shows when it would pay.
+const PROBE_PAGES: u64 = 256;
+
+/// Pages on node 1, and pages that came back from there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turnover {
+    /// Pages that are stored.
+    pub stored: u64,
+    /// Of these, encoded anew.
+    pub dense: u64,
+    /// Pages that came back, since the beginning.
+    pub returned: u64,
+    /// Of these, encoded anew.
+    pub dense_returned: u64,
+}
+
+/// Whether encoding pages anew pays: by how soon those come back that were.
+///
+/// A page that was away for some seconds stays away for long where a program has pages that it does not use, and no longer than
+/// any other where it uses all of them now and then. Which of both is so only the pages tell that were encoded anew.
+#[derive(Clone, Debug, Default)]
+pub struct Payoff {
+    since_ns: u64,
+    before: Turnover,
+    is_held: bool,
+}
+
+impl Payoff {
+    /// How many cold pages may be encoded anew now, as far as this goes.
+    pub fn allowed(&mut self, now_ns: u64, now: Turnover) -> u64 {
+        let watched_ns = now_ns.saturating_sub(self.since_ns);
+        if watched_ns >= WATCH_NS {
+            let returned = u128::from(now.returned.saturating_sub(self.before.returned));
+            let dense_returned = u128::from(now.dense_returned.saturating_sub(self.before.dense_returned));
+            // What came back was there as well, if only between two looks.
+            let dense = u128::from(self.before.dense.midpoint(now.dense)).max(dense_returned);
+            let stored = u128::from(self.before.stored.midpoint(now.stored)).max(1);
+            let stays_long = dense * u128::from(watched_ns) >= dense_returned * PAYS_NS;
+            let stays_longer = dense * returned >= PAYS_TIMES * dense_returned * stored;
+            self.is_held = !stays_long && !stays_longer;
+            (self.since_ns, self.before) = (now_ns, now);
+        }
+        if self.is_held { PROBE_PAGES.saturating_sub(now.dense) } else { u64::MAX }
+    }
 }
 
 /// Pages that a dictionary is made from.
@@ -240,6 +294,8 @@ impl Dictionaries {
 
 #[cfg(test)]
 mod tests {
+    use alloc::vec;
+
     use super::*;
 
     /// Drives it for so many pages, of each of which `lengths` says what it comes to; how often each way was taken.
@@ -289,6 +345,67 @@ mod tests {
     fn without_room_for_another_none_is_made() {
         let mut dictionaries = Dictionaries::new();
         assert!((0..10_000).all(|_| dictionaries.next(false) == Way::Plain));
+    }
+
+    /// Stored pages of which those below `resting` are never used and each other one is, in each tick of 100 ms, with a chance
+    /// of one in `stay_ticks`; a page that came back is evicted at once. Cold ones are encoded anew, 64 a tick at most, as
+    /// `Payoff` allows. How many were, in the second half of so many ticks, and how many are at the end.
+    fn recompress(payoff: &mut Payoff, pages: usize, resting: usize, stay_ticks: u64, ticks: u64) -> (u64, u64) {
+        const COLD_TICKS: u64 = 70;
+        // When it was evicted, and whether it is dense.
+        let mut stored = vec![(0u64, false); pages];
+        let (mut turnover, mut random, mut made) =
+            (Turnover { stored: pages as u64, ..Turnover::default() }, 1u64, 0);
+        for tick in 0..ticks {
+            for (evicted, is_dense) in &mut stored[resting..] {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                if (random >> 33) % stay_ticks == 0 {
+                    turnover.returned += 1;
+                    turnover.dense_returned += u64::from(*is_dense);
+                    turnover.dense -= u64::from(*is_dense);
+                    (*evicted, *is_dense) = (tick, false);
+                }
+            }
+            let allowed = payoff.allowed(tick * 100_000_000, turnover).min(64);
+            let cold = stored.iter_mut().filter(|page| !page.1 && tick - page.0 >= COLD_TICKS);
+            for page in cold.take(usize::try_from(allowed).expect("few")) {
+                page.1 = true;
+                turnover.dense += 1;
+                made += u64::from(tick >= ticks / 2);
+            }
+        }
+        (made, turnover.dense)
+    }
+
+    #[test]
+    fn pages_that_all_come_back_within_seconds_are_left_as_they_are() {
+        // 20,000 pages that stay for 4 s: one of six is cold at some time, 900 a second.
+        let (pages, seconds) = (20_000, 60);
+        let mut payoff = Payoff::default();
+        let (made, _) = recompress(&mut payoff, pages, 0, 40, seconds * 2 * 10);
+        assert!(payoff.is_held && made > 0, "some are, to see whether it still does not pay: {made}");
+        assert!(made < seconds * 100, "{made}");
+    }
+
+    #[test]
+    fn pages_that_rest_are_all_encoded_anew_beside_others_that_move() {
+        for moving in [0, 4000] {
+            let (mut payoff, resting) = (Payoff::default(), 16_000);
+            let (_, dense) = recompress(&mut payoff, resting + moving, resting, 10, resting as u64 / 64 + 140);
+            assert!(!payoff.is_held && dense >= resting as u64, "{dense} with {moving} that move");
+        }
+    }
+
+    #[test]
+    fn pages_that_come_to_rest_are_encoded_anew_soon() {
+        let mut payoff = Payoff::default();
+        let mut now = Turnover { stored: 20_000, dense: 2000, returned: 0, dense_returned: 0 };
+        assert_eq!(payoff.allowed(0, now), u64::MAX);
+        (now.returned, now.dense_returned) = (15_000, 1500);
+        assert_eq!(payoff.allowed(WATCH_NS - 1, now), u64::MAX, "not judged yet");
+        assert_eq!(payoff.allowed(WATCH_NS, Turnover { dense: 200, ..now }), PROBE_PAGES - 200);
+        assert_eq!(payoff.allowed(WATCH_NS + 1, Turnover { dense: 300, ..now }), 0);
+        assert_eq!(payoff.allowed(2 * WATCH_NS, now), u64::MAX, "none came back");
     }
 
     #[test]

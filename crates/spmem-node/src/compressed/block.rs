@@ -51,6 +51,10 @@ impl<B> Block<B> {
         CLASSES[usize::from(self.class)]
     }
 
+    pub(super) fn class_number(&self) -> u8 {
+        self.class
+    }
+
     pub(super) fn is_taken(&self, slot: u8) -> bool {
         self.taken.get(usize::from(slot) / 64).is_some_and(|word| word >> (slot % 64) & 1 != 0)
     }

@@ -5,7 +5,7 @@
 //! [`Codec::decode`], which checks what it read (R20).
 //!
 //! The checksum is xxh3-64 of the page under the machine's seed, and that in turn seeds xxh3-64 of
-//! the encoded bytes: one word tells the page and its encoding, so that a flipped bit is found even
+//! the encoded bytes, of which 52 bits are kept: they tell the page and its encoding, so that a flipped bit is found even
 //! where the codec would not care (an lz4 stream has bits that mean nothing).
 //!
 //! Pure: needs no store and no lock.
@@ -20,10 +20,13 @@ use super::class::MAX_SLOT;
 use super::handle::Fill;
 use crate::backend::{Damage, PAGE_BYTES, Page, Stage, Unfit};
 
-/// Bytes in front of each object's payload: length and checksum.
-pub const HEADER_BYTES: usize = 10;
+/// Bytes in front of each object's payload: length and checksum, in one word.
+pub const HEADER_BYTES: usize = 8;
 /// The most that an encoded page may take; above it, it is incompressible.
 pub const MAX_PAYLOAD_BYTES: usize = MAX_SLOT - HEADER_BYTES;
+/// Bits of a checksum; above them a header has the length.
+const CHECKSUM_BITS: u32 = 52;
+const CHECKSUM_MASK: u64 = (1 << CHECKSUM_BITS) - 1;
 
 /// Encodes and decodes under one machine's checksum seed.
 #[derive(Clone, Copy, Debug)]
@@ -153,9 +156,31 @@ impl Codec {
     }
 
     pub(super) fn checksum(&self, page: &Page, bytes: &[u8]) -> u64 {
-        xxh3_64_with_seed(bytes, xxh3_64_with_seed(page, self.seed))
+        xxh3_64_with_seed(bytes, xxh3_64_with_seed(page, self.seed)) & CHECKSUM_MASK
     }
 }
+
+/// What is in front of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) length: u16,
+    pub(super) checksum: u64,
+}
+
+impl Header {
+    pub(super) fn to_bytes(self) -> [u8; HEADER_BYTES] {
+        debug_assert!(self.checksum <= CHECKSUM_MASK && usize::from(self.length) <= MAX_PAYLOAD_BYTES);
+        (u64::from(self.length) << CHECKSUM_BITS | self.checksum).to_le_bytes()
+    }
+
+    pub(super) fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Self {
+        let word = u64::from_le_bytes(bytes);
+        let length = u16::try_from(word >> CHECKSUM_BITS).expect("twelve bits");
+        Self { length, checksum: word & CHECKSUM_MASK }
+    }
+}
+
+const _: () = assert!(MAX_PAYLOAD_BYTES < 1 << (u64::BITS - CHECKSUM_BITS));
 
 impl<'a> Encoded<'a> {
     /// Reads the page back into `readback` and compares every byte with `page` (R19).

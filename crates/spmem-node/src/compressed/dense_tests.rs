@@ -3,6 +3,7 @@
 use std::boxed::Box;
 use std::vec::Vec;
 
+use super::codec::Header;
 use super::dense::{Dense, DenseEncoder, Slot, train};
 use super::densify::Kept;
 use super::store::Store;
@@ -137,8 +138,9 @@ fn what_the_check_does_not_see_the_pages_checksum_does() {
     // A whole encoding, check and all, of another page, as long or shorter.
     let forged = encoder.encode(&other, None).unwrap().bytes.to_vec();
     let offset = offset_of(&store, handle);
-    let length = u16::try_from(forged.len()).unwrap().to_le_bytes();
-    store.memory_mut().bytes_mut(offset, 2).copy_from_slice(&length);
+    let header = store.memory_mut().bytes_mut(offset, HEADER_BYTES);
+    let honest = Header::from_bytes(*header.as_array().unwrap());
+    header.copy_from_slice(&Header { length: u16::try_from(forged.len()).unwrap(), ..honest }.to_bytes());
     store.memory_mut().bytes_mut(offset + HEADER_BYTES, forged.len()).copy_from_slice(&forged);
     let mut out = [0x5a; PAGE_BYTES];
     assert!(store.load(handle, &mut out).is_err() && out == [0; PAGE_BYTES]);

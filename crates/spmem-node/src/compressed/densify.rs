@@ -52,6 +52,12 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         matches!(Place::unpack(handle), Some(Place::Object { encoding: Encoding::Lz4, .. }))
     }
 
+    /// Whether the handle is that of an object in the dense encoding.
+    #[must_use]
+    pub fn is_dense(handle: Handle) -> bool {
+        matches!(Place::unpack(handle), Some(Place::Object { encoding: Encoding::Dense(_), .. }))
+    }
+
     /// What is stored of a page in the first encoding; `None` if it is not, or not any more.
     pub fn original(&self, handle: Handle) -> Option<Original<'_>> {
         let Some(Place::Object { block, slot, tag, encoding: Encoding::Lz4 }) = Place::unpack(handle) else {

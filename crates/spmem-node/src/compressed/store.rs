@@ -9,13 +9,11 @@
 //! Holes: the store does not compact itself, since handles name places and it does not know who holds
 //! them: see [`Store::relocate`]. A store that shrank keeps its metadata chunks.
 
-use core::cmp::Ordering;
-
 use spmem_core::units::{Bytes, FrameNumber, NodeId, Order};
 
 use super::block::{Blocks, Removed};
 use super::class::{CLASSES, MAX_SLOT, class_for, is_fine};
-use super::codec::{Codec, HEADER_BYTES, MAX_PAYLOAD_BYTES, Storable, Verified};
+use super::codec::{Codec, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES, Storable, Verified};
 use super::dense::{DenseDecoder, Encoding};
 use super::frames::{FrameBlock, FrameBytes, FrameSource};
 use super::handle::{Place, tag_of};
@@ -132,8 +130,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         }
         let (offset, _) = self.slot_range(block, slot).expect("the slot was taken just now");
         let object = self.memory.bytes_mut(offset, HEADER_BYTES + bytes.len());
-        object[..2].copy_from_slice(&length.to_le_bytes());
-        object[2..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
+        object[..HEADER_BYTES].copy_from_slice(&Header { length, checksum }.to_bytes());
         object[HEADER_BYTES..].copy_from_slice(bytes);
         Place::Object { block, slot, tag: tag_of(checksum), encoding }.pack()
     }
@@ -287,20 +284,17 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         }
     }
 
-    /// A block to fill up with objects of that size before the one it is in.
+    /// A block to fill up with objects of that size before the one it is in: of a smaller class, since it was put where it
+    /// is for want of a slot that fits, or of its own.
     fn fuller_block(&self, block: u32, bytes: usize) -> Option<u32> {
         let own = self.blocks.get(block)?;
-        let class = class_for(bytes)?;
-        let target = self.blocks.fullest(class).or_else(|| self.blocks.fullest(self.populous_class(class)))?;
-        let to = self.blocks.get(target)?;
-        let is_better = match to.class().slot.cmp(&own.class().slot) {
-            // It was put where it is for want of a slot that fits.
-            Ordering::Less => true,
+        let smaller = (class_for(bytes)?..own.class_number()).find_map(|class| self.blocks.fullest(class));
+        smaller.or_else(|| {
+            let target = self.blocks.fullest(own.class_number())?;
             // The head of the fullest list only gains, so two blocks as full do not trade pages.
-            Ordering::Equal => target != block && own.group().is_some() && to.group() >= own.group(),
-            Ordering::Greater => false,
-        };
-        is_better.then_some(target)
+            let is_fuller = own.group().is_some() && self.blocks.get(target)?.group() >= own.group();
+            (target != block && is_fuller).then_some(target)
+        })
     }
 
     fn give_up(&mut self, block: u32, slot: u8, length: u32) {
@@ -380,12 +374,11 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let (offset, size) = self.slot_range(block, slot).ok_or(Damage::UnknownHandle)?;
         let (header, payload) =
             self.memory.bytes(offset, size).split_first_chunk::<HEADER_BYTES>().ok_or(Damage::UnknownHandle)?;
-        let [l0, l1, checksum @ ..] = *header;
-        let checksum = u64::from_le_bytes(checksum);
+        let Header { length, checksum } = Header::from_bytes(*header);
         if tag_of(checksum) != tag {
             return Err(Damage::WrongObject);
         }
-        let found = usize::from(u16::from_le_bytes([l0, l1]));
+        let found = usize::from(length);
         let most = payload.len().min(MAX_PAYLOAD_BYTES);
         let payload = payload.get(..found).ok_or(Damage::Length { found, most })?;
         Ok(Object { block, slot, payload, checksum })

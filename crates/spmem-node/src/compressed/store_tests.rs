@@ -6,6 +6,7 @@ use std::vec::Vec;
 
 use proptest::prelude::*;
 
+use super::class::{CLASSES, class_for, is_fine};
 use super::store::Store;
 use super::{Codec, Encoded, FrameBytes, HEADER_BYTES, MAX_PAYLOAD_BYTES, Scratch};
 use crate::backend::{Damage, Full, Handle, PAGE_BYTES, Page, Stage, Unfit};
@@ -209,11 +210,11 @@ fn a_stale_handle_does_not_reach_the_page_that_took_its_place() {
 fn a_damaged_object_keeps_its_place_and_names_its_frame() {
     let mut store = new_store(16);
     let handle = put(&mut store, &page_with_noise(1, 50)).unwrap();
-    store.memory_mut()[2] ^= 1;
+    store.memory_mut()[0] ^= 1;
     let corrupt = store.remove(handle).unwrap_err();
     assert_eq!(corrupt.frame.unwrap().0, 0);
     assert_eq!(store.stats().object_pages, 1);
-    store.memory_mut()[2] ^= 1;
+    store.memory_mut()[0] ^= 1;
     store.remove(handle).unwrap();
     assert_adds_up(&store);
 }
@@ -222,7 +223,7 @@ fn a_damaged_object_keeps_its_place_and_names_its_frame() {
 fn a_damaged_length_upsets_the_sums_only_until_its_block_is_empty() {
     let mut store = new_store(16);
     let handles: Vec<_> = (0..4).map(|_| put(&mut store, &page_with_noise(7, 50)).unwrap()).collect();
-    store.memory_mut()[0] ^= 3;
+    store.memory_mut()[6] ^= 0x30;
     for handle in handles {
         store.remove(handle).unwrap();
     }
@@ -290,11 +291,17 @@ fn same_filled_pages_take_no_frame() {
 
 #[test]
 fn a_class_whose_blocks_cannot_be_had_uses_room_in_larger_slots() {
-    // One frame: no block of order 1 or more exists, but classes of order 0 take the object.
-    let mut store = new_store(1);
+    // Four frames: no block of order 3 or more exists, but classes of order 2 take the object.
+    let mut store = new_store(4);
     let mut stored = Vec::new();
     for seed in 0.. {
-        let page = page_with_noise(seed, 45);
+        let page = page_with_noise(seed, 20 + seed % 60);
+        let mut scratch = Scratch::new();
+        let Encoded::Compressed { bytes, .. } = store.codec().encode(&page, &mut scratch) else { continue };
+        let class = class_for(HEADER_BYTES + bytes.len()).unwrap();
+        if CLASSES[usize::from(class)].order <= 2 {
+            continue;
+        }
         match put(&mut store, &page) {
             Ok(handle) => stored.push((handle, page)),
             Err(full) => {
@@ -355,6 +362,46 @@ fn relocating_every_page_gives_back_what_removals_left_empty() {
     let moved_again = stored.iter().filter(|(handle, _)| store.relocate(*handle).unwrap().is_some()).count();
     assert_eq!(moved_again, 0, "the third pass finds nothing to move");
     assert!(after.free_slot.0 * 3 < before.free_slot.0, "{before:?} {after:?}");
+    for (handle, page) in &stored {
+        assert_eq!(*get(&store, *handle).unwrap(), *page);
+    }
+    assert_adds_up(&store);
+}
+
+#[test]
+fn pages_that_were_stored_before_their_class_paid_do_not_keep_half_empty_blocks() {
+    let mut store = new_store(8192);
+    let class_of = |page: &Page| match Codec::new(0x5eed).encode(page, &mut Scratch::new()) {
+        Encoded::Compressed { bytes, .. } => class_for(HEADER_BYTES + bytes.len()).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let fine = (0..).find(|&class| is_fine(class)).unwrap();
+    let pages_of = |wanted: u8, count: usize| {
+        let pages =
+            (0..).map(|seed| page_with_noise(seed, 60 + seed % 60)).filter(move |page| class_of(page) == wanted);
+        pages.take(count).collect::<Vec<_>>()
+    };
+    // The fine class opens no block until the next one has many.
+    let mut stored = Vec::new();
+    for page in pages_of(fine, 600).into_iter().chain(pages_of(fine + 1, 1200)) {
+        stored.push((put(&mut store, &page).unwrap(), page));
+    }
+    let mut random = 1u32;
+    stored.retain(|(handle, _)| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let is_kept = random >> 30 == 0;
+        if !is_kept {
+            store.remove(*handle).unwrap();
+        }
+        is_kept
+    });
+    let before = store.stats();
+    assert!(before.free_slot > before.payload, "{before:?}");
+    for (handle, _) in &mut stored {
+        *handle = store.relocate(*handle).unwrap().unwrap_or(*handle);
+    }
+    let after = store.stats();
+    assert!(after.free_slot.0 * 10 < after.payload.0, "{after:?}");
     for (handle, page) in &stored {
         assert_eq!(*get(&store, *handle).unwrap(), *page);
     }

@@ -48,12 +48,15 @@ const PROGRAMS: [(&str, u64); 5] = [("redis", 450), ("sqlite", 350), ("numpy", 4
 /// Command line.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Memory read of each program, MiB.
-    #[arg(long, default_value_t = 64)]
+    /// Memory read of each program, MiB: about what half of its memory as budget sends away.
+    #[arg(long, default_value_t = 128)]
     mib: usize,
     /// Write the raw numbers to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Write the pages of each program to NAME.pages in this folder, for the example `waste` of spmem-node.
+    #[arg(long)]
+    keep: Option<PathBuf>,
     /// Which programs: redis, sqlite, numpy, sort, g++; all when none is named.
     names: Vec<String>,
 }
@@ -95,6 +98,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         if options.names.is_empty() || options.names.iter().any(|wanted| wanted == name) {
             eprintln!("density: {name}: grows to {grown_mib} MiB");
             let pages = read_grown(&bed, name, grown_mib * MIB, options.mib * MIB as usize / PAGE_BYTES)?;
+            if let Some(folder) = &options.keep {
+                std::fs::write(folder.join(format!("{name}.pages")), pages.as_flattened())?;
+            }
             rows.push(measure(name, &pages)?);
         }
     }
@@ -182,7 +188,7 @@ fn measure(name: &'static str, pages: &[Page]) -> anyhow::Result<Row> {
         handles.into_iter().enumerate().filter_map(|(page, handle)| handle.map(|handle| (page, handle))).collect();
     let unfit = pages.len() - handles.len();
     let lz4 = look(&store, pages, &handles, unfit)?;
-    let densify_us = densify_all(&mut store, &mut handles);
+    let densify_us = densify_all(&mut store, &mut handles)?;
     compact(&mut store, &mut handles)?;
     let dense = look(&store, pages, &handles, unfit)?;
     let dense_pages = store.stats().dense_pages;
@@ -259,8 +265,8 @@ fn look(store: &HeapStore, pages: &[Page], handles: &[(usize, Handle)], unfit: u
     })
 }
 
-/// Recompresses every page as the thread of `spm` does; us a page.
-fn densify_all(store: &mut HeapStore, handles: &mut [(usize, Handle)]) -> f64 {
+/// Recompresses every page as the hand and the thread of `spm` do, and moves it first while that is worth it; us a page.
+fn densify_all(store: &mut HeapStore, handles: &mut [(usize, Handle)]) -> anyhow::Result<f64> {
     let codec: Codec = store.codec();
     let mut encoder = DenseEncoder::new(&codec);
     let mut dictionaries = Dictionaries::new();
@@ -268,6 +274,7 @@ fn densify_all(store: &mut HeapStore, handles: &mut [(usize, Handle)]) -> f64 {
     let slot_of = |number: usize| Slot::ALL[number % 2];
     let since = Instant::now();
     for (_, handle) in handles.iter_mut() {
+        relocate(store, handle)?;
         let Some(original) = store.original(*handle) else { continue };
         let mut page = [0; PAGE_BYTES];
         let label = original.label;
@@ -306,7 +313,7 @@ fn densify_all(store: &mut HeapStore, handles: &mut [(usize, Handle)]) -> f64 {
             *handle = new;
         }
     }
-    since.elapsed().as_secs_f64() * 1e6 / handles.len() as f64
+    Ok(since.elapsed().as_secs_f64() * 1e6 / handles.len() as f64)
 }
 
 /// Half of the pages leave, at random, and others come: what a program's phases do to a store.
@@ -329,14 +336,22 @@ fn churn(store: &mut HeapStore, pages: &[Page], handles: &mut Vec<(usize, Handle
 fn compact(store: &mut HeapStore, handles: &mut [(usize, Handle)]) -> anyhow::Result<()> {
     for _ in 0..COMPACTIONS {
         for (_, handle) in handles.iter_mut() {
-            let stats = store.stats();
-            if !compacts(stats.free_slot, stats.frames_used.bytes()) {
+            if !relocate(store, handle)? {
                 return Ok(());
             }
-            *handle = store.relocate(*handle)?.unwrap_or(*handle);
         }
     }
     Ok(())
+}
+
+/// Whether it is worth it; then the page is where it lies better.
+fn relocate(store: &mut HeapStore, handle: &mut Handle) -> anyhow::Result<bool> {
+    let stats = store.stats();
+    let is_due = compacts(stats.free_slot, stats.frames_used.bytes());
+    if is_due {
+        *handle = store.relocate(*handle)?.unwrap_or(*handle);
+    }
+    Ok(is_due)
 }
 
 /// Slots that nobody has, in blocks that others have, as a share of the frames.
