@@ -277,14 +277,16 @@ impl Frames {
     /// A block, of the lowest place that has one in the zone of `from` or behind it.
     fn take_block_from(&self, from: Place, order: Order) -> Option<Found<'_>> {
         loop {
-            let found = self.search(order, from, |zone| zone.take(order.index()))?;
-            let states = found.range.states();
-            if order != Order::ZERO {
-                states.set(found.first, Some(order));
-                return Some(found);
-            }
+            let found = self.search(order, from, |range, number, zone| {
+                loop {
+                    let first = zone.take(order.index())?;
+                    if order == Order::ZERO || self.give_out_block(range, number, zone, first, order) {
+                        return Some(first);
+                    }
+                }
+            })?;
             // A cache may have given away what was freed past it at the same moment: then it has an owner, and is used.
-            if states.give_out(found.first) {
+            if order != Order::ZERO || found.range.states().give_out(found.first) {
                 return Some(found);
             }
         }
@@ -380,12 +382,12 @@ impl Frames {
         self.ranges.iter().map(|range| range.lent.bytes()).sum()
     }
 
-    /// Tries `take` on the zones that may have a free block of `order`, lowest first, from that of `from` on. A zone that somebody else works on is passed over as long as another one has some.
+    /// Tries `take` on the zones that may have a free block of `order`, with their range and number in it, lowest first, from that of `from` on. A zone that somebody else works on is passed over as long as another one has some.
     fn search(
         &self,
         order: Order,
         from: Place,
-        mut take: impl FnMut(&Zone<'_>) -> Option<usize>,
+        mut take: impl FnMut(&Range, usize, &Zone<'_>) -> Option<usize>,
     ) -> Option<Found<'_>> {
         let mut is_patient = false;
         loop {
@@ -402,8 +404,9 @@ impl Frames {
                         was_busy = true;
                         continue;
                     };
-                    if let Some(first) = take(&zone) {
-                        self.settle(range, number, &zone);
+                    let taken = take(range, number, &zone);
+                    self.settle(range, number, &zone);
+                    if let Some(first) = taken {
                         let first = number * ZONE_FRAMES + first;
                         return Some(Found { range, first, was_busy: was_busy || is_patient });
                     }

@@ -6,7 +6,7 @@
 use super::cache::HELD;
 use super::range::Range;
 use super::states::{Tag, Users, refuse};
-use super::zone::{ROW_FRAMES, Zone};
+use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
 use super::{Frames, FramesError, Place};
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::units::{FrameNumber, Order};
@@ -52,7 +52,7 @@ impl Frames {
     /// given to nobody.
     pub(super) fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
         let (mut bits, mut filler) = (0, 0);
-        let found = self.search(Order::ZERO, from, |zone| {
+        let found = self.search(Order::ZERO, from, |_, _, zone| {
             let (first, taken) = zone.take_row(ROW_FRAMES)?;
             (bits, filler) = (taken, zone.replace_filler(name));
             Some(first)
@@ -77,6 +77,50 @@ impl Frames {
     pub(super) fn take_out_single(&self, frame: FrameNumber, tag: Tag) -> bool {
         let place = self.find(frame).expect("a cached frame is the node's");
         self.ranges[place.range].states().take_out(place.offset, tag, None)
+    }
+
+    /// A block that its zone has just given gets an owner; not if a cache has given a frame of it one, which can be where it was
+    /// freed into the cache and past it at the same moment. Such a frame is used from then on, the rest of the block free again.
+    pub(super) fn give_out_block(
+        &self,
+        range: &Range,
+        number: usize,
+        zone: &Zone<'_>,
+        first: usize,
+        order: Order,
+    ) -> bool {
+        let (states, offset) = (range.states(), number * ZONE_FRAMES + first);
+        if !self.has_caches() {
+            states.set(offset, Some(order));
+            return true;
+        }
+        let is_free = !states.has_owned(offset, 1 << order.get());
+        if is_free {
+            states.give_out_block(offset, order);
+        } else {
+            self.put(range, number, zone, first, order.index());
+            self.take_owned(range, number, zone, first, 1 << order.get());
+        }
+        is_free
+    }
+
+    /// Of so many frames those that the zone says are free, while caches have given them to an owner, are used from now on;
+    /// whether there were any.
+    pub(super) fn take_owned(
+        &self,
+        range: &Range,
+        number: usize,
+        zone: &Zone<'_>,
+        first: usize,
+        count: usize,
+    ) -> bool {
+        let offset = number * ZONE_FRAMES;
+        if !self.has_caches() || !range.states().has_owned(offset + first, count) {
+            return false;
+        }
+        let is_owned = |&frame: &usize| !zone.is_used(frame) && range.states().has_owned(offset + frame, 1);
+        let owned = (first..first + count).filter(is_owned);
+        owned.map(|frame| zone.take_at(frame, 0)).count() > 0
     }
 
     /// A cached huge frame gets an owner.

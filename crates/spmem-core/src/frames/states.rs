@@ -9,7 +9,8 @@
 //! puts its [`Tag`] there: a slot of a processor by an exchange, too; an owner's cache looks and then stores, which costs no
 //! locked instruction. Two that do so at the same moment both think that they
 //! have it; the tag that was stored last stays, and the other cache finds it when it would give the frame away, to an owner
-//! or to the zone, and drops it. What that does not find is in ADR 11, "Double frees".
+//! or to the zone, and drops it. If a zone took it back at that moment, whoever takes frames from the zone finds that one of them
+//! has an owner, and leaves it to him ([`Frames::give_out_block`]). What that does not find is in ADR 11, "Double frees".
 
 use super::range::Range;
 use super::{Frames, FramesError};
@@ -121,6 +122,21 @@ impl States<'_> {
     pub(super) fn give_out(&self, frame: usize) -> bool {
         let state = self.0.get(frame).filter(|state| state.load(Relaxed) != SINGLE);
         state.inspect(|state| state.store(SINGLE, Relaxed)).is_some()
+    }
+
+    /// A block that was free gets an owner, who has all its frames: a cache that took one of them back, too, lets go of it.
+    pub(super) fn give_out_block(&self, frame: usize, order: Order) {
+        let states = self.0.get(frame..).unwrap_or_default();
+        for state in states.iter().take(1 << order.get()).filter(|state| state.load(Relaxed) != 0) {
+            state.store(0, Relaxed);
+        }
+        self.set(frame, Some(order));
+    }
+
+    /// Whether one of so many frames, of which its zone says that they are free, is a single one in use.
+    pub(super) fn has_owned(&self, frame: usize, count: usize) -> bool {
+        let states = self.0.get(frame..).unwrap_or_default();
+        states.iter().take(count).any(|state| state.load(Relaxed) == SINGLE)
     }
 
     /// The block in use that the frame lies in: its first frame and order.

@@ -242,11 +242,12 @@ impl<'a> Zone<'a> {
         self.add_used(-(were_used as i64));
     }
 
-    /// Gives single frames of a row back, as bits. They must be in use.
+    /// Gives single frames of a row back, as bits. One that is free already is not counted again.
     pub(super) fn put_in_row(&self, first: usize, bits: u64) {
-        self.add_used(-i64::from(bits.count_ones()));
         let row = first / ROW_FRAMES;
-        let used = self.get(ROW + row) & !bits;
+        let before = self.get(ROW + row);
+        let used = before & !bits;
+        self.add_used(-i64::from((before & bits).count_ones()));
         self.set(ROW + row, used);
         self.some_in_row(row, levels(!used));
         if used == 0 {
