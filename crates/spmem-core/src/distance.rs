@@ -4,7 +4,6 @@
 //! from. What nobody has set is 10 for a node to
 //! itself and 20 to any other. Takes no lock: part of the registry.
 
-use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::cmp::Reverse;
 use core::fmt;
@@ -37,6 +36,8 @@ pub enum DistanceError {
         /// As given.
         distance: u8,
     },
+    /// The heap has nothing left for it.
+    NoMemory,
 }
 
 impl fmt::Display for DistanceError {
@@ -48,6 +49,7 @@ impl fmt::Display for DistanceError {
             Self::OutOfRange { from, to, distance } => {
                 write!(f, "node {to} cannot be {distance} from node {from}, only {LOCAL} to 254")
             }
+            Self::NoMemory => f.write_str("the heap has nothing left for the distance"),
         }
     }
 }
@@ -65,7 +67,10 @@ impl core::error::Error for DistanceError {}
 /// assert!(distances.set(NodeId::ONE, NodeId::ONE, 11).is_err());
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Distances(BTreeMap<(NodeId, NodeId), u8>);
+pub struct Distances {
+    /// A row for each node from which a distance was set, in it one for each node to which; 0 where none was.
+    rows: Vec<Vec<u8>>,
+}
 
 impl Distances {
     /// Sets one, in one direction.
@@ -79,13 +84,18 @@ impl Distances {
         if distance < LOCAL || distance == u8::MAX {
             return Err(DistanceError::OutOfRange { from, to, distance });
         }
-        self.0.insert((from, to), distance);
+        let no_memory = |_| DistanceError::NoMemory;
+        grow_to(&mut self.rows, from).map_err(no_memory)?;
+        let row = &mut self.rows[from.index()];
+        grow_to(row, to).map_err(no_memory)?;
+        row[to.index()] = distance;
         Ok(())
     }
 
     /// How far it is.
     pub fn get(&self, from: NodeId, to: NodeId) -> u8 {
-        let known = self.0.get(&(from, to)).copied();
+        let known = self.rows.get(from.index()).and_then(|row| row.get(to.index()));
+        let known = known.copied().filter(|&distance| distance > 0);
         known.unwrap_or(if from == to { LOCAL } else { REMOTE })
     }
 
@@ -136,8 +146,22 @@ impl Distances {
 
     /// A node is gone: what is said of it would be wrong of its successor.
     pub(crate) fn forget(&mut self, node: NodeId) {
-        self.0.retain(|&(from, to), _| from != node && to != node);
+        if let Some(row) = self.rows.get_mut(node.index()) {
+            *row = Vec::new();
+        }
+        for to in self.rows.iter_mut().filter_map(|row| row.get_mut(node.index())) {
+            *to = 0;
+        }
     }
+}
+
+/// A list that is indexed by nodes gets a place for one.
+pub(crate) fn grow_to<T: Default>(list: &mut Vec<T>, node: NodeId) -> Result<(), FramesError> {
+    if let Some(missing @ 1..) = (node.index() + 1).checked_sub(list.len()) {
+        list.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
+        list.resize_with(node.index() + 1, T::default);
+    }
+    Ok(())
 }
 
 /// The nodes of a mask in the order of their keys, no two of which are the same.

@@ -8,6 +8,8 @@
 //!
 //! Frames in use are counted per domain and node: so a change of a mask can say what lies outside it now (R5).
 
+mod path;
+
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
@@ -295,7 +297,7 @@ impl Registry {
     /// let mut registry = Registry::new();
     /// let slice = registry.create_domain(DomainId::ROOT, "batch.slice").unwrap();
     /// let job = registry.create_domain(slice, "job1").unwrap();
-    /// assert_eq!(registry.domain_path(job).as_deref(), Some("/batch.slice/job1"));
+    /// assert_eq!(registry.domain_path(job).unwrap().to_string(), "/batch.slice/job1");
     /// assert_eq!(registry.find_domain("/batch.slice/job1"), Some(job));
     /// ```
     pub fn create_domain(&mut self, parent: DomainId, name: &str) -> Result<DomainId, DomainError> {
@@ -418,26 +420,6 @@ impl Registry {
     /// The domain above; `None` for the root.
     pub fn parent(&self, id: DomainId) -> Option<DomainId> {
         self.domains.get(id)?.parent
-    }
-
-    /// The domain's path, `/` for the root.
-    pub fn domain_path(&self, id: DomainId) -> Option<String> {
-        let mut names = Vec::new();
-        let mut domain = self.domains.get(id)?;
-        while let Some(parent) = domain.parent {
-            names.push(domain.name.as_str());
-            domain = self.domains.get(parent)?;
-        }
-        if names.is_empty() {
-            return Some("/".into());
-        }
-        Some(names.iter().rev().flat_map(|name| ["/", name]).collect())
-    }
-
-    /// The domain that a path names; empty parts of it mean nothing.
-    pub fn find_domain(&self, path: &str) -> Option<DomainId> {
-        let mut names = path.split('/').filter(|name| !name.is_empty());
-        names.try_fold(DomainId::ROOT, |above, name| self.child(above, name))
     }
 
     /// The ancestor, or the domain itself, whose mask keeps it from a registered node: the topmost one.

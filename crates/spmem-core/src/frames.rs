@@ -41,6 +41,7 @@ mod cache;
 mod cached;
 mod contiguous;
 mod error;
+mod index;
 mod percpu;
 mod placed;
 mod poison;
@@ -56,8 +57,8 @@ use alloc::vec::Vec;
 use self::range::Range;
 use self::states::not_allocated;
 use self::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
-use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
+use crate::sync::{AtomicU8, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, NodeId, Order};
 
 pub use self::cache::Cache;
@@ -160,6 +161,8 @@ impl Found<'_> {
 #[derive(Debug)]
 pub struct Frames {
     ranges: Vec<Range>,
+    /// Of a node with one range: where that begins, and its states; else none. What is looked at for each single frame.
+    only: (FrameNumber, &'static [AtomicU8]),
     capacity: u64,
     /// Raised after a block of some order has become free in a zone that had none.
     epoch: AtomicU64,
@@ -187,7 +190,14 @@ impl Frames {
 
     /// No frames yet. `relax` is called while a lock is waited for whose holder may be without a processor.
     pub const fn with_relax(relax: fn()) -> Self {
-        Self { ranges: Vec::new(), capacity: 0, epoch: AtomicU64::new(0), relax, stamp: AtomicU64::new(0) }
+        Self {
+            ranges: Vec::new(),
+            only: (FrameNumber(0), &[]),
+            capacity: 0,
+            epoch: AtomicU64::new(0),
+            relax,
+            stamp: AtomicU64::new(0),
+        }
     }
 
     /// Adds `count` free frames, in the lowest gap between ranges that holds them, at a multiple of 1024: so memory that comes
@@ -225,6 +235,7 @@ impl Frames {
             self.stamp.fetch_or(NEXT_STAMP.fetch_add(STAMPS, Relaxed), Relaxed);
         }
         self.ranges.insert(at, range);
+        self.note_only();
         self.capacity += count.0;
         Ok(span)
     }
@@ -260,6 +271,7 @@ impl Frames {
         }
         range.forget_poison();
         let range = self.ranges.remove(at);
+        self.note_only();
         self.capacity -= range.span.count.0;
         range.lent.words.iter().for_each(|word| word.store(0, Relaxed));
         Ok((range.span, range.lent))
@@ -277,14 +289,16 @@ impl Frames {
     /// A block, of the lowest place that has one in the zone of `from` or behind it.
     fn take_block_from(&self, from: Place, order: Order) -> Option<Found<'_>> {
         loop {
-            let found = self.search(order, from, |zone| zone.take(order.index()))?;
-            let states = found.range.states();
-            if order != Order::ZERO {
-                states.set(found.first, Some(order));
-                return Some(found);
-            }
+            let found = self.search(order, from, |range, number, zone| {
+                loop {
+                    let first = zone.take(order.index())?;
+                    if order == Order::ZERO || self.give_out_block(range, number, zone, first, order) {
+                        return Some(first);
+                    }
+                }
+            })?;
             // A cache may have given away what was freed past it at the same moment: then it has an owner, and is used.
-            if states.give_out(found.first) {
+            if order != Order::ZERO || found.range.states().give_out(found.first) {
                 return Some(found);
             }
         }
@@ -380,12 +394,12 @@ impl Frames {
         self.ranges.iter().map(|range| range.lent.bytes()).sum()
     }
 
-    /// Tries `take` on the zones that may have a free block of `order`, lowest first, from that of `from` on. A zone that somebody else works on is passed over as long as another one has some.
+    /// Tries `take` on the zones that may have a free block of `order`, with their range and number in it, lowest first, from that of `from` on. A zone that somebody else works on is passed over as long as another one has some.
     fn search(
         &self,
         order: Order,
         from: Place,
-        mut take: impl FnMut(&Zone<'_>) -> Option<usize>,
+        mut take: impl FnMut(&Range, usize, &Zone<'_>) -> Option<usize>,
     ) -> Option<Found<'_>> {
         let mut is_patient = false;
         loop {
@@ -402,8 +416,9 @@ impl Frames {
                         was_busy = true;
                         continue;
                     };
-                    if let Some(first) = take(&zone) {
-                        self.settle(range, number, &zone);
+                    let taken = take(range, number, &zone);
+                    self.settle(range, number, &zone);
+                    if let Some(first) = taken {
                         let first = number * ZONE_FRAMES + first;
                         return Some(Found { range, first, was_busy: was_busy || is_patient });
                     }
@@ -432,26 +447,6 @@ impl Frames {
             // Behind the hint: who sees no change here has seen the hint.
             self.epoch.fetch_add(1, Release);
         }
-    }
-
-    #[inline]
-    fn find(&self, frame: FrameNumber) -> Result<Place, FramesError> {
-        // Most nodes have one range.
-        let at = if let [range] = self.ranges.as_slice() {
-            range.span.contains(frame).then_some((0, range.span.first))
-        } else {
-            self.find_among_many(frame)
-        };
-        let (range, first) = at.ok_or(FramesError::Foreign { frame })?;
-        Ok(Place { range, offset: (frame.0 - first.0) as usize })
-    }
-
-    /// The range that a frame lies in, and where that begins.
-    #[inline(never)]
-    fn find_among_many(&self, frame: FrameNumber) -> Option<(usize, FrameNumber)> {
-        let at = self.ranges.partition_point(|range| range.span.first <= frame).checked_sub(1)?;
-        let span = self.ranges[at].span;
-        span.contains(frame).then_some((at, span.first))
     }
 
     fn exhausted(&self, order: Order) -> FramesError {

@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::compact::Deferral;
-use crate::distance::{DistanceError, Distances};
+use crate::distance::{DistanceError, Distances, grow_to};
 use crate::domain::{Domains, Outside};
 use crate::frames::{FrameRange, Frames, FramesError, FramesView, Metadata};
 use crate::grant::{GrantId, Grants};
@@ -175,10 +175,7 @@ impl Registry {
         }
         let mut made = Vec::new();
         made.try_reserve_exact(1).map_err(|_| FramesError::NoMetadata)?;
-        if let Some(missing @ 1..) = (node.index() + 1).checked_sub(self.nodes.len()) {
-            self.nodes.try_reserve(missing).map_err(|_| FramesError::NoMetadata)?;
-            self.nodes.resize_with(node.index() + 1, Vec::new);
-        }
+        grow_to(&mut self.nodes, node)?;
         self.present.insert(node);
         match spec.node_type {
             NodeType::Sysram => self.sysram.insert(node),
@@ -328,8 +325,11 @@ impl Registry {
     }
 
     /// Sets a node's abstract distance, and with it its tier.
-    pub fn set_abstract_distance(&mut self, node: NodeId, abstract_distance: u64) {
-        self.tiers.set(node, abstract_distance);
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for it; nothing has changed.
+    pub fn set_abstract_distance(&mut self, node: NodeId, abstract_distance: u64) -> Result<(), FramesError> {
+        self.tiers.set(node, abstract_distance)
     }
 
     /// Which tier each node is in.

@@ -7,10 +7,9 @@
 
 mod promotion;
 
-use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-use crate::distance::{Distances, list};
+use crate::distance::{Distances, grow_to, list};
 use crate::frames::FramesError;
 use crate::nodemask::NodeMask;
 use crate::units::NodeId;
@@ -55,26 +54,36 @@ impl Performance {
 /// use spmem_core::tier::{DRAM, Tiers};
 /// use spmem_core::units::NodeId;
 /// let mut tiers = Tiers::default();
-/// tiers.set(NodeId::ONE, 3 * DRAM);
+/// tiers.set(NodeId::ONE, 3 * DRAM).unwrap();
 /// assert!(tiers.tier(NodeId::ZERO) < tiers.tier(NodeId::ONE));
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct Tiers(BTreeMap<NodeId, u64>);
+pub struct Tiers {
+    /// The abstract distance of each node, where one was set.
+    known: Vec<Option<u64>>,
+}
 
 impl Tiers {
     /// Sets a node's abstract distance.
-    pub fn set(&mut self, node: NodeId, abstract_distance: u64) {
-        self.0.insert(node, abstract_distance);
+    ///
+    /// # Errors
+    /// [`FramesError::NoMetadata`]: there is no memory for it; nothing has changed.
+    pub fn set(&mut self, node: NodeId, abstract_distance: u64) -> Result<(), FramesError> {
+        grow_to(&mut self.known, node)?;
+        self.known[node.index()] = Some(abstract_distance);
+        Ok(())
     }
 
     /// A node is gone.
     pub(crate) fn forget(&mut self, node: NodeId) {
-        self.0.remove(&node);
+        if let Some(known) = self.known.get_mut(node.index()) {
+            *known = None;
+        }
     }
 
     /// The tier of a node; that of DRAM where nothing is known.
     pub fn tier(&self, node: NodeId) -> u64 {
-        self.0.get(&node).copied().unwrap_or(DRAM) / CHUNK
+        self.known.get(node.index()).copied().flatten().unwrap_or(DRAM) / CHUNK
     }
 
     /// The nodes of `allowed` that lie in lower tiers than `from`: the next tier first, and within it the nearest; then the
@@ -126,7 +135,7 @@ mod tests {
         let (mut tiers, mut distances) = (Tiers::default(), Distances::default());
         for (node, adistance) in [(0, DRAM), (1, DRAM), (2, 3 * DRAM), (3, 3 * DRAM), (4, 9 * DRAM), (5, DRAM / 2)]
         {
-            tiers.set(id(node), adistance);
+            tiers.set(id(node), adistance).unwrap();
         }
         distances.set(id(0), id(3), 15).unwrap();
         distances.set(id(0), id(4), 12).unwrap();

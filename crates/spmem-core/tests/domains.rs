@@ -199,7 +199,8 @@ impl Model {
     }
 
     fn check_listed(&self, path: &str, listed: &[Outside]) {
-        let path_of = |domain| self.mm.registry().domain_path(domain).unwrap().trim_end_matches('/').to_owned();
+        let path_of =
+            |domain| self.mm.registry().domain_path(domain).unwrap().to_string().trim_end_matches('/').to_owned();
         let listed = listed.iter().map(|o| ((path_of(o.domain), o.node.get()), o.frames.0));
         assert_eq!(listed.collect::<BTreeMap<_, _>>(), self.outside(path), "R5: all that lies outside is listed");
     }

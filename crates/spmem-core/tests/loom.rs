@@ -250,6 +250,66 @@ fn what_a_cache_and_a_zone_took_back_at_once_goes_to_one_owner() {
     }
 }
 
+/// All that some way to take frames finds: two at a time, where it does not say otherwise.
+type Take = fn(&Frames) -> Vec<FrameNumber>;
+
+fn both(first: FrameNumber) -> [FrameNumber; 2] {
+    [first, FrameNumber(first.0 + 1)]
+}
+
+#[test]
+fn what_a_cache_gave_away_while_its_zone_had_it_is_given_to_nobody_else_by_any_path() {
+    let takes: [Take; 6] = [
+        |_| Vec::new(),
+        |frames| std::iter::from_fn(|| frames.alloc(PAIR).ok()).flat_map(both).collect(),
+        |frames| std::iter::from_fn(|| frames.alloc_highest(PAIR).ok()).flat_map(both).collect(),
+        |frames| {
+            let mut batch = vec![FrameNumber(0); 200];
+            let count = frames.alloc_batch(&mut batch);
+            batch.truncate(count);
+            batch
+        },
+        |frames| {
+            // A row each: loom does not go as many steps as there are pairs.
+            let all = std::iter::from_fn(|| frames.alloc_contiguous(FrameCount(64)).ok());
+            all.flat_map(|run| (run.first.0..).take(64).map(FrameNumber)).collect()
+        },
+        |frames| {
+            let free = ZONE.0 - ROWS.frames().0..ZONE.0;
+            let pairs = free.step_by(2).map(|frame| FrameNumber(u32::try_from(frame).unwrap()));
+            pairs.filter(|&first| frames.alloc_at(first, PAIR).is_ok()).flat_map(both).collect()
+        },
+    ];
+    let frees: [fn(&Frames, FrameNumber); 3] = [
+        |frames, frame| frames.free_block(frame, Order::ZERO).unwrap(),
+        |frames, frame| frames.free_batch(&[frame]).unwrap(),
+        |frames, first| frames.free_contiguous(FrameRange { first, count: FrameCount(1) }).unwrap(),
+    ];
+    // Whatever found the frame, any way to free it is one; where nobody looked for it, each has to find out itself.
+    let nobody = frees.map(|free| (takes[0], free));
+    for (take, free) in nobody.into_iter().chain(takes[1..].iter().map(|&take| (take, frees[0]))) {
+        explore(move |[lent, _]| {
+            let frames = Arc::new(node(ROWS, lent));
+            let held = frames.alloc(Order::ZERO).unwrap();
+            let other = {
+                let frames = Arc::clone(&frames);
+                thread::spawn(move || frames.free_block(held, Order::ZERO).is_ok())
+            };
+            let mut cache = Box::new(Cache::new());
+            let mine = cache.free(&frames, held).is_ok();
+            assert!(mine | other.join().unwrap());
+            // One of the cache's frames has an owner, whatever the zone knows of it.
+            let owned = cache.alloc(&frames).unwrap();
+            let taken = take(&frames);
+            assert!(!taken.contains(&owned), "frame {owned} has two owners");
+            free(&frames, owned);
+            cache.drain(&frames);
+            let in_use = u64::try_from(taken.len()).unwrap();
+            assert_eq!(frames.free().0 + in_use, ROWS.frames().0, "no frame is lost or counted twice");
+        });
+    }
+}
+
 #[test]
 fn a_run_of_which_a_cache_takes_a_part_back_is_freed_whole_or_stays_in_use() {
     explore(|[lent, _]| {

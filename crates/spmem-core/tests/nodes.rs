@@ -302,7 +302,7 @@ fn a_node_that_is_registered_anew_has_neither_distance_nor_tier_of_its_predecess
     mm.registry_mut().set_distance(NodeId::ZERO, NodeId::ONE, 99).unwrap();
     mm.registry_mut().set_distance(NodeId::ONE, NodeId::ZERO, 98).unwrap();
     let tier = mm.registry().tiers().tier(NodeId::ONE);
-    mm.registry_mut().set_abstract_distance(NodeId::ONE, 1 << 20);
+    mm.registry_mut().set_abstract_distance(NodeId::ONE, 1 << 20).unwrap();
     assert_ne!(mm.registry().tiers().tier(NodeId::ONE), tier);
     mm.registry_mut().remove_range(&owner, FrameNumber(0)).unwrap();
     mm.registry_mut().unregister(&owner).unwrap();

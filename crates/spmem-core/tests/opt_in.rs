@@ -42,7 +42,7 @@ impl Machine {
             let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
-            mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node)));
+            mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node))).unwrap();
             owners.push(owner);
         }
         let grant = |mm: &mut MemoryManager, right| {
@@ -161,7 +161,7 @@ fn nothing_is_demoted_or_promoted_to_a_node_that_moves_nothing() {
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
         }
         for (down, distance) in [(true, 3 * DRAM), (false, DRAM / 2)] {
-            mm.registry_mut().set_abstract_distance(NodeId::ONE, distance);
+            mm.registry_mut().set_abstract_distance(NodeId::ONE, distance).unwrap();
             let policy = Policy::bind(NodeId::ZERO.into());
             let request = Request { policy, mobility: Mobility::Movable, ..Request::of(DomainId::ROOT) };
             let block = mm.alloc(&request, Order::ZERO).unwrap();

@@ -1,11 +1,15 @@
-//! R3, R5, R12, R14: where the heap has nothing left for the records of blocks that move, of nodes, domains and grants, or for
-//! lists, the error says so, and nothing has changed and nothing is lost. Every allocation that these make fails here once.
+//! R3, R5, R12, R14: where the heap has nothing left for the records of blocks that move, of nodes, domains, distances and
+//! grants, or for lists, the error says so, and nothing has changed and nothing is lost. Every allocation that these make fails here once.
+//!
+//! Longer than 500 lines: a process has one heap, so all tests of one that fails are in one file.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unsafe_code, reason = "a global allocator that fails when told is the only way to make the heap fail")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::fmt::Write;
 
+use spmem_core::distance::{DistanceError, REMOTE};
 use spmem_core::domain::{DomainError, MAX_DEPTH};
 use spmem_core::frames::{FrameRange, FramesError, Metadata};
 use spmem_core::grant::{Grant, GrantError, Rights, Terms};
@@ -114,7 +118,7 @@ impl Machine {
             let count = FrameCount(u64::from(FRAMES));
             let lent = Metadata::from_heap(count).unwrap();
             mm.registry_mut().add_range(&owner, &spec, count, lent, Initial::Zero).unwrap();
-            mm.registry_mut().set_abstract_distance(node, DRAM * (1 + 2 * u64::from(node.get())));
+            mm.registry_mut().set_abstract_distance(node, DRAM * (1 + 2 * u64::from(node.get()))).unwrap();
             owners.push(owner);
         }
         let demote = mm.registry_mut().grant(&[&owners[1]], Terms::new(Rights::DEMOTE_TO, Bytes::mib(1))).unwrap();
@@ -429,6 +433,36 @@ fn a_node_or_a_domain_is_made_whole_or_not_at_all() {
         failures += 1;
     }
     assert_eq!(failures, 5, "the domain, its name, its parent's children, and two lists");
+}
+
+#[test]
+fn a_distance_or_a_tier_is_set_or_nothing_has_changed_and_a_path_takes_no_memory() {
+    let mut registry = Registry::new();
+    let job = registry.create_domain(DomainId::ROOT, "batch.slice").unwrap();
+    let job = registry.create_domain(job, "job").unwrap();
+    let (near, far) = (NodeId::new(2).unwrap(), NodeId::new(900).unwrap());
+    for failures in 0..2 {
+        let (set, failed) = failing(failures, Fails::All, || registry.set_distance(near, far, 31));
+        assert_eq!((set, failed), (Err(DistanceError::NoMemory), 1), "failure {failures}");
+        assert_eq!(registry.distances().get(near, far), REMOTE);
+    }
+    let (set, failed) = failing(0, Fails::All, || registry.set_abstract_distance(far, 3 * DRAM));
+    assert_eq!((set, failed), (Err(FramesError::NoMetadata), 1));
+    assert_eq!(registry.tiers().tier(far), registry.tiers().tier(near));
+    registry.set_distance(near, far, 31).unwrap();
+    registry.set_abstract_distance(far, 3 * DRAM).unwrap();
+    assert_eq!((registry.distances().get(near, far), registry.distances().get(far, near)), (31, REMOTE));
+    assert!(registry.tiers().tier(far) > registry.tiers().tier(near));
+    // What has been set once is set again without memory.
+    let again = || (registry.set_distance(near, far, 32), registry.set_abstract_distance(far, DRAM));
+    assert_eq!(failing(0, Fails::All, again), ((Ok(()), Ok(())), 0));
+
+    let mut text = String::with_capacity(64);
+    let what = Reason::OutsideDomain { domain: job }.what(&registry);
+    let write = || write!(text, "{} {what}", registry.domain_path(job).unwrap());
+    assert_eq!(failing(0, Fails::All, write), (Ok(()), 0));
+    assert_eq!(text, "/batch.slice/job outside the masks of domain /batch.slice/job");
+    assert_eq!(registry.domain_path(DomainId::ROOT).unwrap().to_string(), "/");
 }
 
 #[test]

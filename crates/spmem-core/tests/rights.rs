@@ -38,7 +38,7 @@ impl Machine {
             let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
             let lent = Metadata::from_heap(FRAMES).unwrap();
             mm.registry_mut().add_range(&owner, &spec, FRAMES, lent, Initial::Zero).unwrap();
-            mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node)));
+            mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + 2 * u64::from(node))).unwrap();
             owners.push(owner);
         }
         let domain = mm.registry_mut().create_domain(DomainId::ROOT, "d").unwrap();

@@ -65,7 +65,7 @@ impl Machine {
         }
         let registry = mm.registry_mut();
         for (node, adistance) in [(2, 3 * DRAM), (3, 9 * DRAM), (4, 3 * DRAM)] {
-            registry.set_abstract_distance(id(node), adistance);
+            registry.set_abstract_distance(id(node), adistance).unwrap();
         }
         let spm: Vec<&Owner> = owners[2..5].iter().collect();
         let alloc = registry.grant(&spm, Terms::new(Rights::ALLOC | Rights::PIN, Bytes(u64::MAX))).unwrap();

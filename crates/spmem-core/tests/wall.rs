@@ -447,7 +447,7 @@ fn a_demotion_to_an_easy_node_needs_quota_all_the_same() {
         let spec = NodeSpec { node_type, class, services, guard, owner: "test".into() };
         let owner = mm.registry_mut().register(id(node), spec.clone()).unwrap().owner;
         mm.registry_mut().add_range(&owner, &spec, FrameCount(64), lent(64), Initial::Zero).unwrap();
-        mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + u64::from(node)));
+        mm.registry_mut().set_abstract_distance(id(node), DRAM * (1 + u64::from(node))).unwrap();
         owners.push(owner);
     }
     let terms = Terms::new(Rights::DEMOTE_TO, Bytes(4096));

@@ -1,7 +1,7 @@
 //! The frames of node 1 in one process: a mapping that becomes accessible as it fills, and what is known of them.
 
 use spmem_core::frames::Metadata;
-use spmem_core::units::FrameCount;
+use spmem_core::units::{FrameCount, NodeId};
 use spmem_sys::Result;
 use spmem_sys::mapping::Mapping;
 
@@ -42,11 +42,24 @@ impl spmem_node::compressed::FrameBytes for Frames {
     }
 }
 
-/// Memory for what is known of node 1's frames, on sysram (R7).
+/// Memory for what is known of node 1's frames, on sysram (R7): node 0, which is what this process has as ordinary memory.
 pub(crate) fn lend_metadata(capacity: FrameCount) -> Result<Metadata> {
     let (words, bytes) = Metadata::size(capacity);
-    Ok(Metadata::new(
+    let lent = Metadata::new(
         Mapping::leak_words(words, c"spmem frames")?,
         Mapping::leak_bytes(bytes, c"spmem frame states")?,
-    ))
+    );
+    Ok(lent.on(NodeId::ZERO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_is_lent_from_sysram_and_says_so() {
+        let lent = lend_metadata(FrameCount(64)).unwrap();
+        assert_eq!(lent.node(), Some(NodeId::ZERO), "R7");
+        assert!(lent.is_zero());
+    }
 }

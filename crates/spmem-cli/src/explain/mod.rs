@@ -16,7 +16,7 @@ use spmem_core::node::NodeType;
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy, PolicyError};
 use spmem_core::registry::Registry;
-use spmem_core::units::{NodeId, PAGE_SIZE};
+use spmem_core::units::{DomainId, NodeId, PAGE_SIZE};
 use spmem_core::wall::{Pass, Reason, Refusal, Request};
 
 pub use self::machine::EXAMPLE;
@@ -104,7 +104,7 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
     let grants: Vec<&Grant> = options.grant.iter().filter_map(|name| machine.grant(name)).collect();
     let asked_for = |policy: String| Answer {
         schema: 1,
-        domain: registry.domain_path(domain).unwrap_or_default(),
+        domain: path_of(registry, domain).unwrap_or_default(),
         policy,
         home: options.home,
         local: options.local,
@@ -187,7 +187,7 @@ fn node_answer(
         }
         Some(Refusal { reason, .. }) => {
             answer.obstacle = Some(reason.name());
-            answer.domain = reason.domain().and_then(|domain| registry.domain_path(domain));
+            answer.domain = reason.domain().and_then(|domain| path_of(registry, domain));
             answer.reason = reason.what(registry).to_string();
             answer.remedy = Some(match reason {
                 Reason::NeedsGrant { .. } if request.policy.nodes().is_empty() => {
@@ -240,8 +240,12 @@ fn opening(is_spm: bool, request: &Request<'_>, registry: &Registry, node: NodeI
     }
 }
 
+fn path_of(registry: &Registry, domain: DomainId) -> Option<String> {
+    registry.domain_path(domain).map(|path| path.to_string())
+}
+
 fn paths(registry: &Registry) -> String {
-    let mut paths: Vec<String> = registry.domains().filter_map(|domain| registry.domain_path(domain)).collect();
+    let mut paths: Vec<String> = registry.domains().filter_map(|domain| path_of(registry, domain)).collect();
     paths.sort_unstable();
     paths.join(", ")
 }

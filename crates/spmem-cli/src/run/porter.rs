@@ -92,7 +92,7 @@ impl Targets {
                 "node {}: this process's cpuset lacks the kernel's node {id}",
                 numa.id
             );
-            tiers.set(id, abstract_distance(home, node));
+            tiers.set(id, abstract_distance(home, node)).context("tiers of nodes")?;
             if let Some(&distance) = home.distances.get(&node.id) {
                 distances.set(home_id, id, distance).context("distances of nodes")?;
             }

@@ -17,7 +17,7 @@ impl Frames {
             let mut runs = [Run::default(); 8];
             let mut count = 0;
             let wanted = into.len() - done;
-            let taken = self.search(Order::ZERO, Place::LOWEST, |zone| {
+            let taken = self.search(Order::ZERO, Place::LOWEST, |_, _, zone| {
                 let mut left = wanted;
                 while count < runs.len() && left > 0 {
                     let Some(run) = zone.take_run(left) else { break };
@@ -28,10 +28,11 @@ impl Frames {
                 (count > 0).then_some(0)
             });
             let Some(Found { range, first: zone, .. }) = taken else { break };
+            let has_caches = self.has_caches();
             for run in &runs[..count] {
                 for row in 0..run.rows {
-                    give_out_row(range, zone + run.first + row * ROW_FRAMES, run.bits, &mut into[done..]);
-                    done += run.bits.count_ones() as usize;
+                    let first = zone + run.first + row * ROW_FRAMES;
+                    done += give_out_row(range, first, run.bits, &mut into[done..], has_caches);
                 }
             }
         }
@@ -90,25 +91,29 @@ impl Frames {
     }
 }
 
-/// Frames of the row at `first`, as bits, get an owner; their numbers come to the front of `into`.
-fn give_out_row(range: &Range, first: usize, bits: u64, into: &mut [FrameNumber]) {
+/// Frames of the row at `first`, as bits, get an owner; their numbers come to the front of `into`. How many: those are left
+/// out that a cache has given to somebody, as by [`Frames::give_out_block`].
+fn give_out_row(range: &Range, first: usize, bits: u64, into: &mut [FrameNumber], has_caches: bool) -> usize {
     let number = range.number(first).0;
-    let states = &range.states().0[first..];
-    if let (u64::MAX, Some(states), Some(into)) =
-        (bits, states.first_chunk::<ROW_FRAMES>(), into.first_chunk_mut())
+    let states = range.states();
+    if bits == u64::MAX
+        && !(has_caches && states.has_owned(first, ROW_FRAMES))
+        && let Some(states) = states.0[first..].first_chunk::<ROW_FRAMES>()
+        && let Some(into) = into.first_chunk_mut()
     {
         // The common case, and one that needs no look at single bits.
         states.iter().for_each(|state| state.store(1, Relaxed));
         *into = core::array::from_fn::<_, ROW_FRAMES, _>(|bit| FrameNumber(number + bit as u32));
-        return;
+        return ROW_FRAMES;
     }
-    let mut into = into.iter_mut();
+    let mut given = 0;
     each_bit(bits, |bit| {
-        states[bit].store(1, Relaxed);
-        if let Some(to) = into.next() {
-            *to = FrameNumber(number + bit as u32);
+        if states.give_out(first + bit) {
+            into[given] = FrameNumber(number + bit as u32);
+            given += 1;
         }
     });
+    given
 }
 
 /// Single frames at the front of `frames` lose their owner, as many as lie in the row at `first` and are in use: they as

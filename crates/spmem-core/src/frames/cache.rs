@@ -9,7 +9,7 @@
 
 use super::cached::{HAS_CACHES, KNOWS_CACHES};
 use super::poison::HAS_POISON;
-use super::states::{Tag, Users};
+use super::states::{Tag, Users, take_in, take_out};
 use super::zone::{ROW_FRAMES, ZONE_FRAMES};
 use super::{Frames, FramesError, Place};
 use crate::sync::Ordering::{Acquire, Relaxed};
@@ -17,9 +17,9 @@ use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, Order};
 
 /// Freed frames held, at most.
-pub(super) const HELD: usize = 256;
+pub(super) const HELD: usize = 192;
 /// How many of them, the oldest, are given back when it is full.
-const GIVEN_BACK: usize = HELD / 2;
+pub(super) const GIVEN_BACK: usize = 128;
 
 /// Freed huge frames held, at most.
 const HUGE_HELD: usize = 2;
@@ -51,9 +51,9 @@ pub struct Cache {
     node: AtomicU64,
     row_first: AtomicU32,
     row_bits: AtomicU64,
-    /// Where the oldest of those held is, and how many there are: a ring.
-    oldest: AtomicU32,
+    /// How many are held.
     len: AtomicU32,
+    /// They, the oldest first.
     held: [AtomicU32; HELD],
     /// The huge frames that were freed last, and how many they are.
     huge: [AtomicU32; HUGE_HELD],
@@ -93,7 +93,6 @@ impl Cache {
             node: AtomicU64::new(0),
             row_first: AtomicU32::new(0),
             row_bits: AtomicU64::new(0),
-            oldest: AtomicU32::new(0),
             len: AtomicU32::new(0),
             held: [const { AtomicU32::new(0) }; HELD],
             huge: [const { AtomicU32::new(0) }; HUGE_HELD],
@@ -114,6 +113,7 @@ impl Cache {
     ///
     /// # Errors
     /// [`FramesError::Exhausted`]; [`FramesError::OtherCache`].
+    #[inline]
     pub fn alloc(&mut self, frames: &Frames) -> Result<FrameNumber, FramesError> {
         self.alloc_alone(frames)
     }
@@ -155,6 +155,7 @@ impl Cache {
     ///
     /// # Errors
     /// Those of [`Frames::free_block`]; [`FramesError::OtherCache`]; nothing has changed then.
+    #[inline]
     pub fn free(&mut self, frames: &Frames, frame: FrameNumber) -> Result<(), FramesError> {
         self.free_alone(frames, frame, Users::One)
     }
@@ -224,22 +225,40 @@ impl Cache {
     }
 
     /// By whoever has it for himself, as all that follows.
-    #[inline]
+    #[inline(always)]
     pub(super) fn alloc_alone(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
-        // The common case: no frame is poisoned, and one was freed into the cache.
-        let len = self.len.load(Relaxed);
-        if len > 0 && self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
-            let frame = FrameNumber(self.held_at(len as usize - 1).load(Relaxed));
-            if frames.give_out_single(frame, Some(self.tag())) {
-                self.len.store(len - 1, Relaxed);
-                return Ok(frame);
-            }
+        match self.alloc_held(frames, |frame| frames.state_of_only(frame)) {
+            Some(frame) => Ok(frame),
+            None => self.alloc_slowly(frames),
         }
-        self.alloc_slowly(frames)
+    }
+
+    /// The common case: no frame is poisoned, and one was freed into the cache. `state` finds its state; the bounds of lists tell
+    /// all else.
+    #[inline(always)]
+    fn alloc_held<'a>(
+        &self,
+        frames: &Frames,
+        state: impl Fn(FrameNumber) -> Option<&'a AtomicU8>,
+    ) -> Option<FrameNumber> {
+        let rest = self.len.load(Relaxed).wrapping_sub(1);
+        if self.node.load(Relaxed) == frames.stamp.load(Relaxed)
+            && let Some(held) = self.held.get(rest as usize)
+            && let frame = FrameNumber(held.load(Relaxed))
+            && let Some(state) = state(frame)
+            && take_out(state, self.tag(), Some(Order::ZERO))
+        {
+            self.len.store(rest, Relaxed);
+            return Some(frame);
+        }
+        None
     }
 
     #[inline(never)]
     fn alloc_slowly(&self, frames: &Frames) -> Result<FrameNumber, FramesError> {
+        if let Some(frame) = self.alloc_held(frames, |frame| frames.state_among_many(frame)) {
+            return Ok(frame);
+        }
         let poison = self.is_of(frames)?;
         loop {
             let (frame, freed) = self.pop(frames)?;
@@ -249,13 +268,14 @@ impl Cache {
             if frames.give_out_single(frame, freed) {
                 return Ok(frame);
             }
-            self.lose();
+            self.lose(1);
         }
     }
 
-    #[cold]
-    fn lose(&self) {
-        self.lost.store(self.lost.load(Relaxed).saturating_add(1), Relaxed);
+    fn lose(&self, count: usize) {
+        if count > 0 {
+            self.lost.store(self.lost.load(Relaxed).saturating_add(count as u32), Relaxed);
+        }
     }
 
     fn tag(&self) -> Tag {
@@ -267,7 +287,7 @@ impl Cache {
         let len = self.len.load(Relaxed);
         if len > 0 {
             self.len.store(len - 1, Relaxed);
-            return Ok((FrameNumber(self.held_at(len as usize - 1).load(Relaxed)), Some(self.tag())));
+            return Ok((FrameNumber(self.held[len as usize - 1].load(Relaxed)), Some(self.tag())));
         }
         let mut bits = self.row_bits.load(Relaxed);
         if bits == 0 {
@@ -311,19 +331,39 @@ impl Cache {
 
     #[inline(always)]
     pub(super) fn free_alone(&self, frames: &Frames, frame: FrameNumber, users: Users) -> Result<(), FramesError> {
-        let len = self.len.load(Relaxed);
-        // The common case: no frame is poisoned, and there is room.
-        if (len as usize) < HELD && self.node.load(Relaxed) == frames.stamp.load(Relaxed) {
-            frames.take_in_single(frame, self.tag(), users)?;
-            self.held_at(len as usize).store(frame.0, Relaxed);
-            self.len.store(len + 1, Relaxed);
-            return Ok(());
+        match self.hold(frames, frame, users, |frame| frames.state_of_only(frame)) {
+            Some(()) => Ok(()),
+            None => self.free_slowly(frames, frame, users),
         }
-        self.free_slowly(frames, frame, users)
+    }
+
+    /// The common case: no frame is poisoned, and there is room.
+    #[inline(always)]
+    fn hold<'a>(
+        &self,
+        frames: &Frames,
+        frame: FrameNumber,
+        users: Users,
+        state: impl Fn(FrameNumber) -> Option<&'a AtomicU8>,
+    ) -> Option<()> {
+        let len = self.len.load(Relaxed);
+        if self.node.load(Relaxed) == frames.stamp.load(Relaxed)
+            && let Some(held) = self.held.get(len as usize)
+            && let Some(state) = state(frame)
+            && take_in(state, self.tag(), users)
+        {
+            held.store(frame.0, Relaxed);
+            self.len.store(len + 1, Relaxed);
+            return Some(());
+        }
+        None
     }
 
     #[inline(never)]
     fn free_slowly(&self, frames: &Frames, frame: FrameNumber, users: Users) -> Result<(), FramesError> {
+        if self.hold(frames, frame, users, |frame| frames.state_among_many(frame)).is_some() {
+            return Ok(());
+        }
         let poison = self.is_of(frames)?;
         let tag = self.tag();
         frames.take_in_single(frame, tag, users)?;
@@ -335,7 +375,7 @@ impl Cache {
             self.give_back(frames, GIVEN_BACK);
             len -= GIVEN_BACK;
         }
-        self.held_at(len).store(frame.0, Relaxed);
+        self.held[len].store(frame.0, Relaxed);
         self.len.store(len as u32 + 1, Relaxed);
         Ok(())
     }
@@ -389,7 +429,9 @@ impl Cache {
         }
         assert!(self.is_of(frames).is_ok(), "a cache is drained into the node it was filled from");
         self.give_back_huge(frames);
-        self.give_back(frames, self.len.load(Relaxed) as usize);
+        while let len @ 1.. = self.len.load(Relaxed) as usize {
+            self.give_back(frames, len.min(GIVEN_BACK));
+        }
         let (first, bits) = (self.row_first.load(Relaxed), self.row_bits.swap(0, Relaxed));
         let mut rest = [FrameNumber(0); 64];
         let mut count = 0;
@@ -400,22 +442,17 @@ impl Cache {
         frames.put_cached(&mut rest[..count]);
     }
 
-    /// Where the `age`-th of those held is, the oldest first.
-    fn held_at(&self, age: usize) -> &AtomicU32 {
-        &self.held[(self.oldest.load(Relaxed) as usize + age) % HELD]
-    }
-
-    /// The oldest of what was freed.
+    /// The oldest of what was freed, at most [`GIVEN_BACK`].
     fn give_back(&self, frames: &Frames, count: usize) {
-        let mut oldest = [FrameNumber(0); HELD];
-        let (tag, mut mine) = (self.tag(), 0);
-        for age in 0..count {
-            let frame = FrameNumber(self.held_at(age).load(Relaxed));
-            oldest[mine] = frame;
-            if frames.take_out_single(frame, tag) { mine += 1 } else { self.lose() }
+        let mut oldest = [FrameNumber(0); GIVEN_BACK];
+        let len = self.len.load(Relaxed) as usize;
+        let (given, kept) = self.held[..len].split_at(count);
+        let mine = frames.take_out_each(given, self.tag(), &mut oldest);
+        self.lose(count - mine);
+        for (to, from) in self.held.iter().zip(kept) {
+            to.store(from.load(Relaxed), Relaxed);
         }
-        self.oldest.store((self.oldest.load(Relaxed) + count as u32) % HELD as u32, Relaxed);
-        self.len.store(self.len.load(Relaxed) - count as u32, Relaxed);
+        self.len.store(kept.len() as u32, Relaxed);
         frames.put_cached(&mut oldest[..mine]);
     }
 }

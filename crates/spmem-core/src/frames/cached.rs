@@ -3,11 +3,12 @@
 //! Called by [`Cache`](super::Cache), alone or behind the flag of a [`PerCpu`](super::PerCpu) slot. Whose a frame is, its state
 //! says ([`states`](super::states)). One zone lock at a time.
 
-use super::cache::HELD;
+use super::cache::GIVEN_BACK;
 use super::range::Range;
-use super::states::{Tag, Users, refuse};
-use super::zone::{ROW_FRAMES, Zone};
+use super::states::{Tag, Users, clear, give_out, refuse, set, take_in, take_out};
+use super::zone::{ROW_FRAMES, ZONE_FRAMES, Zone};
 use super::{Frames, FramesError, Place};
+use crate::sync::AtomicU32;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
 use crate::units::{FrameNumber, Order};
 
@@ -52,7 +53,7 @@ impl Frames {
     /// given to nobody.
     pub(super) fn take_row_from(&self, from: Place, name: u32) -> Option<Row> {
         let (mut bits, mut filler) = (0, 0);
-        let found = self.search(Order::ZERO, from, |zone| {
+        let found = self.search(Order::ZERO, from, |_, _, zone| {
             let (first, taken) = zone.take_row(ROW_FRAMES)?;
             (bits, filler) = (taken, zone.replace_filler(name));
             Some(first)
@@ -64,25 +65,85 @@ impl Frames {
     /// A cached frame gets an owner; not if it is another's by now. `freed`: what it was taken back with.
     #[inline]
     pub(super) fn give_out_single(&self, frame: FrameNumber, freed: Option<Tag>) -> bool {
-        let place = self.find(frame).expect("a cached frame is the node's");
-        let states = self.ranges[place.range].states();
+        let state = self.state(frame).expect("a cached frame is the node's");
         match freed {
-            Some(tag) => states.take_out(place.offset, tag, Some(Order::ZERO)),
-            None => states.give_out(place.offset),
+            Some(tag) => take_out(state, tag, Some(Order::ZERO)),
+            None => give_out(state),
         }
     }
 
-    /// A cached frame is nobody's; not if it is another's by now.
-    #[inline]
-    pub(super) fn take_out_single(&self, frame: FrameNumber, tag: Tag) -> bool {
-        let place = self.find(frame).expect("a cached frame is the node's");
-        self.ranges[place.range].states().take_out(place.offset, tag, None)
+    /// Cached frames are nobody's, but for those that are another's by now: the others come to the front of `into`; how many.
+    pub(super) fn take_out_each(
+        &self,
+        cached: &[AtomicU32],
+        tag: Tag,
+        into: &mut [FrameNumber; GIVEN_BACK],
+    ) -> usize {
+        let mut mine = 0;
+        for frame in cached.iter().map(|frame| FrameNumber(frame.load(Relaxed))) {
+            into[mine % GIVEN_BACK] = frame;
+            let is_mine = match self.state_of_only(frame) {
+                Some(state) => take_out(state, tag, None),
+                None => self.take_out_single(frame, tag),
+            };
+            mine += usize::from(is_mine);
+        }
+        mine
+    }
+
+    #[inline(never)]
+    fn take_out_single(&self, frame: FrameNumber, tag: Tag) -> bool {
+        take_out(self.state(frame).expect("a cached frame is the node's"), tag, None)
+    }
+
+    /// A block that its zone has just given gets an owner; not if a cache has given a frame of it one, which can be where it was
+    /// freed into the cache and past it at the same moment. Such a frame is used from then on, the rest of the block free again.
+    pub(super) fn give_out_block(
+        &self,
+        range: &Range,
+        number: usize,
+        zone: &Zone<'_>,
+        first: usize,
+        order: Order,
+    ) -> bool {
+        let (states, offset) = (range.states(), number * ZONE_FRAMES + first);
+        if !self.has_caches() {
+            states.set(offset, Some(order));
+            return true;
+        }
+        let is_free = !states.has_owned(offset, 1 << order.get());
+        if is_free {
+            states.give_out_block(offset, order);
+        } else {
+            self.put(range, number, zone, first, order.index());
+            self.take_owned(range, number, zone, first, 1 << order.get());
+        }
+        is_free
+    }
+
+    /// Of so many frames those that the zone says are free, while caches have given them to an owner, are used from now on;
+    /// whether there were any.
+    pub(super) fn take_owned(
+        &self,
+        range: &Range,
+        number: usize,
+        zone: &Zone<'_>,
+        first: usize,
+        count: usize,
+    ) -> bool {
+        let offset = number * ZONE_FRAMES;
+        if !self.has_caches() || !range.states().has_owned(offset + first, count) {
+            return false;
+        }
+        let is_owned = |&frame: &usize| !zone.is_used(frame) && range.states().has_owned(offset + frame, 1);
+        let owned = (first..first + count).filter(is_owned);
+        owned.map(|frame| zone.take_at(frame, 0)).count() > 0
     }
 
     /// A cached huge frame gets an owner.
+    #[inline]
     pub(super) fn give_out_huge(&self, frame: FrameNumber) {
-        let place = self.find(frame).expect("a cached frame is the node's");
-        self.ranges[place.range].states().set(place.offset, Some(Order::HUGE));
+        set(self.state(frame).expect("a cached frame is the node's"), Some(Order::HUGE));
     }
 
     /// A cached huge frame becomes free.
@@ -96,26 +157,22 @@ impl Frames {
     }
 
     /// A frame that is in use becomes a cached one.
-    #[inline(always)]
     pub(super) fn take_in_single(&self, frame: FrameNumber, tag: Tag, users: Users) -> Result<(), FramesError> {
-        let place = self.find(frame)?;
-        let range = &self.ranges[place.range];
-        if range.states().take_in(place.offset, tag, users) {
-            Ok(())
-        } else {
-            refuse(range, place.offset, Order::ZERO)
-        }
+        let is_taken = self.state(frame).is_some_and(|state| take_in(state, tag, users));
+        if is_taken { Ok(()) } else { self.refuse(frame, Order::ZERO) }
     }
 
     /// A huge frame that is in use becomes a cached one.
+    #[inline]
     pub(super) fn take_in_huge(&self, frame: FrameNumber) -> Result<(), FramesError> {
+        let is_taken = self.state(frame).is_some_and(|state| clear(state, Order::HUGE));
+        if is_taken { Ok(()) } else { self.refuse(frame, Order::HUGE) }
+    }
+
+    #[cold]
+    fn refuse(&self, frame: FrameNumber, order: Order) -> Result<(), FramesError> {
         let place = self.find(frame)?;
-        let range = &self.ranges[place.range];
-        if range.states().clear(place.offset, Order::HUGE) {
-            Ok(())
-        } else {
-            refuse(range, place.offset, Order::HUGE)
-        }
+        refuse(&self.ranges[place.range], place.offset, order)
     }
 
     /// Cached frames become free: one lock a zone, those that nobody works on first. Changes the order of `cached`.
@@ -134,13 +191,13 @@ impl Frames {
                 continue;
             };
             // Which zone a frame is of is random: to branch on it would cost more than to store it twice.
-            let mut mine = [0_u32; HELD];
+            let mut mine = [0_u32; GIVEN_BACK];
             let (mut count, mut others) = (0, 0);
             let (first_of_zone, frames_of_zone) = range.zone_span(place.zone());
             for at in 0..left.len() {
                 let frame = left[at];
                 let offset = frame.0.wrapping_sub(first_of_zone);
-                mine[count % HELD] = offset;
+                mine[count % GIVEN_BACK] = offset;
                 left[others] = frame;
                 count += usize::from(offset < frames_of_zone);
                 others += usize::from(offset >= frames_of_zone);

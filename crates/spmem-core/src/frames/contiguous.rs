@@ -2,6 +2,7 @@
 //!
 //! A run is given out as the largest blocks that it is made of. Two zone locks at most, the lower one first.
 
+use super::range::Range;
 use super::states::check;
 use super::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
 use super::{FrameRange, Frames, FramesError, MAX_CONTIGUOUS};
@@ -36,11 +37,11 @@ impl Frames {
                     && (first + len - 1) / ZONE_FRAMES == *zones.end()
                     && first / ZONE_FRAMES == *zones.start()
                 {
-                    if is_run_free(&parts, first, len) {
+                    if is_run_free(&parts, first, len) && !self.take_owned_of_run(range, &parts, first, len) {
                         for (piece, order) in pieces(first, len) {
                             let zone = parts[piece / ZONE_FRAMES - zones.start()].expect("locked");
                             zone.take_at(piece % ZONE_FRAMES, order.index());
-                            range.states().set(piece, Some(order));
+                            range.states().give_out_block(piece, order);
                         }
                         for (number, zone) in zones.zip(parts.into_iter().flatten()) {
                             self.settle(range, number, zone);
@@ -89,6 +90,22 @@ impl Frames {
             self.settle(range, number, zone);
         }
         Ok(())
+    }
+}
+
+impl Frames {
+    /// [`Frames::take_owned`] of a run in two zones at most.
+    fn take_owned_of_run(&self, range: &Range, parts: &[Option<&Zone<'_>>; 2], first: usize, len: usize) -> bool {
+        let lowest = first / ZONE_FRAMES;
+        let take = |(number, zone): (usize, &Zone<'_>)| {
+            let (from, to) = (first.max(number * ZONE_FRAMES), (first + len).min((number + 1) * ZONE_FRAMES));
+            let has_taken = self.take_owned(range, number, zone, from % ZONE_FRAMES, to.saturating_sub(from));
+            if has_taken {
+                self.settle(range, number, zone);
+            }
+            has_taken
+        };
+        (lowest..).zip(parts.iter().copied().flatten()).map(take).fold(false, |any, taken| any | taken)
     }
 }
 

@@ -46,9 +46,9 @@ impl Frames {
             return Err(FramesError::NotFree { frame, order });
         }
         zone.take_at(place.in_zone(), order.index());
-        range.states().set(place.offset, Some(order));
+        let is_given = self.give_out_block(range, place.zone(), &zone, place.in_zone(), order);
         self.settle(range, place.zone(), &zone);
-        Ok(())
+        if is_given { Ok(()) } else { Err(FramesError::NotFree { frame, order }) }
     }
 
     /// Takes the free block of `order` that lies highest. Looks at the zones that may have one, from the top down.
@@ -71,12 +71,16 @@ impl Frames {
                 while let Some(number) = range.previous_zone(order.index(), behind) {
                     behind = number;
                     let zone = Zone::lock(range.zone_words(number), self.relax);
-                    if let Some(first) = zone.find_highest(order.index()) {
+                    let found = loop {
+                        let Some(first) = zone.find_highest(order.index()) else { break None };
                         zone.take_at(first, order.index());
-                        let offset = number * ZONE_FRAMES + first;
-                        range.states().set(offset, Some(order));
-                        self.settle(range, number, &zone);
-                        return Ok(range.number(offset));
+                        if self.give_out_block(range, number, &zone, first, order) {
+                            break Some(first);
+                        }
+                    };
+                    self.settle(range, number, &zone);
+                    if let Some(first) = found {
+                        return Ok(range.number(number * ZONE_FRAMES + first));
                     }
                 }
             }
@@ -106,6 +110,7 @@ impl Frames {
                 let number = at / ZONE_FRAMES;
                 let stop = end.min((number + 1) * ZONE_FRAMES);
                 let zone = Zone::lock(range.zone_words(number), self.relax);
+                self.take_owned(range, number, &zone, at % ZONE_FRAMES, stop - at);
                 let mut pieces = pieces(at, stop - at);
                 let result = pieces.try_for_each(|(first, order)| take_free_of(range, &zone, first, order, taken));
                 self.settle(range, number, &zone);
@@ -129,7 +134,7 @@ fn take_free_of(
     if zone.is_free(in_zone, in_zone + (1 << order.get())) {
         taken.try_reserve(1).map_err(|_| FramesError::NoMetadata)?;
         zone.take_at(in_zone, order.index());
-        range.states().set(first, Some(order));
+        range.states().give_out_block(first, order);
         taken.push((range.number(first), order));
     } else if let Some(half) = order.get().checked_sub(1).and_then(|half| Order::new(half).ok()) {
         take_free_of(range, zone, first, half, taken)?;

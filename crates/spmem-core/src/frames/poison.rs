@@ -73,6 +73,10 @@ impl Frames {
         let is_new = zone.mark_poisoned(place.in_zone());
         // Release, behind the mark: a cache that sees the stamp sees the mark (`Cache::is_of`).
         self.stamp.fetch_or(HAS_POISON, Release);
+        // One that a cache gave away while its zone had it, too, has an owner.
+        if self.take_owned(range, place.zone(), &zone, place.in_zone(), 1) {
+            self.settle(range, place.zone(), &zone);
+        }
         let hurt = if !zone.is_used(place.in_zone()) {
             zone.take_at(place.in_zone(), 0);
             retire(range, &zone, place.offset);
@@ -105,8 +109,12 @@ impl Frames {
         has_any && self.ranges.iter().any(|range| range.poisoned_in(run).next().is_some())
     }
 
-    /// Gives a block that is in use back to its zone, but for what of it is poisoned.
+    /// Gives a block that is in use back to its zone, but for what of it is poisoned. A single frame may be free already: a cache
+    /// gave it to an owner while its zone had it, too.
     pub(super) fn put(&self, range: &Range, number: usize, zone: &Zone<'_>, first: usize, order: usize) {
+        if order == 0 && !zone.is_used(first) {
+            return;
+        }
         if !zone.has_poison() {
             return zone.put(first, order);
         }

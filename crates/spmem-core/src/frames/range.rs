@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 
 use super::states::States;
 use super::zone::{self, Words, ZONE_FRAMES, ZONE_WORDS};
-use super::{FrameRange, FramesError};
+use super::{FrameRange, Frames, FramesError, Place};
 use crate::sync::Ordering::{Acquire, Relaxed};
 use crate::sync::{AtomicU8, AtomicU64};
 use crate::units::{FrameCount, FrameNumber, NodeId, Order};
@@ -88,6 +88,58 @@ fn leak_zeros<T: Default>(len: usize) -> Result<&'static [T], FramesError> {
 /// Words of the hints of one order.
 const fn hint_words(zones: usize) -> usize {
     zones.div_ceil(64)
+}
+
+/// Where frames are.
+impl Frames {
+    /// After a range came or went.
+    pub(super) fn note_only(&mut self) {
+        self.only = match self.ranges.as_slice() {
+            [range] => (range.span.first, range.states().0),
+            _ => (FrameNumber(0), &[]),
+        };
+    }
+
+    #[inline]
+    pub(super) fn find(&self, frame: FrameNumber) -> Result<Place, FramesError> {
+        // Most nodes have one range.
+        let at = if let [range] = self.ranges.as_slice() {
+            range.span.contains(frame).then_some((0, range.span.first))
+        } else {
+            self.find_among_many(frame)
+        };
+        let (range, first) = at.ok_or(FramesError::Foreign { frame })?;
+        Ok(Place { range, offset: (frame.0 - first.0) as usize })
+    }
+
+    /// The state of a frame, if the node has one range and the frame lies in it.
+    #[inline(always)]
+    pub(super) fn state_of_only(&self, frame: FrameNumber) -> Option<&'static AtomicU8> {
+        let (first, states) = self.only;
+        states.get(frame.0.wrapping_sub(first.0) as usize)
+    }
+
+    /// The state of a frame, if it is the node's.
+    #[inline]
+    pub(super) fn state(&self, frame: FrameNumber) -> Option<&'static AtomicU8> {
+        self.state_of_only(frame).or_else(|| self.state_among_many(frame))
+    }
+
+    #[inline(never)]
+    pub(super) fn state_among_many(&self, frame: FrameNumber) -> Option<&'static AtomicU8> {
+        let at = self.ranges.partition_point(|range| range.span.first <= frame).checked_sub(1)?;
+        let range = self.ranges.get(at)?;
+        // A range has as many states as frames.
+        range.lent.states.get((frame.0 - range.span.first.0) as usize)
+    }
+
+    /// The range that a frame lies in, and where that begins.
+    #[inline(never)]
+    fn find_among_many(&self, frame: FrameNumber) -> Option<(usize, FrameNumber)> {
+        let at = self.ranges.partition_point(|range| range.span.first <= frame).checked_sub(1)?;
+        let span = self.ranges[at].span;
+        span.contains(frame).then_some((at, span.first))
+    }
 }
 
 /// A range with its metadata: first the hints of all orders, then the zones.

@@ -9,7 +9,8 @@
 //! puts its [`Tag`] there: a slot of a processor by an exchange, too; an owner's cache looks and then stores, which costs no
 //! locked instruction. Two that do so at the same moment both think that they
 //! have it; the tag that was stored last stays, and the other cache finds it when it would give the frame away, to an owner
-//! or to the zone, and drops it. What that does not find is in ADR 11, "Double frees".
+//! or to the zone, and drops it. If a zone took it back at that moment, whoever takes frames from the zone finds that one of them
+//! has an owner, and leaves it to him ([`Frames::give_out_block`]). What that does not find is in ADR 11, "Double frees".
 
 use super::range::Range;
 use super::{Frames, FramesError};
@@ -73,31 +74,13 @@ impl States<'_> {
 
     pub(super) fn set(&self, frame: usize, order: Option<Order>) {
         if let Some(state) = self.0.get(frame) {
-            state.store(order.map_or(0, |order| order.get() + 1), Relaxed);
+            set(state, order);
         }
     }
 
     /// Takes the block of `order` that begins there back, if there is one. Of several that do it at once one succeeds.
     pub(super) fn clear(&self, frame: usize, order: Order) -> bool {
-        // Relaxed: that one of them succeeds holds of a single byte; what else is written is ordered by the zone's lock.
-        let clear = |state: &AtomicU8| state.compare_exchange(order.get() + 1, 0, Relaxed, Relaxed);
-        self.0.get(frame).is_some_and(|state| clear(state).is_ok())
-    }
-
-    /// A cache takes a single frame back, if it is in use.
-    #[inline(always)]
-    pub(super) fn take_in(&self, frame: usize, tag: Tag, users: Users) -> bool {
-        // Relaxed, as in `clear`.
-        self.0.get(frame).is_some_and(|state| match users {
-            Users::One => {
-                let is_there = state.load(Relaxed) == SINGLE;
-                if is_there {
-                    state.store(tag.0, Relaxed);
-                }
-                is_there
-            }
-            Users::Many => state.compare_exchange(SINGLE, tag.0, Relaxed, Relaxed).is_ok(),
-        })
+        self.0.get(frame).is_some_and(|state| clear(state, order))
     }
 
     /// Whether it is still that cache's.
@@ -106,21 +89,25 @@ impl States<'_> {
         self.0.get(frame).is_some_and(|state| state.load(Relaxed) == tag.0)
     }
 
-    /// A frame that a cache took back becomes a free one, or that of an owner; not if another one has taken it back, too.
-    #[inline]
-    pub(super) fn take_out(&self, frame: usize, tag: Tag, order: Option<Order>) -> bool {
-        let is_mine = self.has(frame, tag);
-        if is_mine {
-            self.set(frame, order);
-        }
-        is_mine
-    }
-
     /// A frame that was free gets an owner; not if a cache has given it one.
     #[inline]
     pub(super) fn give_out(&self, frame: usize) -> bool {
-        let state = self.0.get(frame).filter(|state| state.load(Relaxed) != SINGLE);
-        state.inspect(|state| state.store(SINGLE, Relaxed)).is_some()
+        self.0.get(frame).is_some_and(give_out)
+    }
+
+    /// A block that was free gets an owner, who has all its frames: a cache that took one of them back, too, lets go of it.
+    pub(super) fn give_out_block(&self, frame: usize, order: Order) {
+        let states = self.0.get(frame..).unwrap_or_default();
+        for state in states.iter().take(1 << order.get()).filter(|state| state.load(Relaxed) != 0) {
+            state.store(0, Relaxed);
+        }
+        self.set(frame, Some(order));
+    }
+
+    /// Whether one of so many frames, of which its zone says that they are free, is a single one in use.
+    pub(super) fn has_owned(&self, frame: usize, count: usize) -> bool {
+        let states = self.0.get(frame..).unwrap_or_default();
+        states.iter().take(count).any(|state| state.load(Relaxed) == SINGLE)
     }
 
     /// The block in use that the frame lies in: its first frame and order.
@@ -141,6 +128,63 @@ impl States<'_> {
         if let Some(state) = self.0.get(frame) {
             state.store(RETIRED, Relaxed);
         }
+    }
+}
+
+/// Says of one state who has the block.
+#[inline(always)]
+pub(super) fn set(state: &AtomicU8, order: Option<Order>) {
+    state.store(number(order), Relaxed);
+}
+
+/// [`States::clear`] of one state.
+#[inline(always)]
+pub(super) fn clear(state: &AtomicU8, order: Order) -> bool {
+    // Relaxed: that one of them succeeds holds of a single byte; what else is written is ordered by the zone's lock.
+    state.compare_exchange(order.get() + 1, 0, Relaxed, Relaxed).is_ok()
+}
+
+/// [`States::give_out`] of one state.
+#[inline(always)]
+pub(super) fn give_out(state: &AtomicU8) -> bool {
+    let is_free = state.load(Relaxed) != SINGLE;
+    if is_free {
+        state.store(SINGLE, Relaxed);
+    }
+    is_free
+}
+
+/// A cache takes a single frame back, if it is in use.
+#[inline(always)]
+pub(super) fn take_in(state: &AtomicU8, tag: Tag, users: Users) -> bool {
+    match users {
+        Users::One => {
+            let is_there = state.load(Relaxed) == SINGLE;
+            if is_there {
+                state.store(tag.0, Relaxed);
+            }
+            is_there
+        }
+        // Relaxed, as in `clear`.
+        Users::Many => state.compare_exchange(SINGLE, tag.0, Relaxed, Relaxed).is_ok(),
+    }
+}
+
+/// A frame that a cache took back becomes a free one, or that of an owner; not if another one has taken it back, too.
+#[inline(always)]
+pub(super) fn take_out(state: &AtomicU8, tag: Tag, order: Option<Order>) -> bool {
+    let is_mine = state.load(Relaxed) == tag.0;
+    if is_mine {
+        set(state, order);
+    }
+    is_mine
+}
+
+/// The state of a block in use, or of a frame that nobody has.
+const fn number(order: Option<Order>) -> u8 {
+    match order {
+        Some(order) => order.get() + 1,
+        None => 0,
     }
 }
 

@@ -38,14 +38,17 @@ pub(super) fn largest(free: u64) -> Option<usize> {
 }
 
 /// The order of the largest free block that holds the free block of `order` at `bit`.
+#[inline]
 pub(super) fn merged(free: u64, bit: usize, order: usize) -> usize {
     // Each block that is free holds smaller ones that are: to count them needs no branch that nobody can foretell.
     let is_free = |larger: usize| {
         let mask = mask(bit >> larger << larger, larger);
         usize::from(larger > order && free & mask == mask)
     };
-    order + (1..WORD_ORDER).map(is_free).sum::<usize>() + usize::from(free == u64::MAX)
+    order + is_free(1) + is_free(2) + is_free(3) + is_free(4) + is_free(5) + usize::from(free == u64::MAX)
 }
+
+const _: () = assert!(WORD_ORDER == 6, "`merged` asks for each order below");
 
 /// Free blocks by order, each counted once at the highest order it reaches.
 pub(super) fn count_blocks(free: u64, counts: &mut [u64]) {
@@ -65,6 +68,9 @@ pub(super) fn highest(free: u64, order: usize) -> Option<usize> {
 
 /// Where a block of `order` is best taken from the word: the smallest free block that holds it, the lowest of those.
 pub(super) fn place(free: u64, order: usize) -> Option<usize> {
+    if free == u64::MAX {
+        return Some(0);
+    }
     let mut runs = free;
     for smaller in 0..order {
         runs = double(runs, smaller);

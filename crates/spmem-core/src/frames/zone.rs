@@ -1,13 +1,14 @@
 //! Zone: the bottom layer, up to 1 GiB of a range under one lock. Keeps huge frames whole, and makes them whole again.
 //!
-//! Two levels, both bit arithmetic in one word: 64 frames make a row, 16 rows a tree (4 MiB). An index an order says
-//! which rows, or trees, have a free block that large; the lowest is taken: low huge frames fill up, high ones drain
+//! Two levels, both bit arithmetic in one word: 64 frames make a row, 16 rows a tree (4 MiB). An [`index`](super::index) an order
+//! says which rows, or trees, have a free block that large; the lowest is taken: low huge frames fill up, high ones drain
 //! and become whole. All of it lies in words lent by the caller, zero meaning free, so that nothing has to be written
 //! before it is used. The words are atomic because they are shared; they are read and written with the lock held only,
 //! so each access is a plain one.
 
 use core::ops::ControlFlow;
 
+use super::index::{INDEX_WORDS, levels};
 use super::word::{self, WORD_ORDER};
 use crate::sync::AtomicU64;
 use crate::sync::Ordering::{Acquire, Relaxed, Release};
@@ -17,20 +18,20 @@ use crate::units::Order;
 pub(super) const ZONE_FRAMES: usize = crate::sync::ZONE_TREES * TREE_FRAMES;
 pub(super) const ROW_FRAMES: usize = 64;
 pub(super) const TREE_FRAMES: usize = 1 << 10;
-const TREE_ROWS: usize = TREE_FRAMES / ROW_FRAMES;
-const ROWS: usize = ZONE_FRAMES / ROW_FRAMES;
-const TREES: usize = ZONE_FRAMES / TREE_FRAMES;
+pub(super) const TREE_ROWS: usize = TREE_FRAMES / ROW_FRAMES;
+pub(super) const ROWS: usize = ZONE_FRAMES / ROW_FRAMES;
+pub(super) const TREES: usize = ZONE_FRAMES / TREE_FRAMES;
 /// The order of a full row: from it on trees are searched, below it rows.
-const ROW_ORDER: usize = WORD_ORDER;
+pub(super) const ROW_ORDER: usize = WORD_ORDER;
 /// Rows of a tree that are in use, all 16.
-const TREE_USED: u64 = (1 << TREE_ROWS) - 1;
+pub(super) const TREE_USED: u64 = (1 << TREE_ROWS) - 1;
 
 /// 1 while somebody works on the zone.
 const LOCK: usize = 0;
 /// Frames in use, those in caches and those that do not exist included.
 const USED: usize = 1;
 /// How many of the largest orders have no free block.
-const LOST: usize = 2;
+pub(super) const LOST: usize = 2;
 /// Frames that are poisoned.
 const POISONED: usize = 3;
 /// Those of them that are out of use. They count as used, too.
@@ -40,17 +41,16 @@ const FILLER: usize = 5;
 /// Of a range's first zone: 1 while the range has it.
 const LENT: usize = 6;
 /// A word a row, a bit a frame: it is in use.
-const ROW: usize = 8;
+pub(super) const ROW: usize = 8;
 /// A word a tree, a bit a row: something of it is in use.
-const TREE: usize = ROW + ROWS;
-/// For each order: a bit a row, or tree, that has no free block so large; behind them a bit a word of those that are all
-/// ones.
-const INDEX: usize = TREE + TREES;
-const ROW_INDEX: usize = ROWS / 64 + 1;
-const TREE_INDEX: usize = TREES / 64 + 1;
+pub(super) const TREE: usize = ROW + ROWS;
+/// A word a tree: what its rows lack of levels.
+pub(super) const LEVELS: usize = TREE + TREES;
+/// The index of all orders.
+pub(super) const INDEX: usize = LEVELS + TREES;
 /// A word a row, a bit a frame: it is poisoned. Not touched as long as none is.
-const POISON: usize = INDEX + ROW_ORDER * ROW_INDEX + (Order::COUNT - ROW_ORDER) * TREE_INDEX;
-/// Words of a zone: 70 KiB.
+const POISON: usize = INDEX + INDEX_WORDS;
+/// Words of a zone: 71 KiB.
 pub(super) const ZONE_WORDS: usize = (POISON + ROWS).next_multiple_of(8);
 
 /// All that a zone has: with a length that is known no access has to be checked.
@@ -108,49 +108,16 @@ impl<'a> Zone<'a> {
         is_mine.then(|| Self { words })
     }
 
-    fn get(&self, at: usize) -> u64 {
+    pub(super) const fn words(&self) -> &'a Words {
+        self.words
+    }
+
+    pub(super) fn get(&self, at: usize) -> u64 {
         self.words[at].load(Relaxed)
     }
 
-    fn set(&self, at: usize, word: u64) {
+    pub(super) fn set(&self, at: usize, word: u64) {
         self.words[at].store(word, Relaxed);
-    }
-
-    /// Makes the last frames of a fresh zone ones that do not exist: all from `count` on.
-    pub(super) fn truncate(&self, count: usize) {
-        for row in count.div_ceil(ROW_FRAMES)..ROWS {
-            self.set(ROW + row, u64::MAX);
-            self.none_in_row(row, 0);
-        }
-        if !count.is_multiple_of(ROW_FRAMES) {
-            let row = count / ROW_FRAMES;
-            let used = u64::MAX << (count % ROW_FRAMES);
-            self.set(ROW + row, used);
-            self.none_in_row(row, levels(!used));
-        }
-        for tree in count / TREE_FRAMES..TREES {
-            let rows = count.saturating_sub(tree * TREE_FRAMES) / ROW_FRAMES;
-            let used = TREE_USED & (TREE_USED << rows);
-            self.set(TREE + tree, used);
-            self.none_in_tree(tree, levels(!used & TREE_USED));
-        }
-        self.add_used((ZONE_FRAMES - count) as i64);
-    }
-
-    /// How many orders have a free block, before and after what was done since the last call.
-    pub(super) fn update_levels(&self) -> (usize, usize) {
-        let before = Order::COUNT - self.get(LOST) as usize;
-        let mut levels = before;
-        while levels > 0 && self.first(levels - 1).is_none() {
-            levels -= 1;
-        }
-        while levels < Order::COUNT && self.first(levels).is_some() {
-            levels += 1;
-        }
-        if levels != before {
-            self.set(LOST, (Order::COUNT - levels) as u64);
-        }
-        (before, levels)
     }
 
     /// Takes a free block of `order`, in the lowest row or tree that has one: its first frame.
@@ -204,54 +171,22 @@ impl<'a> Zone<'a> {
         self.add_used(-(1 << order));
         let row = first / ROW_FRAMES;
         if order >= ROW_ORDER {
-            let rows = 1 << (order - ROW_ORDER);
-            self.words[ROW + row..ROW + row + rows].iter().for_each(|word| word.store(0, Relaxed));
-            let run = word::mask(row % 64, order - ROW_ORDER);
-            for order in 0..ROW_ORDER {
-                self.mark_some(order, row / 64, run);
-            }
-            self.put_in_tree(row, order - ROW_ORDER);
-            return;
+            return self.put_rows(row, order - ROW_ORDER);
         }
         let bit = first % ROW_FRAMES;
         let used = self.get(ROW + row) & !word::mask(bit, order);
         self.set(ROW + row, used);
-        self.some_in_row(row, word::merged(!used, bit, order) + 1);
-        if used == 0 {
-            self.put_in_tree(row, 0);
-        }
+        self.raise_row(row, word::merged(!used, bit, order) + 1);
     }
 
-    /// Gives single frames back, wherever they are. One that is free already is not counted again.
-    pub(super) fn put_each(&self, frames: &[u32]) {
-        let place = |frame: u32| (frame as usize % ZONE_FRAMES / ROW_FRAMES, frame as usize % ROW_FRAMES);
-        // First all words, one not waiting for another, as no branch depends on them; then what they tell the index.
-        let mut were_used = 0;
-        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
-            let used = self.get(ROW + row);
-            were_used += used >> bit & 1;
-            self.set(ROW + row, used & !(1 << bit));
-        }
-        for (row, bit) in frames.iter().map(|&frame| place(frame)) {
-            let used = self.get(ROW + row);
-            self.some_in_row(row, word::merged(!used, bit, 0) + 1);
-            if used == 0 {
-                self.put_in_tree(row, 0);
-            }
-        }
-        self.add_used(-(were_used as i64));
-    }
-
-    /// Gives single frames of a row back, as bits. They must be in use.
+    /// Gives single frames of a row back, as bits. One that is free already is not counted again.
     pub(super) fn put_in_row(&self, first: usize, bits: u64) {
-        self.add_used(-i64::from(bits.count_ones()));
         let row = first / ROW_FRAMES;
-        let used = self.get(ROW + row) & !bits;
+        let before = self.get(ROW + row);
+        let used = before & !bits;
+        self.add_used(-i64::from((before & bits).count_ones()));
         self.set(ROW + row, used);
-        self.some_in_row(row, levels(!used));
-        if used == 0 {
-            self.put_in_tree(row, 0);
-        }
+        self.raise_row(row, levels(!used));
     }
 
     /// A cache is filled from here: which one was before.
@@ -330,22 +265,9 @@ impl<'a> Zone<'a> {
         }
     }
 
-    /// The highest free block of `order`: its first frame.
-    pub(super) fn find_highest(&self, order: usize) -> Option<usize> {
-        let (base, summary) = index(order);
-        let at = (base..summary).rev().find(|&at| self.get(at) != u64::MAX)?;
-        let unit = (at - base) * 64 + (!self.get(at)).ilog2() as usize;
-        let expect = "the index says that it has such a block";
-        Some(if order < ROW_ORDER {
-            unit * ROW_FRAMES + word::highest(!self.get(ROW + unit), order).expect(expect)
-        } else {
-            let free = !self.get(TREE + unit) & TREE_USED;
-            unit * TREE_FRAMES + word::highest(free, order - ROW_ORDER).expect(expect) * ROW_FRAMES
-        })
-    }
-
     /// Adds the free blocks by order, each counted once at the highest order it reaches.
     pub(super) fn count_free_blocks(&self, counts: &mut [u64; Order::COUNT]) {
+        debug_assert!(self.is_index_right(), "what is known of a row's blocks is not what it has");
         let (in_rows, in_trees) = counts.split_at_mut(ROW_ORDER);
         for row in 0..ROWS {
             let used = self.get(ROW + row);
@@ -358,106 +280,17 @@ impl<'a> Zone<'a> {
         }
     }
 
-    fn add_used(&self, frames: i64) {
+    pub(super) fn add_used(&self, frames: i64) {
         self.set(USED, self.get(USED).wrapping_add_signed(frames));
     }
 
     fn take_in_row(&self, row: usize, free: u64, taken: u64) {
         let left = free & !taken;
         self.set(ROW + row, !left);
-        self.none_in_row(row, levels(left));
+        self.lower_row(row, left);
         if free == u64::MAX {
-            let tree = row / TREE_ROWS;
-            let used = self.get(TREE + tree) | 1 << (row % TREE_ROWS);
-            self.set(TREE + tree, used);
-            self.none_in_tree(tree, levels(!used & TREE_USED));
+            self.take_rows(row / TREE_ROWS, 1 << (row % TREE_ROWS));
         }
-    }
-
-    fn take_in_tree(&self, tree: usize, row: usize, rows_order: usize) {
-        let first = tree * TREE_ROWS + row;
-        let rows = &self.words[ROW + first..ROW + first + (1 << rows_order)];
-        rows.iter().for_each(|word| word.store(u64::MAX, Relaxed));
-        let run = word::mask(first % 64, rows_order);
-        for order in 0..ROW_ORDER {
-            self.mark_none(order, first / 64, run);
-        }
-        let used = self.get(TREE + tree) | word::mask(row, rows_order);
-        self.set(TREE + tree, used);
-        self.none_in_tree(tree, levels(!used & TREE_USED));
-    }
-
-    fn put_in_tree(&self, row: usize, rows_order: usize) {
-        let (tree, at) = (row / TREE_ROWS, row % TREE_ROWS);
-        let used = self.get(TREE + tree) & !word::mask(at, rows_order);
-        self.set(TREE + tree, used);
-        let largest = word::merged(!used & TREE_USED, at, rows_order);
-        for order in ROW_ORDER..=ROW_ORDER + largest {
-            self.mark_some(order, tree / 64, 1 << (tree % 64));
-        }
-    }
-
-    /// The row has no free block of the orders from `levels` on.
-    fn none_in_row(&self, row: usize, levels: usize) {
-        for order in levels..ROW_ORDER {
-            if !self.mark_none(order, row / 64, 1 << (row % 64)) {
-                break; // nor of a larger one, as known
-            }
-        }
-    }
-
-    fn some_in_row(&self, row: usize, levels: usize) {
-        for order in (0..levels.min(ROW_ORDER)).rev() {
-            if !self.mark_some(order, row / 64, 1 << (row % 64)) {
-                break; // and of smaller ones, as known
-            }
-        }
-    }
-
-    fn none_in_tree(&self, tree: usize, levels: usize) {
-        for order in ROW_ORDER + levels..Order::COUNT {
-            if !self.mark_none(order, tree / 64, 1 << (tree % 64)) {
-                break;
-            }
-        }
-    }
-
-    /// The rows, or trees, `run` of a word have no free block of the order. Whether that is news.
-    fn mark_none(&self, order: usize, at: usize, run: u64) -> bool {
-        let (base, summary) = index(order);
-        let word = self.get(base + at);
-        if word & run == run {
-            return false;
-        }
-        self.set(base + at, word | run);
-        if word | run == u64::MAX {
-            self.set(summary, self.get(summary) | 1 << at);
-        }
-        true
-    }
-
-    /// They have. Whether that is news.
-    fn mark_some(&self, order: usize, at: usize, run: u64) -> bool {
-        let (base, summary) = index(order);
-        let word = self.get(base + at);
-        if word & run == 0 {
-            return false;
-        }
-        self.set(base + at, word & !run);
-        if word == u64::MAX {
-            self.set(summary, self.get(summary) & !(1 << at));
-        }
-        true
-    }
-
-    /// The lowest row, or tree, with a free block of `order`.
-    fn first(&self, order: usize) -> Option<usize> {
-        let (base, summary) = index(order);
-        let at = self.get(summary).trailing_ones() as usize;
-        if at == summary - base {
-            return None;
-        }
-        Some(at * 64 + self.get(base + at).trailing_ones() as usize)
     }
 }
 
@@ -476,22 +309,6 @@ impl Run {
     pub(super) const fn frames(&self) -> usize {
         self.bits.count_ones() as usize * self.rows
     }
-}
-
-/// Where the index of an order begins, and where its summary is.
-const fn index(order: usize) -> (usize, usize) {
-    if order < ROW_ORDER {
-        let base = INDEX + order * ROW_INDEX;
-        (base, base + ROW_INDEX - 1)
-    } else {
-        let base = INDEX + ROW_ORDER * ROW_INDEX + (order - ROW_ORDER) * TREE_INDEX;
-        (base, base + TREE_INDEX - 1)
-    }
-}
-
-/// How many orders the word has a free block of.
-fn levels(free: u64) -> usize {
-    word::largest(free).map_or(0, |order| order + 1)
 }
 
 /// Each row of `[first, end)` and which of its frames are meant.

@@ -1,6 +1,5 @@
 //! Refusals: why the wall let nobody through, as facts (R11).
 
-use alloc::string::String;
 use core::fmt;
 
 use super::MAX_SHOWN;
@@ -133,21 +132,21 @@ impl Reason {
 }
 
 /// [`Reason::what`]; without a path domains go by number.
-struct What {
+struct What<P> {
     reason: Reason,
-    path: Option<String>,
+    path: Option<P>,
 }
 
-impl What {
+impl<P: fmt::Display> What<P> {
     fn write_domain(&self, f: &mut fmt::Formatter<'_>, domain: DomainId) -> fmt::Result {
         match &self.path {
-            Some(path) => f.write_str(path),
+            Some(path) => path.fmt(f),
             None => write!(f, "{domain}"),
         }
     }
 }
 
-impl fmt::Display for What {
+impl<P: fmt::Display> fmt::Display for What<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reason {
             Reason::NothingAsked => f.write_str("the mask is empty"),
@@ -183,7 +182,7 @@ impl fmt::Display for Refusal {
         if let Some(node) = self.node {
             write!(f, "node {node}: ")?;
         }
-        write!(f, "{}", What { reason: self.reason, path: None })?;
+        write!(f, "{}", What::<DomainId> { reason: self.reason, path: None })?;
         // What is wrong with a grant says itself what to do.
         if matches!(self.reason, Reason::BadGrant { .. }) {
             return Ok(());

@@ -79,7 +79,8 @@ impl World {
         self.owners.insert(node, owner);
         let ranges = std::collections::BTreeMap::new();
         self.model.nodes.insert(node, model::Node { spec, tier, weight: 1, reserve: 0, ranges });
-        self.mm.registry_mut().set_abstract_distance(id, DRAM * (1 + 2 * u64::from(tier)));
+        let set = self.mm.registry_mut().set_abstract_distance(id, DRAM * (1 + 2 * u64::from(tier)));
+        hold("R14", set.is_ok(), || format!("node {node} in tier {tier}: {set:?}"))?;
         self.check_outside("", &outside)?;
         self.add_range(node, spec, frames, initial)?;
         self.check_step()

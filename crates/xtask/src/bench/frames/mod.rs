@@ -1,8 +1,14 @@
 //! `cargo xtask bench frames`: the frame allocator beside others, in one run.
 //!
 //! Nothing of the memory is touched: 8 GiB of frame numbers are managed. Times are the threads' own processor time, the
-//! slowest thread's where there are two, medians over rounds in which all sides take turns.
+//! slowest thread's where there are two, medians over rounds in which all sides take turns. Beside each bar stands what the same
+//! data costs without an allocator, and what two threads cost with a node each ([`floors`]): what is between is the allocator's.
+//!
+//! jemalloc takes part with `cargo run --release --package xtask --features jemalloc -- bench frames`. It is not part of the plain
+//! run: what builds it is a shell script and make, which took ten minutes on a virtual machine with 2 cores, once a profile, for
+//! each build of a task that has nothing to do with it; nothing else here needs make.
 
+mod floors;
 mod fragments;
 mod sides;
 
@@ -113,7 +119,7 @@ impl Sides for Measure<'_> {
             figures.bulk_free[of].push(free);
             figures.random_free[of].push(random);
         }
-        if is_first && S::HAS_ORDERS {
+        if is_first && S::IS_CHURNED {
             eprintln!("frames: {name}: fragmentation");
             figures.fragments = Some(fragments::churn(&make()?, self.options.churn));
         }
@@ -275,35 +281,61 @@ impl Measure<'_> {
         else {
             return;
         };
-        let contended = [
-            &own.pair,
-            &own.bulk_alloc,
-            &own.bulk_free,
-            &own.random_free,
-            &cpu.pair,
-            &own.huge_pair,
-            &zones.batch,
-        ];
-        let slower = contended.map(|of| median(&of[1]) / median(&of[0]));
+        let (slower, apart) = self.print_contended();
+        let bare = |name, pick: fn(&Figures) -> &[Vec<f64>; 2]| {
+            self.of(name).map_or(f64::NAN, |floor| median(&pick(floor)[0]))
+        };
+        let none = f64::NAN;
         let reached = [
-            median(&own.pair[0]),
-            median(&cpu.pair[0]),
-            median(&zones.pair[0]),
-            median(&own.huge_pair[0]),
-            median(&zones.batch[0]),
-            median(&own.random_free[0]),
-            slower.into_iter().fold(0.0, f64::max),
-            own.recovered(),
+            (median(&own.pair[0]), bare(sides::BARE, |f| &f.pair)),
+            (median(&cpu.pair[0]), bare(sides::BARE_LOCKED, |f| &f.pair)),
+            (median(&zones.pair[0]), none),
+            (median(&own.huge_pair[0]), none),
+            (median(&zones.batch[0]), none),
+            (median(&own.random_free[0]), bare(sides::BARE, |f| &f.random_free)),
+            (slower, apart),
+            (own.recovered(), none),
         ];
-        let mut table = Table::new(&["bar", "reached", "goal", ""]);
-        for ((name, bar), reached) in BARS.into_iter().zip(reached) {
+        let mut table = Table::new(&["bar", "reached", "goal", "", "floor"]);
+        for ((name, bar), (reached, floor)) in BARS.into_iter().zip(reached) {
             let is_share = name.ends_with('%');
             let is_kept = if is_share { reached >= bar } else { reached <= bar };
             let sign = if is_share { ">=" } else { "<=" };
             let verdict = if is_kept { "kept" } else { "missed" };
-            table.row(vec![name.to_owned(), short(reached), format!("{sign} {bar}"), verdict.to_owned()]);
+            let goal = format!("{sign} {bar}");
+            table.row(vec![name.to_owned(), short(reached), goal, verdict.to_owned(), short(floor)]);
         }
         table.print();
+        println!("floor: the same data without an allocator around it; of two threads, with a node each");
+    }
+
+    /// How many times as long each of two threads takes as one alone, on one node and on two: the worst of the first, and the
+    /// second beside it.
+    fn print_contended(&self) -> (f64, f64) {
+        type Pick = fn(&Figures) -> &[Vec<f64>; 2];
+        let rows: [(&str, [&str; 2], Pick); 7] = [
+            ("pair o0, owner-cached", [sides::OWNER, sides::OWNER_APART], |f| &f.pair),
+            ("alloc o0, owner-cached", [sides::OWNER, sides::OWNER_APART], |f| &f.bulk_alloc),
+            ("free o0, owner-cached", [sides::OWNER, sides::OWNER_APART], |f| &f.bulk_free),
+            ("random free, owner-cached", [sides::OWNER, sides::OWNER_APART], |f| &f.random_free),
+            ("pair o9, owner-cached", [sides::OWNER, sides::OWNER_APART], |f| &f.huge_pair),
+            ("pair o0, per processor", [sides::PER_CPU, sides::PER_CPU_APART], |f| &f.pair),
+            ("batch, zones", [sides::ZONES, sides::ZONES_APART], |f| &f.batch),
+        ];
+        let mut table = Table::new(&["two threads, of one alone", "one node", "a node each"]);
+        let mut worst = (0.0, f64::NAN);
+        for (name, sides, pick) in rows {
+            let [shared, apart] = sides.map(|side| {
+                self.of(side).map_or(f64::NAN, |figures| median(&pick(figures)[1]) / median(&pick(figures)[0]))
+            });
+            table.row(vec![name.to_owned(), short(shared), short(apart)]);
+            if shared > worst.0 {
+                worst = (shared, apart);
+            }
+        }
+        table.print();
+        println!();
+        worst
     }
 }
 

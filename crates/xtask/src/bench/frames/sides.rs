@@ -5,6 +5,7 @@
 )]
 
 use super::FRAMES;
+use super::floors::{Apart, Bare};
 use anyhow::Context;
 use bitmap_allocator::{BitAlloc, BitAlloc16M};
 use frame_alloc::{
@@ -24,6 +25,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(super) const OWNER: &str = "spmem, owner-cached";
 pub(super) const PER_CPU: &str = "spmem, per processor";
 pub(super) const ZONES: &str = "spmem, zones";
+/// The same with an allocator for each thread.
+pub(super) const OWNER_APART: &str = "owner-cached, a node each";
+pub(super) const PER_CPU_APART: &str = "per processor, a node each";
+pub(super) const ZONES_APART: &str = "zones, a node each";
+/// What they cannot do without.
+pub(super) const BARE: &str = "floor: bytes, bits, a stack";
+pub(super) const BARE_LOCKED: &str = "floor: the same, locked";
 
 /// One allocator.
 pub(super) trait Side: Sync {
@@ -33,6 +41,8 @@ pub(super) trait Side: Sync {
     const HAS_ORDERS: bool = true;
     /// It takes and gives many at a time.
     const HAS_BATCH: bool = false;
+    /// The fragmentation protocol is run on it.
+    const IS_CHURNED: bool = Self::HAS_ORDERS;
 
     fn handle(&self) -> Self::Handle;
     fn alloc(&self, handle: &mut Self::Handle, order: u8) -> Option<usize>;
@@ -51,9 +61,17 @@ pub(super) trait Sides {
 
 /// Shows every side to `sides`, each made anew as often as it likes.
 pub(super) fn visit(sides: &mut impl Sides) -> anyhow::Result<()> {
-    sides.side(OWNER, || Ok(Owner(fresh()?)))?;
-    sides.side(PER_CPU, || Ok(Shared { frames: fresh()?, caches: PerCpu::new(2)?, next: AtomicUsize::new(0) }))?;
-    sides.side(ZONES, || Ok(Zones(fresh()?)))?;
+    let owner = || Ok(Owner(fresh()?));
+    let per_cpu = || Ok(Shared { frames: fresh()?, caches: PerCpu::new(2)?, next: AtomicUsize::new(0) });
+    let zones = || Ok(Zones(fresh()?));
+    sides.side(OWNER, owner)?;
+    sides.side(PER_CPU, per_cpu)?;
+    sides.side(ZONES, zones)?;
+    sides.side(OWNER_APART, || Apart::new(owner))?;
+    sides.side(PER_CPU_APART, || Apart::new(per_cpu))?;
+    sides.side(ZONES_APART, || Apart::new(zones))?;
+    sides.side(BARE, || Ok(Bare::<false>::new()))?;
+    sides.side(BARE_LOCKED, || Ok(Bare::<true>::new()))?;
     sides.side("frame-alloc, depot", Depot::new)?;
     sides.side("buddy_system_allocator, mutex", Buddy::new)?;
     sides.side("bitmap-allocator, mutex", Bitmap::new)?;
