@@ -55,7 +55,10 @@ const EACH_WIDER: usize = 6;
 const SLOWEST: usize = 12;
 
 fn main() {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // Some trials wait most of the time.
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    arguments.test_threads.get_or_insert(processors + 1);
     let settings: &'static Settings = Box::leak(Box::new(Settings::from_environment()));
     let list = Command::new(TORTURE).arg("list").output().expect("torture runs");
     let list = String::from_utf8(list.stdout).expect("torture lists text");

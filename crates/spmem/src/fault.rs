@@ -8,6 +8,8 @@
 //! core's `Turnstile` lets one pass.
 //!
 //! Known hole: one handler a process; threads that fault at the same time queue.
+//!
+//! Over 500 lines: where a page may come from, and what the kernel may answer, case by case.
 
 use crate::changes;
 use crate::dense::is_dense;

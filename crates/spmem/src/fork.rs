@@ -21,6 +21,8 @@
 //!
 //! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
+//!
+//! Over 500 lines: both sides of one protocol, which are read against each other.
 
 use crate::changes;
 use crate::protocol::Heir;

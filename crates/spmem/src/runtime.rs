@@ -7,6 +7,8 @@
 //!
 //! Locks, in this order: `fork_turn` (one fork at a time; taken by program threads) -> `space`. Reclaimers announce
 //! themselves in `working` before they touch anything and stay out while `is_paused`.
+//!
+//! Over 500 lines: what a process's threads share is declared in one place, and shut down and begun anew there after a fork.
 
 #![allow(
     unsafe_code,

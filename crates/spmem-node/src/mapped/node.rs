@@ -7,6 +7,8 @@
 //!
 //! Holes: what is known of blocks in use lives in a tree on the heap, which must not fail. After a restart every block is the
 //! root domain's. The node does not compact itself.
+//!
+//! Over 500 lines: one type, whose every step is ordered against a crash.
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;

@@ -2,6 +2,8 @@
 //!
 //! Each row starts [`vm_wall_probe`](super::vm_wall_probe) behind a wall and holds what the kernel did against what the row
 //! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4.
+//!
+//! Over 500 lines: nearly all of it is the table of rows.
 #![allow(unsafe_code, reason = "another user, between fork and exec")]
 
 use std::fs::{self, File};

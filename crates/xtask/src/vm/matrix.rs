@@ -23,7 +23,7 @@ const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
 /// Where walls are tried: four nodes of the kernel's.
 const WALLED: &str = "numa4";
 /// Only what hangs takes as long, on a busy machine too.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(1800);
 /// Exit status when nothing could be fetched, so nothing was checked: CI counts it as a skip.
 const EXIT_SKIPPED: u8 = 77;
 
