@@ -2,7 +2,7 @@
 //! touches.
 //!
 //! `cargo test -p spmem-torture` runs the quick set: each case bare and at 10 %, and of each theme (fork, remap, ...) every
-//! sixth case at 25 % and the one after it at 50 %. The other trials count as ignored and are printed as left out; `-- --include-ignored`
+//! eighth case at 25 % and the one after it at 50 %. The other trials count as ignored and are printed as left out; `-- --include-ignored`
 //! runs them too. One case: `-- at-10::fork-cold`; the bare ones: `-- bare::`. Settings, all by environment:
 //!
 //! - `SPM`: the binary under test (else `spm` is built once, by the profile of this test);
@@ -50,7 +50,7 @@ const LOSES_PAGES: &str = "faults-bits";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
 /// In the quick set, one in so many cases of a theme is tried at each of the wider budgets.
-const EACH_WIDER: usize = 6;
+const EACH_WIDER: usize = 8;
 /// Trials whose times are printed.
 const SLOWEST: usize = 12;
 
