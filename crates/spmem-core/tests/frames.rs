@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use spmem_core::frames::{FrameRange, Frames, FramesError, Hurt, InUse, Metadata};
+use spmem_core::frames::{Cache, FrameRange, Frames, FramesError, Hurt, InUse, Metadata};
 use spmem_core::units::{FrameCount, FrameNumber, Order};
 
 /// What a frame is, one entry a frame.
@@ -434,5 +434,32 @@ proptest! {
             oracle.free(picks.next().map_or(0, |pick| pick.index(oracle.blocks.len())));
         }
         prop_assert_eq!(oracle.frames.count_free_blocks(), whole);
+    }
+}
+
+#[test]
+fn a_block_that_ends_behind_the_node_names_a_frame_that_is_not_the_nodes() {
+    let mut frames = Frames::new();
+    frames.add_range(FrameCount(1000), lent(1000)).unwrap();
+    let is_foreign = |error| match error {
+        FramesError::Foreign { frame } => frames.ranges().all(|range| !range.contains(frame)),
+        _ => false,
+    };
+    assert!(is_foreign(frames.alloc_at(FrameNumber(992), order(4)).unwrap_err()));
+    let run = FrameRange { first: FrameNumber(996), count: FrameCount(8) };
+    assert!(is_foreign(frames.free_contiguous(run).unwrap_err()));
+}
+
+#[test]
+fn a_cache_that_holds_all_that_is_free_gives_a_block_of_any_order() {
+    for wanted in [0, 1, 3, 6] {
+        let mut frames = Frames::new();
+        frames.add_range(FrameCount(64), lent(64)).unwrap();
+        let mut cache = Cache::new();
+        let frame = cache.alloc(&frames).unwrap();
+        cache.free(&frames, frame).unwrap();
+        assert_eq!(cache.len(), FrameCount(64), "it took the whole row");
+        let block = cache.alloc_block(&frames, order(wanted)).unwrap();
+        assert_eq!(frames.allocated_order(block), Ok(order(wanted)));
     }
 }

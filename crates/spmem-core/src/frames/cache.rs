@@ -129,7 +129,11 @@ impl Cache {
             return Ok(frame);
         }
         match self.alloc_block_shared(frames, order) {
-            Err(FramesError::Exhausted { .. }) if self.give_back_huge(frames) => frames.alloc(order),
+            // What it holds itself may be all that is left.
+            Err(FramesError::Exhausted { .. }) if !self.is_empty() && self.is_of(frames).is_ok() => {
+                self.drain_alone(frames);
+                frames.alloc(order)
+            }
             result => result,
         }
     }

@@ -6,7 +6,11 @@ use super::range::Range;
 use super::states::check;
 use super::zone::{TREE_FRAMES, ZONE_FRAMES, Zone};
 use super::{FrameRange, Frames, FramesError, MAX_CONTIGUOUS};
+use crate::sync::Ordering::Acquire;
 use crate::units::{FrameCount, Order};
+
+/// Looks at a whole node, each as long as it takes, before a run is given up that others may be freeing.
+const LOOKS: usize = 8;
 
 impl Frames {
     /// Takes `count` neighbouring frames, up to 1 GiB; from 4 MiB on they begin at a multiple of 4 MiB, below that at a
@@ -14,11 +18,26 @@ impl Frames {
     ///
     /// # Errors
     /// [`FramesError::Contiguous`] for a length that is never given; [`FramesError::Exhausted`], with the smallest order
-    /// that holds it, when no such run is free.
+    /// that holds it, when no such run is free: in eight looks in a row, if others free meanwhile.
     pub fn alloc_contiguous(&self, count: FrameCount) -> Result<FrameRange, FramesError> {
         if count.0 == 0 || count.0 > MAX_CONTIGUOUS {
             return Err(FramesError::Contiguous { count });
         }
+        for _ in 0..LOOKS {
+            let epoch = self.epoch.load(Acquire);
+            if let Some(run) = self.find_contiguous(count) {
+                return Ok(run);
+            }
+            // As in `search`: a run may have become free behind our back.
+            if self.epoch.load(Acquire) == epoch {
+                break;
+            }
+        }
+        Err(self.exhausted(Order::fitting(count.bytes()).unwrap_or(Order::MAX)))
+    }
+
+    /// One look at every tree.
+    fn find_contiguous(&self, count: FrameCount) -> Option<FrameRange> {
         let len = count.0 as usize;
         let order = Order::fitting(count.bytes()).unwrap_or(Order::MAX);
         for range in &self.ranges {
@@ -46,13 +65,13 @@ impl Frames {
                         for (number, zone) in zones.zip(parts.into_iter().flatten()) {
                             self.settle(range, number, zone);
                         }
-                        return Ok(FrameRange { first: range.number(first), count });
+                        return Some(FrameRange { first: range.number(first), count });
                     }
                     first += step;
                 }
             }
         }
-        Err(self.exhausted(order))
+        None
     }
 
     /// Gives back what [`Frames::alloc_contiguous`] gave, all of it.
@@ -67,7 +86,7 @@ impl Frames {
         let range = &self.ranges[place.range];
         let (first, len) = (place.offset, run.count.0 as usize);
         if first + len > range.span.count.0 as usize {
-            return Err(FramesError::Foreign { frame: range.number(range.span.count.0 as usize - 1) });
+            return Err(FramesError::Foreign { frame: range.behind() });
         }
         let zones = place.zone()..=(first + len - 1) / ZONE_FRAMES;
         let low = Zone::lock(range.zone_words(*zones.start()), self.relax);

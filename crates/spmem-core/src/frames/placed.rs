@@ -39,7 +39,7 @@ impl Frames {
         }
         let count = usize::try_from(range.span.count.0).expect("a node has at most 2^32 frames");
         if place.offset + len > count {
-            return Err(FramesError::Foreign { frame: range.number(count - 1) });
+            return Err(FramesError::Foreign { frame: range.behind() });
         }
         let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
         if !zone.is_free(place.in_zone(), place.in_zone() + len) {

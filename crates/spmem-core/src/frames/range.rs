@@ -222,6 +222,11 @@ impl Range {
         (offset / ZONE_FRAMES == zone && (offset as u64) < self.span.count.0).then_some(offset)
     }
 
+    /// The frame behind its last one.
+    pub(super) fn behind(&self) -> FrameNumber {
+        FrameNumber(self.span.first.0.saturating_add(u32::try_from(self.span.count.0).unwrap_or(u32::MAX)))
+    }
+
     pub(super) fn number(&self, offset: usize) -> FrameNumber {
         FrameNumber(self.span.first.0 + u32::try_from(offset).expect("a node has at most 2^32 frames"))
     }
