@@ -49,6 +49,8 @@ pub type Cram = Store<GrantedFrames, Frames>;
 
 /// Bytes of an agent thread's stack.
 const STACK: usize = 256 << 10;
+/// What must be left, where address space or data are limited (setrlimit(2)), for what the agent's heap grows to.
+const HEAP_ROOM: usize = 8 << 20;
 /// Excluded ranges that are told apart: the C library's and the dynamic linker's own data, ours, what is wiped on fork.
 pub const MAX_EXCLUDED: usize = 256;
 /// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
@@ -270,6 +272,17 @@ impl Runtime {
         table: Table,
         entry: extern "C" fn(usize) -> !,
     ) -> Result<()> {
+        let top = self.make_stack(number)?;
+        let argument = core::ptr::from_ref(self).expose_provenance();
+        let top = core::ptr::with_exposed_provenance_mut(top);
+        // SAFETY: the stack is used by thread `number` only, which starts once in a process's life; the entries of
+        // this crate use no thread-local storage.
+        unsafe { thread::spawn(table, top, entry, argument) }?;
+        Ok(())
+    }
+
+    /// Where the stack of thread `number` begins, at its upper end.
+    fn make_stack(&self, number: usize) -> Result<usize> {
         let mut top = self.stacks[number].load(Ordering::Relaxed);
         if top == 0 {
             let stack = Mapping::new(STACK, c"spmem stack")?;
@@ -277,12 +290,7 @@ impl Runtime {
             stack.leak();
             self.stacks[number].store(top, Ordering::Relaxed);
         }
-        let argument = core::ptr::from_ref(self).expose_provenance();
-        let top = core::ptr::with_exposed_provenance_mut(top);
-        // SAFETY: the stack is used by thread `number` only, which starts once in a process's life; the entries of
-        // this crate use no thread-local storage.
-        unsafe { thread::spawn(table, top, entry, argument) }?;
-        Ok(())
+        Ok(top)
     }
 
     /// The runtime an agent thread was started with.
@@ -328,29 +336,42 @@ impl Runtime {
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
         let uffd = self.make_userfaultfd()?;
-        // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
-        uffd.register(holding.start(), holding.len())?;
         let capacity = FrameCount(capacity / PAGE as u64);
         let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;
         let frames = Frames { mapping: frames, committed: 0 };
         let store = Store::new(granted, frames, self.shared().seed.load(Ordering::Relaxed));
-        *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
-        self.holding_start.store(holding.start(), Ordering::Relaxed);
         self.trash_start.store(trash.start(), Ordering::Relaxed);
-        self.guard_start.store(guard.start(), Ordering::Relaxed);
         self.make_scratch()?;
         self.make_listener()?;
+        self.make_stack(MAX_RECLAIMERS)?;
+        // Who is given no memory later must end the program: better to leave it alone now.
+        drop(Mapping::new(HEAP_ROOM, c"spmem heap")?);
+        // From here on the kernel waits for somebody to read what it announces of the area, its unmapping for one.
+        // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
+        uffd.register(holding.start(), holding.len())?;
+        *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
+        let holding_start = holding.start();
+        self.holding_start.store(holding_start, Ordering::Relaxed);
+        self.guard_start.store(guard.start(), Ordering::Relaxed);
         self.uffd.store(uffd.into_raw(), Ordering::Release);
         holding.leak();
         trash.leak();
         guard.leak();
         if self.shared().targets().next().is_some() {
-            let staging = Mapping::new(STAGING_LEN, c"spmem staging")?;
-            staging.wipe_in_children()?;
-            self.staging_start.store(staging.start(), Ordering::Relaxed);
-            staging.leak();
+            // Without it pages go to node 1 only.
+            let staging = Mapping::new(STAGING_LEN, c"spmem staging");
+            if let Ok(staging) = staging.and_then(|staging| staging.wipe_in_children().map(|()| staging)) {
+                self.staging_start.store(staging.start(), Ordering::Relaxed);
+                staging.leak();
+            }
         }
-        self.start_helpers()?;
+        let area = (holding_start, (slots as usize + 1) * PAGE);
+        self.start_helpers().inspect_err(|_| {
+            // Nobody reads what is announced: nothing may be.
+            let uffd = Uffd::from_fd(Fd::from_raw(self.uffd.swap(-1, Ordering::Release)));
+            let _ = uffd.unregister(area.0, area.1);
+            *self.space.lock() = None;
+        })?;
         self.set_stage(Stage::Active);
         Ok(())
     }
@@ -388,9 +409,9 @@ impl Runtime {
         // And without a porter they go to node 1.
         let _ = self.hire_porter();
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
-        for number in 1..reclaimers(process::cpu_count()) {
-            self.start_thread(number, Table::Shared, reclaim::helper)?;
-        }
+        // With fewer it is slower.
+        let _ = (1..reclaimers(process::cpu_count()))
+            .try_for_each(|number| self.start_thread(number, Table::Shared, reclaim::helper));
         Ok(())
     }
 

@@ -83,6 +83,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     }
     let outputs = Outputs::open(options)?;
 
+    refuse_small_files()?;
     let (name, path) = (&options.command[0], std::env::var_os("PATH"));
     let program = match program::find(name, path.as_deref()) {
         Ok(program) => program,
@@ -265,4 +266,17 @@ pub fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
         libc::EMFILE | libc::ENFILE | libc::EAGAIN => FAILURE,
         _ => NOT_EXECUTABLE,
     }
+}
+
+/// What `spm` shares with a program lies in files without a name (memfd_create(2)); RLIMIT_FSIZE is for them, too, and
+/// SIGXFSZ would end `spm` without a word.
+fn refuse_small_files() -> anyhow::Result<()> {
+    const NEEDED: u64 = 1 << 20;
+    let limit = rustix::process::getrlimit(Resource::Fsize).current;
+    if limit.is_some_and(|limit| limit < NEEDED) {
+        bail!(
+            "refused: RLIMIT_FSIZE is below 1 MiB, which spm needs for what it shares with the program; raise it (ulimit -f)"
+        );
+    }
+    Ok(())
 }

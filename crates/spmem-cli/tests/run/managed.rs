@@ -90,3 +90,19 @@ fn processes_share_the_capacity_of_node_1_and_no_line_is_lost() {
     // Each looks at what the others have stored a moment ago.
     assert!(used <= 8 << 20, "{used} bytes");
 }
+
+/// Some of these limits leave the agent too little: then the program runs without a budget.
+#[test]
+fn a_program_whose_data_are_limited_ends_as_it_would_alone() {
+    if !can_manage() {
+        println!("skipped: userfaultfd cannot be used here");
+        return;
+    }
+    let script = "for k in 28 32 36 40 44 48 52; do \
+        (ulimit -d ${k}000; seq 300000 | LC_ALL=C timeout -s KILL 60 sort -rS 20M | cksum); done";
+    let mut bare = std::process::Command::new("sh");
+    bare.args(["-c", script]);
+    let mut managed = spm_run(&["--sysram", "6M"]);
+    managed.args(["sh", "-c", script]);
+    assert_eq!(text(&finish(managed).stdout), text(&finish(bare).stdout));
+}
