@@ -51,6 +51,8 @@ pub type Cram = Store<GrantedFrames, Frames>;
 const STACK: usize = 256 << 10;
 /// What must be left, where address space or data are limited (setrlimit(2)), for what the agent's heap grows to.
 const HEAP_ROOM: usize = 8 << 20;
+/// And the metadata of node 1's frames: at most this part of what they hold.
+const METADATA_PART: usize = 1000;
 /// Excluded ranges that are told apart: the C library's and the dynamic linker's own data, ours, what is wiped on fork.
 pub const MAX_EXCLUDED: usize = 256;
 /// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
@@ -335,6 +337,10 @@ impl Runtime {
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
+        self.make_stack(MAX_RECLAIMERS)?;
+        // Who is given no memory later must end the program: better to leave it alone now. Before anything is made that stays: the monitor
+        // tries again.
+        drop(Mapping::new(HEAP_ROOM + capacity as usize / METADATA_PART, c"spmem heap")?);
         let uffd = self.make_userfaultfd()?;
         let capacity = FrameCount(capacity / PAGE as u64);
         let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;
@@ -343,9 +349,6 @@ impl Runtime {
         self.trash_start.store(trash.start(), Ordering::Relaxed);
         self.make_scratch()?;
         self.make_listener()?;
-        self.make_stack(MAX_RECLAIMERS)?;
-        // Who is given no memory later must end the program: better to leave it alone now.
-        drop(Mapping::new(HEAP_ROOM, c"spmem heap")?);
         // From here on the kernel waits for somebody to read what it announces of the area, its unmapping for one.
         // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
         uffd.register(holding.start(), holding.len())?;
@@ -365,11 +368,10 @@ impl Runtime {
                 staging.leak();
             }
         }
-        let area = (holding_start, (slots as usize + 1) * PAGE);
         self.start_helpers().inspect_err(|_| {
             // Nobody reads what is announced: nothing may be.
             let uffd = Uffd::from_fd(Fd::from_raw(self.uffd.swap(-1, Ordering::Release)));
-            let _ = uffd.unregister(area.0, area.1);
+            let _ = uffd.unregister(holding_start, (slots as usize + 1) * PAGE);
             *self.space.lock() = None;
         })?;
         self.set_stage(Stage::Active);
