@@ -25,7 +25,7 @@ const RESERVED_PAGES: u64 = 1 << 18;
 /// Losses that are enough.
 const ENOUGH: usize = 8;
 /// After this it is too late for the first one.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 /// Between two flipped bits, ms, at least.
 const REST_MS: i32 = 2;
 /// What the child is told.

@@ -190,7 +190,7 @@ fn directed(ctx: &Ctx) -> Outcome {
             return Ok(());
         }
         ids[id].store(sys::gettid() as usize, Relaxed);
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         let outcome = (|| {
             ctx.rounds(2).try_for_each(|_| areas[id].check_all("area of a thread under signals"))?;
             // On a busy machine the sender may get to run late.
