@@ -181,7 +181,7 @@ pub struct ExplainArguments {
     #[arg(long, value_name = "LIST")]
     pub nodes: Option<String>,
     /// How strongly it names them, as mpol= of tmpfs(5) has it: bind, preferred, preferred-many, interleave,
-    /// weighted-interleave, local or default, with =static or =relative behind [default: bind where nodes are named]
+    /// weighted-interleave, local or default, with =static or =relative, =balancing or =static|balancing behind [default: bind where nodes are named]
     #[arg(long, value_name = "MODE[=FLAG]")]
     pub policy: Option<PolicyName>,
     /// The home node of the policy, bind or preferred-many, as set_mempolicy_home_node(2) sets it: what is nearest to it
@@ -208,7 +208,7 @@ pub struct ExplainArguments {
 pub struct PolicyName {
     /// How nodes are chosen.
     pub mode: Mode,
-    /// What their numbers mean.
+    /// What comes with it.
     pub flags: Flags,
 }
 
@@ -221,12 +221,15 @@ impl FromStr for PolicyName {
         let Some(mode) = Mode::ALL.into_iter().find(|known| known.name() == mode) else {
             return Err(format!("there is no mode `{mode}`; there are {}", names.join(", ")));
         };
-        let flags = match flag {
-            None => Flags::empty(),
-            Some("static") => Flags::STATIC_NODES,
-            Some("relative") => Flags::RELATIVE_NODES,
-            Some(flag) => return Err(format!("there is no flag `{flag}`; there are static and relative")),
-        };
+        let mut flags = Flags::empty();
+        for flag in flag.iter().flat_map(|flags| flags.split('|')) {
+            flags |= match flag {
+                "static" => Flags::STATIC_NODES,
+                "relative" => Flags::RELATIVE_NODES,
+                "balancing" => Flags::NUMA_BALANCING,
+                _ => return Err(format!("there is no flag `{flag}`; there are static, relative and balancing")),
+            };
+        }
         Ok(Self { mode, flags })
     }
 }

@@ -98,6 +98,41 @@ fn relative_numbers_are_not_taken_for_nodes() {
 }
 
 #[test]
+fn a_node_among_others_gets_the_reason_that_holds_for_the_whole_request() {
+    let machine = ["--machine", MACHINE];
+    let obstacle = |arguments: &[&str], node: usize| {
+        let (answer, _) = json(&[&machine[..], arguments].concat());
+        let nodes = answer["nodes"].as_array().unwrap();
+        let found = nodes.iter().find(|found| found["node"] == node).unwrap().clone();
+        let word = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+        (word("obstacle"), word("reason"), word("remedy"))
+    };
+    // Node 2 is SPM and easy, node 3 SPM and hard, opened by the grant.
+    for (arguments, node, name, remedy) in [
+        (
+            &["--nodes", "2", "--policy", "bind=relative"][..],
+            2,
+            "counted",
+            "name it by its own number, without relative",
+        ),
+        (&["--nodes", "2", "--policy", "bind=relative|balancing"], 2, "counted", "name it by its own number"),
+        (
+            &["--nodes", "0,3", "--policy", "preferred", "--grant", "staging"],
+            3,
+            "not-first",
+            "name it alone, or with bind",
+        ),
+        (&["--nodes", "0,3", "--policy", "preferred"], 3, "not-first", "name it alone, or with bind"),
+        (&["--grant", "staging"], 3, "not-default", "name it"),
+        (&["--nodes", "0,3", "--policy", "bind=static|balancing"], 3, "needs-grant", "a grant from its owner"),
+    ] {
+        let (found, reason, advice) = obstacle(arguments, node);
+        assert_eq!(found, name, "{arguments:?}: {reason}; {advice}");
+        assert!(advice.starts_with(remedy) && !reason.is_empty(), "{arguments:?}: {reason}; {advice}");
+    }
+}
+
+#[test]
 fn a_grant_whose_quota_is_used_up_opens_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("machine.toml");
@@ -189,6 +224,12 @@ fn a_home_node_is_refused_as_linux_refuses_it() {
         (&["--home", "9", "--policy", "local"], "EINVAL", "the home node 9 is not registered"),
         (&["--policy", "bind=static"], "EINVAL", "needs at least one node"),
         (&["--policy", "local=static"], "EINVAL", "STATIC_NODES"),
+        (&["--policy", "bind=static|relative", "--nodes", "0"], "EINVAL", "static or relative can be given"),
+        (
+            &["--policy", "interleave=balancing", "--nodes", "0"],
+            "EINVAL",
+            "balancing with bind and preferred-many",
+        ),
     ] {
         let (answer, text, status) = on_sockets(arguments);
         assert_eq!((answer["errno"].as_str(), status), (Some(errno), Some(1)), "{arguments:?}");

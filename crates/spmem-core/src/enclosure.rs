@@ -185,6 +185,7 @@ pub enum Answer {
 
 const STATIC_NODES: u32 = 1 << 15;
 const RELATIVE_NODES: u32 = 1 << 14;
+const NUMA_BALANCING: u32 = 1 << 13;
 const MODE: u32 = 0xff;
 
 /// Answers a call from behind an easy guard around `easy`, in a cpuset of `cpuset`. What is wrong with the call
@@ -218,19 +219,19 @@ pub fn judge(cpuset: &NodeMask, easy: &NodeMask, call: &Call) -> Answer {
 }
 
 fn judge_policy(context: &Context, mode: u32, nodes: NodeMask) -> Answer {
-    let flags = match (mode & STATIC_NODES, mode & RELATIVE_NODES) {
-        (0, 0) => Flags::empty(),
-        (_, 0) => Flags::STATIC_NODES,
-        (0, _) => Flags::RELATIVE_NODES,
-        _ => return Answer::Continue,
-    };
+    let bits = [
+        (STATIC_NODES, Flags::STATIC_NODES),
+        (RELATIVE_NODES, Flags::RELATIVE_NODES),
+        (NUMA_BALANCING, Flags::NUMA_BALANCING),
+    ];
+    let flags = bits.into_iter().filter(|(bit, _)| mode & bit != 0).map(|(_, flag)| flag).collect::<Flags>();
     let Some(&kind) = Mode::ALL.get((mode & MODE) as usize) else { return Answer::Continue };
     let Ok(policy) = Policy::new(kind, flags, nodes) else { return Answer::Continue };
     if nodes.is_empty() {
         return Answer::Continue;
     }
     let Some(bound) = policy.bind_to(context) else { return Answer::Fail(Errno::Einval) };
-    if flags == Flags::RELATIVE_NODES {
+    if flags.is_relative() {
         // The kernel counts within the cpuset, the wall within its sysram nodes: say it in the kernel's numbers.
         let ordinal = |node: NodeId| context.effective.iter().position(|known| known == node);
         let meant = bound.nodes();
@@ -326,6 +327,10 @@ mod tests {
     fn relative_numbers_never_lead_to_an_easy_node() {
         assert_eq!(answer(2 | RELATIVE_NODES, "2"), Answer::Rewrite(list("0")));
         assert_eq!(answer(3 | RELATIVE_NODES, "0-1"), Answer::Continue);
+        // The wall trims what balances as well; what the kernel refuses it refuses itself.
+        assert_eq!(answer(5 | NUMA_BALANCING, "1-2"), Answer::Rewrite(list("1")));
+        assert_eq!(answer(2 | NUMA_BALANCING, "2"), Answer::Continue);
+        assert_eq!(answer(3 | NUMA_BALANCING, "1-2"), Answer::Continue);
         // Sysram nodes that are not the first ones: number 1 of them is number 2 of the cpuset.
         let call = Call::Policy { mode: 3 | RELATIVE_NODES, nodes: list("1") };
         assert_eq!(judge(&list("0-2"), &list("1"), &call), Answer::Rewrite(list("2")));

@@ -62,14 +62,14 @@ impl Mode {
         }
     }
 
+    /// Whether nodes are named at all.
+    pub const fn takes_nodes(self) -> bool {
+        !matches!(self, Self::Default | Self::Local)
+    }
+
     /// Whether the nodes are taken in turn.
     pub const fn is_interleaved(self) -> bool {
         matches!(self, Self::Interleave | Self::WeightedInterleave)
-    }
-
-    /// Whether nodes are named at all.
-    const fn takes_nodes(self) -> bool {
-        !matches!(self, Self::Default | Self::Local)
     }
 }
 
@@ -80,13 +80,48 @@ impl fmt::Display for Mode {
 }
 
 bitflags! {
-    /// What node numbers mean when the possible nodes change.
+    /// What node numbers mean when the possible nodes change, and what else comes with a mode.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Flags: u8 {
         /// The numbers are those of nodes, now and later (`MPOL_F_STATIC_NODES`).
         const STATIC_NODES = 1 << 0;
         /// The numbers count the nodes that are possible: 0 is the first of them (`MPOL_F_RELATIVE_NODES`).
         const RELATIVE_NODES = 1 << 1;
+        /// Pages may be brought nearer to who uses them, to another of the nodes meant (`MPOL_F_NUMA_BALANCING`). Which nodes
+        /// those are does not change.
+        const NUMA_BALANCING = 1 << 2;
+    }
+}
+
+impl Flags {
+    /// Both would say what the numbers mean.
+    const NUMBERING: Self = Self::STATIC_NODES.union(Self::RELATIVE_NODES);
+
+    /// Whether the numbers are those of nodes, now and later.
+    pub const fn is_static(self) -> bool {
+        self.contains(Self::STATIC_NODES)
+    }
+
+    /// Whether the numbers count the nodes that are possible, and so name none.
+    pub const fn is_relative(self) -> bool {
+        self.contains(Self::RELATIVE_NODES)
+    }
+
+    /// As `spm explain --policy` and /proc/PID/numa_maps write them behind a mode (`mpol_to_str`); empty for none.
+    ///
+    /// ```
+    /// use spmem_core::policy::Flags;
+    /// assert_eq!((Flags::STATIC_NODES | Flags::NUMA_BALANCING).suffix(), "=static|balancing");
+    /// ```
+    pub const fn suffix(self) -> &'static str {
+        match (self.is_static(), self.is_relative(), self.contains(Self::NUMA_BALANCING)) {
+            (false, false, false) => "",
+            (false, false, true) => "=balancing",
+            (true, _, false) => "=static",
+            (true, _, true) => "=static|balancing",
+            (false, true, false) => "=relative",
+            (false, true, true) => "=relative|balancing",
+        }
     }
 }
 
@@ -134,7 +169,7 @@ pub enum PolicyError {
         /// The mode.
         mode: Mode,
     },
-    /// Static and relative at once, or either without nodes.
+    /// Static and relative at once, either without nodes, or balancing with a mode that has none.
     Flags {
         /// As given.
         flags: Flags,
@@ -171,7 +206,7 @@ impl fmt::Display for PolicyError {
             Self::Flags { flags } => {
                 f.write_str("flags ")?;
                 bitflags::parser::to_writer(flags, &mut *f)?;
-                f.write_str(": one of them can be given, and only with nodes")
+                f.write_str(": static or relative can be given, and only with nodes; balancing with bind and preferred-many")
             }
             Self::HomeNode { mode } => write!(f, "policy {mode} has no home node; bind and preferred-many have"),
             Self::HomeAbsent { node } => write!(f, "the home node {node} is not registered"),
@@ -208,7 +243,8 @@ impl Policy {
     /// assert_eq!(local.mode(), Mode::Local);
     /// ```
     pub fn new(mode: Mode, flags: Flags, nodes: NodeMask) -> Result<Self, PolicyError> {
-        if flags == Flags::all() {
+        let is_balanced = flags.contains(Flags::NUMA_BALANCING);
+        if flags.contains(Flags::NUMBERING) || is_balanced && !matches!(mode, Mode::Bind | Mode::PreferredMany) {
             return Err(PolicyError::Flags { flags });
         }
         let is_empty = nodes.is_empty();
@@ -255,7 +291,7 @@ impl Policy {
 
     /// Whether an easy guard lets it name a node without a grant: strict bind by the node's own number only (R9).
     pub const fn opens_easy(&self) -> bool {
-        matches!(self.mode, Mode::Bind) && !self.flags.contains(Flags::RELATIVE_NODES)
+        matches!(self.mode, Mode::Bind) && !self.flags.is_relative()
     }
 
     /// The nodes as named; none for a mode that takes none.
@@ -271,10 +307,8 @@ impl Policy {
     /// What the policy means where it is set; `None` when none of its nodes can be used (`EINVAL`, R8).
     pub fn bind_to(self, context: &Context) -> Option<Bound> {
         let plain = context.plain();
-        let chosen = match self.flags {
-            Flags::RELATIVE_NODES => relative(&self.nodes, &plain),
-            _ => self.nodes.intersection(&plain),
-        };
+        let chosen =
+            if self.flags.is_relative() { relative(&self.nodes, &plain) } else { self.nodes.intersection(&plain) };
         let special = context.special(&self);
         let wish = chosen.union(&special).first();
         let mut bound = Bound { policy: self, plain, chosen, special, has_plain: !chosen.is_empty(), wish };
@@ -305,7 +339,7 @@ impl Context {
 
     /// The SPM nodes that the policy names and may use. Relative numbers name none.
     fn special(&self, policy: &Policy) -> NodeMask {
-        if policy.flags == Flags::RELATIVE_NODES {
+        if policy.flags.is_relative() {
             return NodeMask::EMPTY;
         }
         let open = if policy.opens_easy() { self.granted.union(&self.easy) } else { self.granted };
@@ -341,6 +375,11 @@ impl Bound {
         self.chosen.intersection(&self.plain).union(&self.special)
     }
 
+    /// The one node that [`Mode::Preferred`] means, as it was when the policy was set.
+    pub(crate) fn wish(&self) -> Option<NodeId> {
+        self.wish.filter(|_| self.policy.mode == Mode::Preferred)
+    }
+
     /// Whether the domain's default follows where these nodes are full. A policy that has never meant any but SPM nodes must
     /// say so by its mode (R10).
     pub const fn falls_back(&self) -> bool {
@@ -357,13 +396,14 @@ impl Bound {
     /// (R10).
     pub fn rebind(&mut self, context: &Context) -> bool {
         let (plain, special) = (context.plain(), context.special(&self.policy));
-        let moved = match (self.policy.mode, self.policy.flags) {
-            (Mode::Bind | Mode::Interleave | Mode::WeightedInterleave, flags) => {
-                let moved = match flags {
-                    Flags::STATIC_NODES => self.policy.nodes.intersection(&plain),
-                    Flags::RELATIVE_NODES => relative(&self.policy.nodes, &plain),
-                    _ if plain == self.plain => self.chosen,
-                    _ => remap(&self.chosen, &self.plain, &plain),
+        let flags = self.policy.flags;
+        let moved = match self.policy.mode {
+            Mode::Bind | Mode::Interleave | Mode::WeightedInterleave => {
+                let moved = match () {
+                    () if flags.is_static() => self.policy.nodes.intersection(&plain),
+                    () if flags.is_relative() => relative(&self.policy.nodes, &plain),
+                    () if plain == self.plain => self.chosen,
+                    () => remap(&self.chosen, &self.plain, &plain),
                 };
                 let must_stand_in = moved.is_empty() && special.is_empty() && self.has_plain;
                 if must_stand_in { plain } else { moved }
@@ -382,7 +422,7 @@ impl Bound {
     /// Preferred means one node, whatever others come within reach later (`mpol_new_preferred`).
     fn keep_wish(&mut self) {
         if self.policy.mode == Mode::Preferred {
-            let wish = self.wish.map_or(NodeMask::EMPTY, NodeMask::of);
+            let wish = self.wish().map_or(NodeMask::EMPTY, NodeMask::of);
             self.chosen = self.chosen.intersection(&wish);
             self.special = self.special.intersection(&wish);
         }

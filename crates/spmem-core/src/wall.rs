@@ -240,7 +240,7 @@ impl Pass {
 
     #[cold]
     fn refusal(&self, registry: &Registry) -> Refusal {
-        let is_counted = self.policy.flags() == Flags::RELATIVE_NODES;
+        let is_counted = self.policy.flags().is_relative();
         if self.policy.nodes().is_empty() || is_counted {
             let is_bind = self.policy.mode() == Mode::Bind && !is_counted;
             let no_default =
@@ -252,7 +252,8 @@ impl Pass {
         let named = self.policy.nodes();
         let within = self.domain.and_then(|domain| registry.effective(domain)).unwrap_or(registry.sysram());
         let lacking = named.difference(&within.intersection(registry.sysram()));
-        let node = lacking.first().or(named.first());
+        // Of a preferred policy that is kept it is the one node that it means, whatever others have opened since.
+        let node = self.bound.and_then(|bound| bound.wish()).or(lacking.first()).or(named.first());
         Refusal { node, reason: node.map_or(Reason::NothingAsked, |node| self.reason(registry, node)) }
     }
 
@@ -306,7 +307,7 @@ impl Registry {
         shown: &[&Grant],
         right: Rights,
     ) -> Result<Pass, Refusal> {
-        let is_counted = request.policy.flags() == Flags::RELATIVE_NODES;
+        let is_counted = request.policy.flags().is_relative();
         let node = request.policy.nodes().first().filter(|_| !is_counted);
         if shown.len() > MAX_SHOWN {
             return Err(Refusal { node, reason: Reason::TooManyGrants { shown: shown.len() } });
@@ -384,12 +385,50 @@ impl Registry {
         refused(reason)
     }
 
-    /// What stands between a request and one node, whatever else it asks for; `None` when nothing does.
+    /// What stands between a request and one node; `None` when nothing does, and the node is allowed.
+    ///
+    /// ```
+    /// # use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
+    /// use spmem_core::policy::{Flags, Mode, Policy};
+    /// use spmem_core::{registry::Registry, units::{DomainId, NodeId}, wall::{Reason, Request}};
+    /// # let spec = || NodeSpec { node_type: NodeType::Spm, class: Class::Plain, services: Services::USER_NUMA,
+    /// #     guard: Guard::Easy, owner: "doc".into() };
+    /// # let mut registry = Registry::new();
+    /// # registry.register(NodeId::ZERO, NodeSpec { node_type: NodeType::Sysram, guard: Guard::Hard, ..spec() }).unwrap();
+    /// # registry.register(NodeId::ONE, spec()).unwrap();
+    /// // Node 0 is sysram, node 1 SPM with an easy guard.
+    /// let policy = |flags| Policy::new(Mode::Bind, flags, NodeId::ONE.into()).unwrap();
+    /// let request = |flags| Request { policy: policy(flags), ..Request::of(DomainId::ROOT) };
+    /// assert_eq!(registry.obstacle(&request(Flags::STATIC_NODES), NodeId::ONE), None);
+    /// let refusal = registry.obstacle(&request(Flags::RELATIVE_NODES), NodeId::ONE).unwrap();
+    /// assert_eq!(refusal.reason, Reason::Counted { is_spm: true });
+    /// ```
     pub fn obstacle(&self, request: &Request<'_>, node: NodeId) -> Option<Refusal> {
-        let mode = request.policy.mode();
-        let policy =
-            Policy::new(mode, Flags::STATIC_NODES, NodeMask::of(node)).unwrap_or(Policy::bind(NodeMask::of(node)));
-        let one = Request { policy, ..*request };
-        self.admit(&one).err()
+        let pass = self.admit(request);
+        if pass.as_ref().is_ok_and(|pass| pass.mask().contains(node)) {
+            return None;
+        }
+        let policy = &request.policy;
+        // What it would meet as the only one named, by its own number.
+        let one = NodeMask::of(node);
+        let alone = Policy::new(policy.mode(), Flags::STATIC_NODES, one).unwrap_or(Policy::bind(one));
+        let alone = self.admit(&Request { policy: alone, ..*request }).err().map(|refusal| refusal.reason);
+        let is_spm = self.spec(node).is_some_and(|spec| spec.node_type == NodeType::Spm);
+        let is_counted = policy.mode().takes_nodes() && policy.flags().is_relative();
+        // Preferred means the first node that it may use: those behind it never.
+        let first =
+            pass.ok().filter(|_| policy.mode() == Mode::Preferred && !is_counted && policy.nodes().contains(node));
+        let first = first.and_then(|pass| pass.nodes().first()).filter(|&first| first < node);
+        let reason = match (alone, first) {
+            _ if is_counted && is_spm => Reason::Counted { is_spm },
+            (Some(Reason::NeedsGrant { .. } | Reason::LacksRight { .. }) | None, Some(first)) => {
+                Reason::NotFirst { first }
+            }
+            (Some(reason), _) => reason,
+            _ if is_counted => Reason::Counted { is_spm },
+            _ if policy.mode().takes_nodes() => Reason::NotNamed,
+            _ => Reason::NotDefault { is_spm },
+        };
+        Some(Refusal { node: Some(node), reason })
     }
 }

@@ -122,7 +122,9 @@ fn document() -> String {
          ## set_mempolicy(2) and mbind(2)\n\n\
          The nodes that the policy then chooses from; with MPOL_F_STATIC_NODES the same. All but bind go on to the domain's\n\
          default when these are full: preferred to what is nearest to its node, preferred-many to what is nearest to its home or\n\
-         the local node. Both interleaving modes go on to what is nearest to the node whose turn it is, named or not.\n\n",
+         the local node. Both interleaving modes go on to what is nearest to the node whose turn it is, named or not.\n\
+         MPOL_F_NUMA_BALANCING, which bind and preferred-many take (Linux 6.9), changes no cell: the kernel then brings pages\n\
+         nearer to who uses them, to another of the nodes chosen.\n\n",
     );
     head(&mut text, "nodes named", &NAMING.map(Mode::name));
     for named in named_sets() {
@@ -146,14 +148,16 @@ fn document() -> String {
         row(&mut text, std::iter::once(mask(&named).to_string()).chain(cells));
     }
     text += "\n## Arguments\n\n";
-    head(&mut text, "mode", &["no nodes", "no nodes, a flag", "nodes", "both flags", "home node"]);
+    text +=
+        "A flag is static or relative, both are these two; balancing is MPOL_F_NUMA_BALANCING, with nodes.\n\n";
+    head(&mut text, "mode", &["no nodes", "no nodes, a flag", "nodes", "both flags", "balancing", "home node"]);
     for mode in Mode::ALL {
         row(&mut text, std::iter::once(mode.name().to_owned()).chain(argument_cells(mode)));
     }
     text += "\n## A change of the domain's mask\n\nThe domain's sysram nodes change from 0-3 to 1,3, then back; the nodes chosen from.\n\n";
     head(&mut text, "policy", &["0-3", "1,3", "0-3 again"]);
     for (mode, flags, numbers) in changes() {
-        let label = format!("{}{} {}", mode.name(), flag_name(flags), mask(&numbers));
+        let label = format!("{}{} {}", mode.name(), flags.suffix(), mask(&numbers));
         row(&mut text, std::iter::once(label).chain(change_cells(mode, flags, &numbers)));
     }
     text += "\n## move_pages(2) and migrate_pages(2)\n\nA node named here opens no easy guard.\n\n";
@@ -165,15 +169,7 @@ fn document() -> String {
     text
 }
 
-fn flag_name(flags: Flags) -> &'static str {
-    match flags {
-        Flags::STATIC_NODES => "=static",
-        Flags::RELATIVE_NODES => "=relative",
-        _ => "",
-    }
-}
-
-fn argument_cells(mode: Mode) -> [String; 5] {
+fn argument_cells(mode: Mode) -> [String; 6] {
     let answer = |result: Result<Policy, PolicyError>| match result {
         Ok(policy) if policy.mode() != mode => policy.mode().name().to_owned(),
         Ok(_) => "ok".to_owned(),
@@ -186,7 +182,8 @@ fn argument_cells(mode: Mode) -> [String; 5] {
         answer(Policy::new(mode, Flags::empty(), NodeMask::EMPTY)),
         answer(Policy::new(mode, Flags::STATIC_NODES, NodeMask::EMPTY)),
         answer(Policy::new(mode, Flags::empty(), nodes)),
-        answer(Policy::new(mode, Flags::all(), nodes)),
+        answer(Policy::new(mode, Flags::STATIC_NODES | Flags::RELATIVE_NODES, nodes)),
+        answer(Policy::new(mode, Flags::NUMA_BALANCING, nodes)),
         answer(takes.unwrap().with_home(id(0), &present())),
     ]
 }
@@ -274,7 +271,9 @@ fn each_cell_is_what_linux_and_the_rules_say() {
     for mode in NAMING {
         for named in named_sets() {
             let wanted = expected(mode, &named).map(|nodes| mask(&nodes));
-            for flags in [Flags::empty(), Flags::STATIC_NODES] {
+            let is_balanced = matches!(mode, Mode::Bind | Mode::PreferredMany);
+            let balancing = if is_balanced { Flags::NUMA_BALANCING } else { Flags::empty() };
+            for flags in [Flags::empty(), Flags::STATIC_NODES, balancing, balancing | Flags::STATIC_NODES] {
                 let found = bind(mode, flags, &named).map(|bound| bound.nodes());
                 assert_eq!(found, wanted, "{mode} {flags:?} {named:?}");
             }
@@ -297,13 +296,13 @@ fn arguments_are_refused_as_linux_refuses_them() {
     let rows = Mode::ALL.map(argument_cells);
     let einval = "EINVAL";
     let none = "EOPNOTSUPP";
-    assert_eq!(rows[0], ["ok", "ok", einval, einval, "ENOENT"], "default");
-    assert_eq!(rows[1], ["local", einval, "ok", einval, none], "preferred");
-    assert_eq!(rows[2], [einval, einval, "ok", einval, "ok"], "bind");
-    assert_eq!(rows[3], [einval, einval, "ok", einval, none], "interleave");
-    assert_eq!(rows[4], ["ok", einval, einval, einval, none], "local");
-    assert_eq!(rows[5], [einval, einval, "ok", einval, "ok"], "preferred-many");
-    assert_eq!(rows[6], [einval, einval, "ok", einval, none], "weighted-interleave");
+    assert_eq!(rows[0], ["ok", "ok", einval, einval, einval, "ENOENT"], "default");
+    assert_eq!(rows[1], ["local", einval, "ok", einval, einval, none], "preferred");
+    assert_eq!(rows[2], [einval, einval, "ok", einval, "ok", "ok"], "bind");
+    assert_eq!(rows[3], [einval, einval, "ok", einval, einval, none], "interleave");
+    assert_eq!(rows[4], ["ok", einval, einval, einval, einval, none], "local");
+    assert_eq!(rows[5], [einval, einval, "ok", einval, "ok", "ok"], "preferred-many");
+    assert_eq!(rows[6], [einval, einval, "ok", einval, einval, none], "weighted-interleave");
     let bind = Policy::bind(NodeMask::of(id(0)));
     assert_eq!(bind.with_home(id(ABSENT), &present()), Err(PolicyError::HomeAbsent { node: id(ABSENT) }));
 }

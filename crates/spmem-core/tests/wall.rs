@@ -390,6 +390,41 @@ fn more_grants_than_can_be_shown_are_refused_in_words() {
 }
 
 #[test]
+fn what_a_node_among_others_is_kept_for_is_said_of_the_whole_request() {
+    // Node 0 is sysram, 1 SPM with a hard guard, 2 SPM with an easy one.
+    let world = World { hard: Set::from([1]), easy: Set::from([2]), sysram: Set::from([0]), ..two_nodes() };
+    let (mm, _owners, grants) = world.build(0);
+    let shown = [&grants[0]];
+    let registry = mm.registry();
+    let ask = |mode, flags, nodes: &[u16], node, grants| {
+        let nodes = nodes.iter().map(|&node| id(node)).collect();
+        let policy = Policy::new(mode, flags, nodes).unwrap();
+        registry.obstacle(&Request { policy, grants, ..Request::of(DomainId::ROOT) }, id(node))
+    };
+    let reason = |mode, flags, nodes: &[u16], node, grants| {
+        let refusal = ask(mode, flags, nodes, node, grants).unwrap();
+        assert_eq!(refusal.node, Some(id(node)));
+        refusal.reason
+    };
+    let (none, relative) = (Flags::empty(), Flags::RELATIVE_NODES);
+    // Relative numbers lead to no SPM node, granted or easy.
+    assert_eq!(reason(Mode::Bind, relative, &[1], 1, &shown), Reason::Counted { is_spm: true });
+    assert_eq!(reason(Mode::Bind, relative, &[2], 2, &[]), Reason::Counted { is_spm: true });
+    // Preferred is the first that may be used, granted or not.
+    assert_eq!(reason(Mode::Preferred, none, &[0, 1], 1, &shown), Reason::NotFirst { first: id(0) });
+    assert_eq!(reason(Mode::Preferred, none, &[0, 1], 1, &[]), Reason::NotFirst { first: id(0) });
+    assert!(
+        matches!(reason(Mode::Preferred, none, &[1, 2], 2, &shown), Reason::NotFirst { first } if first == id(1))
+    );
+    assert_eq!(reason(Mode::Preferred, none, &[0, 5], 5, &[]), Reason::Absent);
+    assert_eq!(ask(Mode::Bind, none, &[0, 1], 1, &shown[..]), None);
+    assert_eq!(ask(Mode::Bind, none, &[0, 2], 2, &[]), None);
+    assert_eq!(reason(Mode::Bind, none, &[0], 1, &shown), Reason::NotNamed);
+    assert_eq!(reason(Mode::Default, none, &[], 1, &shown), Reason::NotDefault { is_spm: true });
+    assert!(matches!(reason(Mode::Bind, none, &[0], 1, &[]), Reason::NeedsGrant { .. }));
+}
+
+#[test]
 fn a_pass_ends_with_what_opened_it() {
     let world = two_nodes();
     let (mut mm, owners, grants) = world.build(64);

@@ -52,8 +52,8 @@ const TELEMETRY: [Telemetry; 8] = [
 ];
 const GATES: [GateName; 3] = [GateName::Allocation, GateName::Converging, GateName::TearingDown];
 
-/// None, static, relative, and both, which is an error.
-const FLAGS: [u8; 10] = [0, 0, 0, 0, 0, 1, 1, 2, 2, 3];
+/// None, static, relative, both, which is an error, and balancing, which is one with most modes.
+const FLAGS: [u8; 12] = [0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 6];
 
 /// All, none, and what a node without the rest might offer.
 const SERVICES: [Services; 6] =

@@ -371,7 +371,8 @@ pub struct Ask {
     pub asked: Option<Vec<u16>>,
     /// How strongly.
     pub mode: Mode,
-    /// What node numbers mean: bit 0 `MPOL_F_STATIC_NODES`, bit 1 `MPOL_F_RELATIVE_NODES`.
+    /// What node numbers mean: bit 0 `MPOL_F_STATIC_NODES`, bit 1 `MPOL_F_RELATIVE_NODES`, bit 2
+    /// `MPOL_F_NUMA_BALANCING`.
     #[serde(default, skip_serializing_if = "is_none")]
     pub flags: u8,
     /// The node that nearest is meant to: set_mempolicy_home_node(2).

@@ -12,7 +12,7 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use serde::Serialize;
 use spmem_core::grant::{Grant, Rights};
-use spmem_core::node::NodeType;
+use spmem_core::node::{Guard, NodeType};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::policy::{Flags, Mode, Policy, PolicyError};
 use spmem_core::registry::Registry;
@@ -127,7 +127,7 @@ fn answer(machine: &Machine, options: &ExplainArguments) -> anyhow::Result<Answe
     let open = result.as_ref().map_or(NodeMask::EMPTY, |pass| *pass.mask());
     let allowed: NodeMask = open.iter().filter(|&node| has_quota(registry, &request, node)).collect();
     // Relative numbers count the nodes that are possible: they are no nodes to be looked at.
-    let named = asked.filter(|_| !policy.flags().contains(Flags::RELATIVE_NODES));
+    let named = asked.filter(|_| !policy.flags().is_relative());
     let looked_at = named.map_or(*registry.present(), |named| named.union(&open));
     let nodes = looked_at.iter().map(|node| node_answer(registry, &request, &open, &allowed, node)).collect();
     let refusal = result.as_ref().err();
@@ -196,31 +196,20 @@ fn node_answer(
                 _ => reason.remedy(),
             });
         }
-        None => {
-            answer.obstacle = Some("not-default");
-            answer.reason = "not in the domain's default mask".to_owned();
-            // R4: the default never holds an SPM node.
-            answer.remedy = Some(if is_spm { "name it" } else { "name it, or add it to mems.sysram" });
-        }
+        // Allowed, and not open: there is no such answer.
+        None => {}
     }
     answer
 }
 
-/// The mode and its flag, as `--policy` takes them.
+/// The mode and its flags, as `--policy` takes them.
 fn describe(mode: Mode, flags: Flags) -> String {
-    let flag = match flags {
-        Flags::STATIC_NODES => "=static",
-        Flags::RELATIVE_NODES => "=relative",
-        _ => "",
-    };
-    format!("{mode}{flag}")
+    format!("{mode}{}", flags.suffix())
 }
 
 /// Whether a page of the node could be charged: it needs no grant, or one of those shown has as much left.
 fn has_quota(registry: &Registry, request: &Request<'_>, node: NodeId) -> bool {
-    let without = Request { grants: &[], ..*request };
-    let is_open = registry.obstacle(&without, node).is_none();
-    is_open
+    !needs_grant(registry, request, node)
         || request.grants.iter().filter_map(|grant| registry.grant_info(grant).ok()).any(|info| {
             info.nodes.contains(node)
                 && info.terms.rights.contains(Rights::ALLOC)
@@ -228,15 +217,20 @@ fn has_quota(registry: &Registry, request: &Request<'_>, node: NodeId) -> bool {
         })
 }
 
+/// Whether an open node is open by a grant: SPM, and not easy and named by strict bind (R9).
+fn needs_grant(registry: &Registry, request: &Request<'_>, node: NodeId) -> bool {
+    let spec = registry.spec(node).filter(|spec| spec.node_type == NodeType::Spm);
+    spec.is_some_and(|spec| spec.guard == Guard::Hard || !request.policy.opens_easy())
+}
+
 /// Why a node is open.
 fn opening(is_spm: bool, request: &Request<'_>, registry: &Registry, node: NodeId) -> &'static str {
-    let without = Request { grants: &[], ..*request };
     if !is_spm {
         "ordinary memory"
-    } else if registry.obstacle(&without, node).is_none() {
-        "easy guard, strict bind"
-    } else {
+    } else if needs_grant(registry, request, node) {
         "opened by a grant with ALLOC"
+    } else {
+        "easy guard, strict bind"
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::{AllocError, Block, MemoryManager, UNCHARGED};
 use crate::units::{DomainId, FrameNumber, NodeId, Order};
-use crate::wall::{Pass, Refusal, Request};
+use crate::wall::{Pass, Request};
 
 impl MemoryManager {
     /// Lets a request through the wall and allocates the block of `order` that begins at `frame` of `node`, which the request
@@ -44,9 +44,8 @@ impl MemoryManager {
     ) -> Result<Block, AllocError> {
         let pass: Pass = self.registry.admit(request).map_err(AllocError::Refused)?;
         if !pass.mask().contains(node) {
-            let reason = self.registry.obstacle(request, node).map(|refusal| refusal.reason);
-            let reason = reason.unwrap_or(crate::wall::Reason::Absent);
-            return Err(AllocError::Refused(Refusal { node: Some(node), reason }));
+            let refusal = self.registry.obstacle(request, node).expect("what is not allowed has its reason");
+            return Err(AllocError::Refused(refusal));
         }
         let registry = self.tag();
         let charged = self.enter(&pass, order.frames(), node)?;

@@ -62,6 +62,23 @@ pub enum Reason {
     },
     /// There is no memory for the lists that a pass holds.
     NoMemory,
+    /// The request names no node, and this one is not in the domain's default mask.
+    NotDefault {
+        /// Whether it is SPM: in no default mask, ever (R4).
+        is_spm: bool,
+    },
+    /// The request names other nodes.
+    NotNamed,
+    /// The request's numbers count the domain's sysram nodes (`MPOL_F_RELATIVE_NODES`), and do not lead here.
+    Counted {
+        /// Whether it is SPM: no number ever leads there.
+        is_spm: bool,
+    },
+    /// Preferred means one node, and this is another.
+    NotFirst {
+        /// The first that it may use.
+        first: NodeId,
+    },
     /// A grant was shown that is not valid.
     BadGrant {
         /// Why not.
@@ -83,6 +100,10 @@ impl Reason {
             Self::NeedsGrant { .. } => "needs-grant",
             Self::LacksRight { .. } => "lacks-right",
             Self::NoMemory => "no-memory",
+            Self::NotDefault { .. } => "not-default",
+            Self::NotNamed => "not-named",
+            Self::Counted { .. } => "counted",
+            Self::NotFirst { .. } => "not-first",
             Self::BadGrant { .. } => "bad-grant",
         }
     }
@@ -106,6 +127,11 @@ impl Reason {
             }
             Self::LacksRight { .. } => "ask the node's owner for one that has it",
             Self::NoMemory => "try again when there is some",
+            Self::NotDefault { is_spm: true } | Self::NotNamed => "name it",
+            Self::NotDefault { is_spm: false } => "name it, or add it to mems.sysram",
+            Self::Counted { is_spm: true } => "name it by its own number, without relative",
+            Self::Counted { is_spm: false } => "give the number that counts it, or its own without relative",
+            Self::NotFirst { .. } => "name it alone, or with bind",
             Self::BadGrant { .. } => "ask the node's owner for another",
         }
     }
@@ -172,6 +198,17 @@ impl<P: fmt::Display> fmt::Display for What<P> {
             }
             Reason::LacksRight { right } => write!(f, "the grant lacks the right {right}"),
             Reason::NoMemory => f.write_str("no memory for what a pass holds"),
+            Reason::NotDefault { .. } => f.write_str("not in the domain's default mask"),
+            Reason::NotNamed => f.write_str("not among the nodes named"),
+            Reason::Counted { is_spm: true } => {
+                f.write_str("relative numbers count the domain's sysram nodes and lead to no spm node")
+            }
+            Reason::Counted { is_spm: false } => {
+                f.write_str("the numbers lead to others of the domain's sysram nodes")
+            }
+            Reason::NotFirst { first } => {
+                write!(f, "preferred means the first node named that it may use, {first}")
+            }
             Reason::BadGrant { cause } => write!(f, "walled off, and {cause}"),
         }
     }

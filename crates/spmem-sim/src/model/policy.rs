@@ -44,7 +44,7 @@ pub(crate) struct Bound {
     /// It has meant ordinary nodes.
     has_plain: bool,
     /// The one node that [`Mode::Preferred`] prefers.
-    wish: Option<u16>,
+    pub(crate) wish: Option<u16>,
 }
 
 /// The nodes that a policy leads to.
@@ -92,7 +92,7 @@ impl Request {
 
     /// Whether its numbers count the possible nodes.
     pub(crate) fn is_relative(&self) -> bool {
-        self.flags == Flags::RELATIVE_NODES
+        self.flags.is_relative()
     }
 
     pub(crate) const fn is_interleaved(&self) -> bool {
@@ -112,7 +112,12 @@ impl Request {
         let stands_for_default = takes_nodes && self.mode != Mode::Preferred && self.asked.is_none();
         let is_wrong = match self.mode {
             _ if stands_for_default => false,
-            _ if self.flags == Flags::all() => true,
+            _ if self.flags.is_static() && self.is_relative() => true,
+            mode if self.flags.contains(Flags::NUMA_BALANCING)
+                && !matches!(mode, Mode::Bind | Mode::PreferredMany) =>
+            {
+                true
+            }
             Mode::Default => has_nodes,
             Mode::Local => has_nodes || !self.flags.is_empty(),
             Mode::Preferred => !has_nodes && !self.flags.is_empty(),
@@ -177,8 +182,8 @@ impl Model {
         if request.kind() == Kind::Named && (request.mode == Mode::Bind || request.is_interleaved()) {
             let asked = request.asked.clone().unwrap_or_default();
             chosen = match request.flags {
-                Flags::STATIC_NODES => &asked & &plain,
-                Flags::RELATIVE_NODES => fold(&asked, &plain),
+                flags if flags.is_static() => &asked & &plain,
+                flags if flags.is_relative() => fold(&asked, &plain),
                 _ if plain == bound.plain => chosen,
                 _ => remap(&chosen, &bound.plain, &plain),
             };

@@ -24,8 +24,14 @@ pub(super) struct Asked {
 }
 
 impl World {
-    /// Whether each fact of a refusal by the wall is true.
-    pub(super) fn check_refusal(&self, asked: &Asked, right: Rights, refusal: Refusal) -> Result<(), Violation> {
+    /// Whether each fact of a refusal by the wall is true. `wish` is the one node that a preferred policy means since it was set.
+    pub(super) fn check_refusal(
+        &self,
+        asked: &Asked,
+        right: Rights,
+        wish: Option<u16>,
+        refusal: Refusal,
+    ) -> Result<(), Violation> {
         let request = &asked.request;
         let named = request.named();
         let plain = match &request.domain {
@@ -33,7 +39,7 @@ impl World {
             None => self.model.of_type(false),
         };
         // Sysram within reach is not what a request is refused.
-        let node = named.iter().find(|node| !plain.contains(node)).copied();
+        let node = wish.or(named.iter().find(|node| !plain.contains(node)).copied());
         let held = shown(&self.grants, &request.grants).len();
         let is_true = match refusal.reason {
             Reason::TooManyGrants { shown } => {
@@ -148,6 +154,10 @@ impl World {
             | Reason::UnknownDomain { .. }
             | Reason::NoDefault { domain: None }
             | Reason::NoMemory => return Ok(()),
+            // No request is refused as a whole for these, nor a node that is named alone.
+            Reason::NotDefault { .. } | Reason::NotNamed | Reason::Counted { .. } | Reason::NotFirst { .. } => {
+                return hold("R11", false, || format!("{refusal}: of a node named alone"));
+            }
         }
         let helps = if must_open { after.is_none() } else { after != Some(refusal) };
         hold("R11", helps, || format!("{refusal}; that was done, and now: {after:?}"))

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use spmem_core::grant::{Grant, Rights};
 use spmem_core::mm::{AllocError, Block};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::policy::{self, Context, Errno, Policy, PolicyError};
+use spmem_core::policy::{self, Context, Errno, Flags, Policy, PolicyError};
 use spmem_core::units::{DomainId, NodeId, Order};
-use spmem_core::wall::{Mobility, Pass, Reason, Refusal, Request, Reserve};
+use spmem_core::wall::{MAX_SHOWN, Mobility, Pass, Reason, Refusal, Request, Reserve};
 
 use super::refusals::Asked;
 use super::{Applied, Outcome, World, mask_of, refused};
 use crate::check::{Violation, hold};
-use crate::model::{self, Bound, Choice, Set, Turn};
+use crate::model::{self, Bound, Choice, Kind, Set, Turn};
 use crate::step::{Ask, Mode};
 
 /// A task with a policy.
@@ -176,7 +176,7 @@ impl World {
     pub(super) fn note_refused(&mut self, asked: &Asked, choice: &Choice, refusal: Refusal) -> Applied {
         let is_right = choice.allowed().is_empty() || matches!(refusal.reason, Reason::TooManyGrants { .. });
         hold("R8", is_right, || format!("{refusal}, but {choice:?} are allowed"))?;
-        self.check_refusal(asked, Rights::ALLOC, refusal)?;
+        self.check_refusal(asked, Rights::ALLOC, None, refusal)?;
         self.follow(asked, refusal)?;
         refused(refusal)
     }
@@ -327,7 +327,11 @@ impl World {
                         format!("domain {:?} is gone: {refusal}", task.request.domain)
                     })?;
                 } else {
-                    self.check_refusal(&asked, Rights::ALLOC, refusal)?;
+                    let wish = task
+                        .bound
+                        .wish
+                        .filter(|_| task.request.mode == Mode::Preferred && !task.request.is_relative());
+                    self.check_refusal(&asked, Rights::ALLOC, wish, refusal)?;
                 }
                 refused(refusal)
             }
@@ -345,6 +349,7 @@ impl World {
     /// R11: what stands between a request and a node, and whether what is advised against it helps.
     pub(super) fn explain(&mut self, node: u16, ask: &Ask) -> Applied {
         let Ok(id) = NodeId::new(node) else { return refused("no such node can be") };
+        self.explain_among_others(id, ask)?;
         // Of a mode that takes no nodes it is asked as of bind; the number is the node's own.
         let takes_none = matches!(ask.mode, Mode::Default | Mode::Local);
         let mode = if takes_none { Mode::Bind } else { ask.mode };
@@ -356,7 +361,7 @@ impl World {
         let bound = self.model.bind(&asked.request);
         let is_open = bound.is_some_and(|bound| self.model.choice(&asked.request, &bound).nodes.contains(&node));
         let grants = shown(&self.grants, &asked.request.grants);
-        let policy = Policy::new(ask.mode.core(), asked.core.policy.flags(), mask_of(&Set::from([node])));
+        let policy = Policy::new(mode.core(), asked.core.policy.flags(), mask_of(&Set::from([node])));
         let policy = policy.unwrap_or(Policy::DEFAULT);
         let obstacle = self.mm.registry().obstacle(&Request { policy, grants: &grants, ..asked.core }, id);
         let Some(refusal) = obstacle else {
@@ -367,8 +372,53 @@ impl World {
         };
         let is_right = !is_open || matches!(refusal.reason, Reason::TooManyGrants { .. });
         hold("R11", is_right, || format!("{:?} may use node {node}: {refusal}", asked.request))?;
-        self.check_refusal(&asked, Rights::ALLOC, refusal)?;
+        self.check_refusal(&asked, Rights::ALLOC, None, refusal)?;
         self.follow(&asked, refusal)?;
         Ok(Outcome::Done)
+    }
+
+    /// R11: what stands between a request as it is, whatever it names, and a node.
+    fn explain_among_others(&self, id: NodeId, ask: &Ask) -> Result<(), Violation> {
+        let node = id.get();
+        let Ok(asked) = self.asked(ask)? else { return Ok(()) };
+        let request = &asked.request;
+        let choice = self.model.bind(request).map(|bound| self.model.choice(request, &bound)).unwrap_or_default();
+        let grants = shown(&self.grants, &request.grants);
+        let registry = self.mm.registry();
+        let core = Request { grants: &grants, ..asked.core };
+        let said = registry.obstacle(&core, id).map(|refusal| refusal.reason);
+        if grants.len() > MAX_SHOWN {
+            let is_said = matches!(said, Some(Reason::TooManyGrants { .. } | Reason::Counted { .. }));
+            return hold("R11", is_said, || {
+                format!("{request:?}, {} grants, node {node}: {said:?}", grants.len())
+            });
+        }
+        let is_allowed = choice.allowed().contains(&node);
+        let is_spm = self.model.nodes.get(&node).is_some_and(|known| known.spec.is_spm);
+        // Whether there is a mode in which it could be named alone and be had.
+        let alone = |policy| registry.admit(&Request { policy, ..core }).is_ok();
+        let is_within = alone(Policy::bind(id.into()));
+        let is_counted = request.kind() == Kind::Named && request.is_relative();
+        let is_true = match said {
+            None => is_allowed,
+            Some(_) if is_allowed => false,
+            Some(Reason::NotDefault { is_spm: said }) => {
+                request.kind() == Kind::Default && said == is_spm && is_within
+            }
+            Some(Reason::NotNamed) => is_within && !is_counted && !request.named().contains(&node),
+            Some(Reason::Counted { is_spm: said }) => is_counted && said == is_spm && (is_spm || is_within),
+            Some(Reason::NotFirst { first }) => {
+                request.mode == Mode::Preferred
+                    && request.named().contains(&node)
+                    && choice.nodes.first() == Some(&first.get())
+                    && first < id
+            }
+            // Of what it would meet alone the step itself asks.
+            Some(_) => {
+                let policy = Policy::new(asked.core.policy.mode(), Flags::STATIC_NODES, id.into());
+                !alone(policy.unwrap_or(Policy::bind(id.into())))
+            }
+        };
+        hold("R11", is_true, || format!("{request:?}, node {node}: {said:?}"))
     }
 }
