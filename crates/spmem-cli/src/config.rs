@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -130,6 +131,20 @@ impl Default for Config {
     }
 }
 
+/// The text of a file that a person wrote. One without an end is refused, and so is what nobody writes.
+///
+/// # Errors
+/// It cannot be read, is longer than a mebibyte, or is not UTF-8.
+pub fn read_description(path: &Path) -> io::Result<String> {
+    const LIMIT: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(LIMIT + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LIMIT {
+        return Err(io::Error::other("it is longer than 1 MiB"));
+    }
+    String::from_utf8(bytes).map_err(io::Error::other)
+}
+
 impl Config {
     /// Reads the file at `path`, or gives the embedded default for `None`.
     ///
@@ -137,8 +152,8 @@ impl Config {
     /// The file cannot be read, is not TOML, or holds a key or value that is not known; the message names the line.
     pub fn read(path: Option<&Path>) -> anyhow::Result<Self> {
         let Some(path) = path else { return Ok(Self::default()) };
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("configuration {} cannot be read", path.display()))?;
+        let text =
+            read_description(path).with_context(|| format!("configuration {} cannot be read", path.display()))?;
         Self::parse(&text).with_context(|| format!("configuration {} is not valid", path.display()))
     }
 

@@ -29,6 +29,9 @@ fn the_status_tells_whether_anything_is_allowed() {
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}");
     }
+    let endless = explain(&["--machine", "/dev/zero"]);
+    let said = String::from_utf8(endless.stderr).unwrap();
+    assert!(endless.status.code() == Some(2) && said.contains("longer than 1 MiB"), "{said}");
 }
 
 #[test]

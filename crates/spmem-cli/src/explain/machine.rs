@@ -15,6 +15,7 @@ use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_node::compressed::{cram_spec, sysram_spec};
 
+use crate::config::read_description;
 use crate::size;
 
 /// A described machine, with every key.
@@ -48,8 +49,8 @@ impl Machine {
     /// The file cannot be read, is not TOML, holds a key or value that is not known (the message names the line), or
     /// describes what cannot be.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("the machine {} cannot be read", path.display()))?;
+        let text =
+            read_description(path).with_context(|| format!("the machine {} cannot be read", path.display()))?;
         Self::parse(&text).with_context(|| format!("the machine {} is not valid", path.display()))
     }
 

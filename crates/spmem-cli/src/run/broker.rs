@@ -47,6 +47,8 @@ const MAX_CONNECTED: usize = spmem::control::SLOTS * 2;
 const DESCRIPTORS_EACH: u64 = 7;
 /// Descriptors that are not for processes, and for those that have ended a moment ago.
 const DESCRIPTORS_OTHER: u64 = 32;
+/// Least hard limit of descriptors with which one process can be managed, and others be told that they cannot.
+pub const DESCRIPTORS_NEEDED: u64 = DESCRIPTORS_OTHER + DESCRIPTORS_EACH;
 /// Connections that are taken beyond the most, to be told so.
 const MAX_REFUSED: usize = 8;
 /// Most userfaultfds of its own that a process may have held.
@@ -160,7 +162,7 @@ impl Broker {
             connections: HashMap::new(),
             next_token: FIRST_TOKEN,
             agent: agent.to_owned(),
-            max_connected: usize::try_from(max_connected).unwrap_or(usize::MAX).clamp(1, MAX_CONNECTED),
+            max_connected: usize::try_from(max_connected).unwrap_or(usize::MAX).min(MAX_CONNECTED),
             is_paused: false,
             connected: HashMap::new(),
             waiting: Vec::new(),

@@ -45,7 +45,7 @@ use crate::machine::Ram;
 use crate::remark::remark;
 use crate::size::SysramLimit;
 use crate::wall;
-use broker::Broker;
+use broker::{Broker, DESCRIPTORS_NEEDED};
 use course::Course;
 use porter::{Porter, Targets};
 use report::Outputs;
@@ -150,6 +150,7 @@ impl Management {
         if let Some(obstacle) = program::check(program, path) {
             bail!("{obstacle}");
         }
+        check_descriptor_limits()?;
         let userfaultfd = kernel::open().map_err(|lack| anyhow::anyhow!("{lack}"))?;
         let agent = agent_file::install()?;
         Ok(Self { broker: Broker::listen(userfaultfd, &agent)?, agent })
@@ -266,6 +267,21 @@ pub fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
         libc::EMFILE | libc::ENFILE | libc::EAGAIN => FAILURE,
         _ => NOT_EXECUTABLE,
     }
+}
+
+/// With fewer descriptors `spm` could not answer the tree's processes, which would wait for it, nor the agent open its own.
+fn check_descriptor_limits() -> anyhow::Result<()> {
+    /// Of the command itself: three of its own, those of the agent, one to spare.
+    const SOFT_NEEDED: u64 = 16;
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let (hard, soft) = (limit.maximum.unwrap_or(u64::MAX), limit.current.unwrap_or(u64::MAX));
+    if hard < DESCRIPTORS_NEEDED {
+        bail!("the hard limit of open files is {hard}, spm needs {DESCRIPTORS_NEEDED}; raise it (ulimit -Hn)");
+    }
+    if soft < SOFT_NEEDED {
+        bail!("the limit of open files is {soft}, the agent needs {SOFT_NEEDED}; raise it (ulimit -Sn)");
+    }
+    Ok(())
 }
 
 /// What `spm` shares with a program lies in files without a name (memfd_create(2)); RLIMIT_FSIZE is for them, too, and

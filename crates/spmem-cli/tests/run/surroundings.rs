@@ -89,6 +89,28 @@ fn limits_are_the_commands_own() {
 }
 
 #[test]
+fn too_few_descriptors_are_refused_before_anything_runs() {
+    for (limit, words) in
+        [("-n 38", "hard limit of open files is 38, spm needs 39"), ("-Sn 15", "is 15, the agent needs 16")]
+    {
+        let run = |options: &str| {
+            let mut command = shell();
+            let spm = env!("CARGO_BIN_EXE_spm");
+            command.arg(format!("ulimit {limit}; exec {spm} run {options} -- echo ran"));
+            finish(command)
+        };
+        let refused = run("");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(125) && refused.stdout.is_empty(), "{limit}: {refused:?}");
+        assert!(said.contains(words) && said.contains("raise it"), "{limit}: {said}");
+        assert_eq!(text(&run("--best-effort").stdout), "ran\n", "{limit}");
+    }
+    // A script whose subshells come and go: with the least there is, they are managed or told that they are not.
+    let script = "for i in $(seq 12); do (echo $(echo ok)); done";
+    assert_eq!(under("ulimit -n 39", script), "ok\n".repeat(12));
+}
+
+#[test]
 fn no_descriptor_of_spms_own_reaches_the_command() {
     let mut bare = Command::new("sh");
     bare.args(["-c", "exec ls /proc/self/fd"]);
