@@ -1,5 +1,7 @@
 //! Memory that fails: bits flip in what the pages that left are stored in (R20).
 //!
+//! Both what the store fails by, and what other failures share: a program that can do without a page, and its account.
+//!
 //! A child flips them from outside, through /proc/PID/mem, in the mapping that is the store: it lies in front of the room that
 //! it may still grow into, reserved address space, far more than anything else reserves. Where there is none, nothing flips and nothing may be lost. The program answers SIGBUS as one would that can do without a page: by a new one in its
 //! place. Each loss is printed as `lost PID ADDRESS`; the suite looks whether `spm` has told of that one, and of no other.
@@ -29,8 +31,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Between two flipped bits, ms, at least.
 const REST_MS: i32 = 2;
 /// What the child is told.
-const FLIP: u8 = 1;
-const END: u8 = 2;
+const HURT: u8 = 1;
+pub const END: u8 = 2;
 const PRESENT: u64 = 1 << 63;
 
 static BASE: AtomicUsize = AtomicUsize::new(0);
@@ -54,21 +56,35 @@ extern "C" fn replace(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) 
 }
 
 fn bits(ctx: &Ctx) -> Outcome {
-    let program = std::process::id();
+    let is_hurt = || store_of(std::process::id()).is_some();
+    hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| flip(ctx, program, told))
+}
+
+/// What is done to a program.
+pub struct Injury<'a> {
+    /// Whether there is anything to hurt.
+    pub is_possible: &'a dyn Fn() -> bool,
+    /// Pages lost that are enough.
+    pub enough: usize,
+}
+
+/// Works while a child, by `injure`, hurts this process: it is given its id and what it is [told](heard).
+pub fn hurt(ctx: &Ctx, injury: Injury<'_>, injure: impl FnOnce(i32, i32) -> Outcome) -> Outcome {
+    let program = std::process::id() as i32;
     let (read, write) = sys::pipe()?;
     let child = process::fork(|| {
         sys::close(write);
-        flip(ctx, program, read)
+        injure(program, read)
     })?;
     sys::close(read);
     // The child sees the end of the pipe where this fails early.
-    let outcome = work(ctx, write, child);
+    let outcome = work(ctx, &injury, write, child);
     sys::close(write);
     outcome
 }
 
-/// Reads and writes an area all over while bits flip, until enough is lost; then all of it once more.
-fn work(ctx: &Ctx, tell: i32, child: i32) -> Outcome {
+/// Reads and writes an area all over while it is hurt, until enough is lost; then all of it once more.
+fn work(ctx: &Ctx, injury: &Injury<'_>, tell: i32, child: i32) -> Outcome {
     let pages = ctx.pages() * 2;
     let mut area = Area::at(0, ctx.seed, pages);
     println!("losses of process {}:", std::process::id());
@@ -82,12 +98,12 @@ fn work(ctx: &Ctx, tell: i32, child: i32) -> Outcome {
     PAGES.store(pages, Relaxed);
     sys::on_signal(libc::SIGBUS, replace, 0)?;
     area.write_all();
-    let is_stored = store_of(std::process::id()).is_some();
-    if is_stored {
-        say(tell, FLIP)?;
+    let is_hurt = (injury.is_possible)();
+    if is_hurt {
+        say(tell, HURT)?;
     }
     let (mut rng, mut lost, begin) = (ctx.rng(0), 0, Instant::now());
-    while !ctx.is_over() || is_stored && lost < ENOUGH && begin.elapsed() < LIMIT {
+    while !ctx.is_over() || is_hurt && lost < injury.enough && begin.elapsed() < LIMIT {
         let page = rng.below(pages);
         lost += visit(&mut area, page)?;
         if rng.one_in(3) {
@@ -95,10 +111,10 @@ fn work(ctx: &Ctx, tell: i32, child: i32) -> Outcome {
             lost += usize::from(take(&area, page)?);
         }
     }
-    ensure!(!is_stored || lost > 0, "no page was lost in {LIMIT:?}: nothing was damaged");
-    ensure!(is_stored || lost == 0, "{lost} pages were lost, and there is no store");
+    ensure!(!is_hurt || lost > 0, "no page was lost in {LIMIT:?}: nothing was damaged");
+    ensure!(is_hurt || lost == 0, "{lost} pages were lost, and there was nothing to hurt");
     say(tell, END)?;
-    process::succeed("process beside one whose store is damaged", child)?;
+    process::succeed("process beside one that is hurt", child)?;
     for page in 0..pages {
         visit(&mut area, page)?;
     }
@@ -138,21 +154,17 @@ fn take(area: &Area, page: usize) -> Res<bool> {
 
 /// The child: damages `program`'s store from when it is told until it is to end, and has an area of its own, of which
 /// nothing may be lost.
-fn flip(ctx: &Ctx, program: u32, told: i32) -> Outcome {
+fn flip(ctx: &Ctx, program: i32, told: i32) -> Outcome {
     let mut area = Area::filled(ctx.seed ^ 1, ctx.pages())?;
     let mut rng = ctx.rng(99);
     let memory = File::options().read(true).write(true).open(format!("/proc/{program}/mem"))?;
     let pagemap = File::open(format!("/proc/{program}/pagemap"))?;
-    let mut entry = libc::pollfd { fd: told, events: libc::POLLIN, revents: 0 };
     let (mut at, mut store) = (0, None);
     loop {
-        // SAFETY: one entry.
-        if unsafe { libc::poll(&raw mut entry, 1, REST_MS) } > 0 {
-            let mut what = END;
-            if sys::read_full(told, (&raw mut what).addr(), 1)? == 0 || what == END {
-                return area.check_all("process beside one whose store is damaged");
-            }
-            store = store_of(program);
+        match heard(told, REST_MS)? {
+            Some(END) => return area.check_all("process beside one whose store is damaged"),
+            Some(_) => store = store_of(program.cast_unsigned()),
+            None => {}
         }
         if let Some((start, pages)) = store
             && let Some(page) = present(&pagemap, start, pages, &mut rng)
@@ -163,14 +175,33 @@ fn flip(ctx: &Ctx, program: u32, told: i32) -> Outcome {
             byte[0] ^= 1 << rng.below(8);
             memory.write_all_at(&byte, place)?;
         }
-        for _ in 0..64 {
-            area.check(at)?;
-            if rng.one_in(3) {
-                area.write(at);
-            }
-            at = (at + 1) % area.len();
-        }
+        go_on(&mut area, &mut rng, &mut at)?;
     }
+}
+
+/// What the child is told within so many ms, if anything.
+pub fn heard(told: i32, wait_ms: i32) -> Res<Option<u8>> {
+    let mut entry = libc::pollfd { fd: told, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry.
+    if unsafe { libc::poll(&raw mut entry, 1, wait_ms) } <= 0 {
+        return Ok(None);
+    }
+    let mut what = END;
+    // The end of the pipe is the end.
+    sys::read_full(told, (&raw mut what).addr(), 1)?;
+    Ok(Some(what))
+}
+
+/// The child's own work: some more pages.
+pub fn go_on(area: &mut Area, rng: &mut Rng, at: &mut usize) -> Outcome {
+    for _ in 0..64 {
+        area.check(*at)?;
+        if rng.one_in(3) {
+            area.write(*at);
+        }
+        *at = (*at + 1) % area.len();
+    }
+    Ok(())
 }
 
 /// First address and pages of a process's store.

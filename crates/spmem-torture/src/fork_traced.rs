@@ -178,7 +178,8 @@ fn server_of(pid: i32) -> Option<i32> {
     }
 }
 
-fn seize(tid: i32, options: i32) -> Outcome {
+/// Traces a task, which goes on.
+pub fn seize(tid: i32, options: i32) -> Outcome {
     // SAFETY: changes no memory.
     if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, 0, options) } < 0 {
         skip!("PTRACE_SEIZE: {}", std::io::Error::last_os_error());
@@ -187,7 +188,7 @@ fn seize(tid: i32, options: i32) -> Outcome {
 }
 
 /// Waits until a traced task stops; the status.
-fn wait_stopped(tid: i32) -> Res<i32> {
+pub fn wait_stopped(tid: i32) -> Res<i32> {
     let mut status = 0;
     // SAFETY: the status is ours.
     let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };

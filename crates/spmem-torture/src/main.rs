@@ -22,6 +22,7 @@ mod area;
 mod descriptors;
 mod exec;
 mod faults;
+mod faults_encoder;
 mod fork;
 mod fork_busy;
 mod fork_traced;
@@ -86,6 +87,7 @@ const THEMES: &[&[Case]] = &[
     store_cold::CASES,
     supervisor::CASES,
     faults::CASES,
+    faults_encoder::CASES,
 ];
 
 fn main() {

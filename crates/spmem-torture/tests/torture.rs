@@ -45,8 +45,10 @@ const EXIT_SKIPPED: i32 = 77;
 const KEEPS_BUDGET: &str = "store-read";
 /// The case whose pages stay away for so long that they are recompressed, where a second processor is there for it.
 const GOES_COLD: &str = "store-cold";
-/// The case whose store is damaged: each page that it loses is told of.
-const LOSES_PAGES: &str = "faults-bits";
+/// The cases that lose pages, to damage of the store or of what the encoder answers: each of them is told of.
+const LOSES_PAGES: [&str; 2] = ["faults-bits", FAILS_TO_ENCODE];
+/// The case whose encoder fails, too.
+const FAILS_TO_ENCODE: &str = "faults-codec";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
 /// In the quick set, one in so many cases of a theme is tried at each of the wider budgets.
@@ -198,7 +200,12 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
     let watched = watch::run(command, &place.path("output"), settings.limit);
     let watched_output = watched.output.clone();
     match judge(watched)? {
-        Completion::Completed if case.name == LOSES_PAGES => judge_losses(&watched_output, &report),
+        Completion::Completed if LOSES_PAGES.contains(&case.name.as_str()) => {
+            if case.name == FAILS_TO_ENCODE {
+                judge_errors(&watched_output)?;
+            }
+            judge_losses(&watched_output, &report)
+        }
         Completion::Completed => judge_report(case, &report, settings.budget_bytes(per_cent)),
         skipped => Ok(skipped),
     }
@@ -280,6 +287,20 @@ fn judge_losses(output: &str, report: &Path) -> Result<Completion, Failed> {
     } else {
         Err(format!("not told: {losses:?}\n{output}").into())
     }
+}
+
+/// R19: what the encoder has failed at is told of, as often as that was and no more.
+fn judge_errors(output: &str) -> Result<(), Failed> {
+    let most = output.lines().find_map(|line| line.strip_prefix("encoding errors at most: ")?.parse().ok());
+    let told = output
+        .lines()
+        .filter(|line| line.contains("did not read back after encoding for node 1; it stays"))
+        .count();
+    // Answers that come too late are not looked at.
+    if told == 0 || most.is_none_or(|most: usize| told > most) {
+        return Err(format!("{told} errors were told of, of {most:?}\n{output}").into());
+    }
+    Ok(())
 }
 
 /// What must be in the report for the check not to be vacuous.

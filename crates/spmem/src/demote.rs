@@ -23,7 +23,7 @@ use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
-use spmem_sys::{Errno, PAGE};
+use spmem_sys::{Errno, PAGE, process};
 
 /// Where a reclaimer throws pages away: address space for one batch, bytes.
 pub(crate) const TRASH_LEN: usize = BATCH_PAGES as usize * PAGE;
@@ -159,8 +159,14 @@ impl Demoter {
                 for (index, unsettled) in indices.clone().zip(&mut unsettled) {
                     let answer = lane.map_or(Answer::Unread, |lane| client.answer(lane, index));
                     let slot = span.first + index as u32;
-                    let staged = match (lane, answer) {
-                        (Some(lane), Answer::Encoded(label)) => client.take(&self.codec, lane, index, label),
+                    let staged = match (lane, answer, Self::busy_page(space, slot)) {
+                        (Some(lane), Answer::Encoded(label), Some(page)) => {
+                            client.take(&self.codec, (lane, index), label, page)
+                        }
+                        (Some(_), Answer::Encoded(_), None) => {
+                            freed += 1; // dropped meanwhile
+                            continue;
+                        }
                         _ => None,
                     };
                     match staged {
@@ -201,16 +207,9 @@ impl Demoter {
         let (page, kept) = {
             let space = runtime.space.lock();
             let Some(space) = space.as_ref() else { return false };
-            let held = space.holding.get(slot);
-            if held.state != State::Busy {
-                return false;
-            }
-            (space.holding.address(slot), held.kept)
+            let Some(page) = Self::busy_page(space, slot) else { return false };
+            (page, space.holding.get(slot).kept)
         };
-        // SAFETY: the slot is busy, so its page stays mapped and unchanged until `discard`: the handler only copies from
-        // it, and no other reclaimer has claimed it.
-        #[allow(unsafe_code, reason = "a page of the holding area, which is not Rust's memory, is read in place")]
-        let page: &Page = unsafe { &*core::ptr::with_exposed_provenance::<Page>(page) };
         if kept.is_some_and(|handle| self.is_still_equal(slot, handle, page)) {
             return true;
         }
@@ -221,6 +220,16 @@ impl Demoter {
             }
             Err(unfit) => self.give_back(slot, unfit),
         }
+    }
+
+    /// The page of a slot that is busy, by who has claimed it: to be read until he discards it.
+    fn busy_page(space: &Space<Cram>, slot: u32) -> Option<&'static Page> {
+        let is_busy = space.holding.get(slot).state == State::Busy;
+        let page = core::ptr::with_exposed_provenance::<Page>(space.holding.address(slot));
+        // SAFETY: the slot is busy, so its page stays mapped and unchanged until `discard`: the handler only copies from
+        // it, and no other reclaimer has claimed it.
+        #[allow(unsafe_code, reason = "a page of the holding area, which is not Rust's memory, is read in place")]
+        is_busy.then(|| unsafe { &*page })
     }
 
     /// Puts what was staged of a busy slot's page on node 1; whether the page's RAM becomes free.
@@ -291,15 +300,19 @@ impl Demoter {
     /// What cannot be stored stays resident (R19): back to the program, not to be tried again soon.
     fn give_back(&mut self, slot: u32, unfit: Unfit) -> bool {
         let runtime = self.runtime;
-        if let Unfit::NotReproduced = unfit {
-            crate::complain(format_args!("spm: a page did not read back after encoding; it stays resident\n"));
-        }
         runtime.shared().counters.refused_incompressible.fetch_add(1, Relaxed);
         let mut space = runtime.space.lock();
         let Some(space) = space.as_mut() else { return false };
         let held = space.holding.get(slot);
         if held.state != State::Busy {
             return true;
+        }
+        if let Unfit::NotReproduced = unfit {
+            crate::complain(format_args!(
+                "spm: process {}: page {:#x} did not read back after encoding for node 1; it stays resident\n",
+                process::pid(),
+                held.owner
+            ));
         }
         let entry = space.table.get(held.owner);
         if entry.is_away() {

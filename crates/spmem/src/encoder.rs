@@ -6,7 +6,7 @@
 //!
 //! An [`Exchange`] is memory that both map. It has lanes; each goes round: the agent fills in addresses and posts it
 //! ([`Client::post`]), the encoder reads the pages (/proc/PID/mem, which the agent has opened: nobody gets more by it than he has), writes what became of them and says so
-//! ([`serve`]), the agent takes it ([`Client::take`]). The pages are in slots of the holding area that are `Busy`, so
+//! ([`serve`]), the agent takes it ([`Client::take`]). An answer that is wrong costs that page at most, and is noticed. The pages are in slots of the holding area that are `Busy`, so
 //! they do not change meanwhile. Nothing depends on an answer: a lane whose answer does not come stays out of use, and
 //! the agent encodes by itself.
 
@@ -257,14 +257,20 @@ impl Client {
         self.exchange.lanes[lane].pages[index].answered()
     }
 
-    /// An encoded page of a lane that is done.
-    pub(crate) fn take(&mut self, codec: &Codec, lane: usize, index: usize, label: Label) -> Option<Verified<'_>> {
+    /// What a lane that is done says to be `page`, encoded.
+    pub(crate) fn take(
+        &mut self,
+        codec: &Codec,
+        (lane, index): (usize, usize),
+        label: Label,
+        page: &Page,
+    ) -> Option<Verified<'_>> {
         let words = &self.exchange.lanes[lane].bytes[index];
         let (bytes, _) = self.bytes.as_chunks_mut::<8>();
         for (bytes, word) in bytes.iter_mut().zip(words).take(label.len.div_ceil(8)) {
             *bytes = word.load(Relaxed).to_ne_bytes();
         }
-        Verified::from_parcel(codec, label, &self.bytes[..])
+        Verified::from_parcel(codec, label, &self.bytes[..], page)
     }
 }
 
@@ -326,7 +332,7 @@ pub(crate) mod tests {
             for (index, page) in [(0, &pages[0]), (2, &pages[1])] {
                 let Answer::Encoded(label) = client.answer(lane, index) else { panic!("page {index}") };
                 let parcel = codec.stage(page, &mut workspace).expect("it compresses").to_parcel();
-                let taken = client.take(&codec, lane, index, label).expect("of this codec");
+                let taken = client.take(&codec, (lane, index), label, page).expect("of this codec");
                 assert_eq!(taken.to_parcel(), parcel);
             }
             assert!(matches!(client.answer(lane, 3), Answer::Unfit(Unfit::Incompressible { .. })));

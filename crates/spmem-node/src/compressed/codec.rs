@@ -220,11 +220,12 @@ impl<'a> Verified<'a> {
         }
     }
 
-    /// What [`Verified::to_parcel`] of a codec with the same seed sent. `None` if it cannot have; that it did not change on
-    /// its way is the sender's word, and is checked when the page is loaded (R20).
-    pub fn from_parcel(codec: &Codec, label: Label, bytes: &'a [u8]) -> Option<Self> {
+    /// What [`Verified::to_parcel`] of a codec with the same seed sent of `page`. `None` if it cannot have. An encoding carries its
+    /// checksum: that it did not change on its way is checked when the page is loaded (R20). A value that fills a page does
+    /// not, so the page is looked at.
+    pub fn from_parcel(codec: &Codec, label: Label, bytes: &'a [u8], page: &Page) -> Option<Self> {
         let storable = match label.len {
-            0 => Storable::Fill(Fill::from_value(label.word)?),
+            0 => Storable::Fill(Fill::from_value(label.word).filter(|fill| fill.is(page))?),
             len if len <= MAX_PAYLOAD_BYTES => Storable::Object { bytes: bytes.get(..len)?, checksum: label.word },
             _ => return None,
         };

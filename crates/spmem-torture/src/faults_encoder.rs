@@ -1,0 +1,295 @@
+//! A process that encodes pages and answers wrongly, or late (R19, R20).
+//!
+//! A child is its ill will: it traces the thread that takes the answers, or those that give them, and lays hands on what both
+//! share, a mapping named `spmem-exchange`, through /proc/PID/mem. So no build of `spm` needs a switch for it. Bare there is no such
+//! mapping: nothing is spoiled, and nothing may be lost.
+//!
+//! Alone among the cases these know the names of threads of spm's and how an answer is laid out; where that is no more so, nothing is
+//! spoiled, which fails.
+
+use crate::area::{Area, Ballast};
+use crate::faults::{self, END, Injury};
+use crate::fork_traced::{seize, wait_stopped};
+use crate::harness::{Case, Ctx, Outcome, Res, ensure};
+use crate::model::{PAGE, Rng};
+use crate::process;
+use crate::sys;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+pub const CASES: &[Case] = &[
+    Case::new(
+        "faults-codec",
+        "where the encoder fails or answers with garbage a page has its bytes or is lost, with SIGBUS",
+        codec,
+    ),
+    Case::new("faults-slow", "where the encoder answers late no byte is wrong, and nobody waits for ever", slow),
+];
+
+/// Lanes of an exchange: where they begin and how far it is from one to the next, bytes.
+const LANES: [u64; 2] = [64, 64 + 65984];
+/// In a lane: how many pages, its items, and the bytes of what was encoded.
+const COUNT: u64 = 4;
+const ITEMS: u64 = 16;
+const ITEM_BYTES: u64 = 24;
+const LANE_PAGES: u32 = 16;
+const BYTES: u64 = ITEMS + ITEM_BYTES * LANE_PAGES as u64;
+/// In an item, behind the address: what became of the page, how long it is, its checksum or what fills it.
+const KIND: u64 = 8;
+const LEN: u64 = 12;
+const WORD: u64 = 16;
+/// States of a lane.
+const POSTED: u32 = 1;
+const DONE: u32 = 2;
+/// Kinds of an answer.
+const UNREAD: u32 = 0;
+const ENCODED: u32 = 1;
+const NOT_REPRODUCED: u32 = 3;
+
+/// One answer of so many is spoiled.
+const SPOILED_SHARE: usize = 2;
+/// Losses that are enough.
+const ENOUGH: usize = 8;
+/// Between two interruptions, ms.
+const REST_MS: i32 = 20;
+/// How long a question is waited for, ms.
+const MOST_WAIT_MS: u64 = 10;
+/// How long encoders stay away, ms: within the patience of who waits for them, and beyond it.
+const DELAYS_MS: [u64; 5] = [1, 3, 10, 30, 120];
+
+fn codec(ctx: &Ctx) -> Outcome {
+    let is_hurt = || Exchange::of(std::process::id() as i32).is_some();
+    // SAFETY: no memory is involved.
+    let encoding = unsafe { libc::getppid() };
+    faults::hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| {
+        let mut area = Area::filled(ctx.seed ^ 1, ctx.pages() / 2)?;
+        let (mut rng, mut at, mut spoiler) = (ctx.rng(99), 0, None);
+        let mut errors = 0;
+        loop {
+            match faults::heard(told, REST_MS)? {
+                Some(END) => break,
+                Some(_) => spoiler = Spoiler::of(program, encoding)?,
+                None => {}
+            }
+            if let Some(spoiler) = &mut spoiler {
+                errors += spoiler.spoil(&mut rng)?;
+            }
+            faults::go_on(&mut area, &mut rng, &mut at)?;
+        }
+        // The suite holds it against what was told.
+        println!("encoding errors at most: {errors}");
+        area.check_all("process beside one whose answers are spoiled")
+    })
+}
+
+/// Memory that a process shares with who encodes for it.
+struct Exchange {
+    memory: File,
+    start: u64,
+}
+
+impl Exchange {
+    fn of(pid: i32) -> Option<Self> {
+        let maps = sys::slurp(&format!("/proc/{pid}/maps"));
+        let line = maps.lines().find(|line| line.contains("/memfd:spmem-exchange"))?;
+        let start = u64::from_str_radix(line.split_once('-')?.0, 16).ok()?;
+        let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).ok()?;
+        Some(Self { memory, start })
+    }
+
+    fn read(&self, at: u64) -> Res<u32> {
+        let mut bytes = [0; 4];
+        self.memory.read_exact_at(&mut bytes, self.start + at)?;
+        Ok(u32::from_ne_bytes(bytes))
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Outcome {
+        Ok(self.memory.write_all_at(bytes, self.start + at)?)
+    }
+
+    fn is_posted(&self) -> Res<bool> {
+        Ok(self.read(LANES[0])? == POSTED || self.read(LANES[1])? == POSTED)
+    }
+}
+
+/// Holds up who takes answers, and changes them meanwhile.
+struct Spoiler {
+    exchange: Exchange,
+    monitor: i32,
+    encoders: Encoders,
+}
+
+impl Spoiler {
+    fn of(program: i32, encoding: i32) -> Res<Option<Self>> {
+        let (Some(exchange), Some(&monitor)) = (Exchange::of(program), threads_of(program, "spm-monitor").first())
+        else {
+            return Ok(None);
+        };
+        seize(monitor, 0)?;
+        Ok(Some(Self { exchange, monitor, encoders: Encoders { encoding, traced: Vec::new() } }))
+    }
+
+    /// How many pages the encoder has failed to read back, by this.
+    fn spoil(&mut self, rng: &mut Rng) -> Res<usize> {
+        let mut errors = 0;
+        // Nothing is answered until there is a question.
+        self.encoders.stop()?;
+        for _ in 0..MOST_WAIT_MS {
+            if self.exchange.is_posted()? {
+                break;
+            }
+            process::nap(1);
+        }
+        interrupt(self.monitor)?;
+        let were_posted = [self.exchange.read(LANES[0])? == POSTED, self.exchange.read(LANES[1])? == POSTED];
+        self.encoders.resume();
+        // What was posted will be looked at; of what was done already that is not known.
+        for lane in LANES.into_iter().zip(were_posted).filter_map(|(lane, was)| was.then_some(lane)) {
+            for _ in 0..50 {
+                if self.exchange.read(lane)? != POSTED {
+                    break;
+                }
+                process::nap(1);
+            }
+            if self.exchange.read(lane)? == DONE {
+                for item in 0..self.exchange.read(lane + COUNT)?.min(LANE_PAGES) {
+                    if rng.one_in(SPOILED_SHARE) {
+                        errors += self.spoil_answer(lane, u64::from(item), rng)?;
+                    }
+                }
+            }
+        }
+        resume(self.monitor)?;
+        Ok(errors)
+    }
+
+    fn spoil_answer(&self, lane: u64, number: u64, rng: &mut Rng) -> Res<usize> {
+        let (item, bytes) = (lane + ITEMS + number * ITEM_BYTES, lane + BYTES + number * PAGE as u64);
+        let bit = |rng: &mut Rng| 1_u32 << rng.below(32);
+        match rng.below(8) {
+            // An error.
+            0 | 1 => {
+                self.exchange.write(item + KIND, &NOT_REPRODUCED.to_ne_bytes())?;
+                return Ok(1);
+            }
+            // No answer, or one of no kind.
+            2 => {
+                let kind = if rng.one_in(2) { UNREAD } else { rng.next() as u32 | 4 };
+                self.exchange.write(item + KIND, &kind.to_ne_bytes())?;
+            }
+            // What cannot be stored is said to be encoded, in so many bytes.
+            3 => {
+                self.exchange.write(item + KIND, &ENCODED.to_ne_bytes())?;
+                self.exchange.write(item + LEN, &(rng.below(2 * PAGE) as u32).to_ne_bytes())?;
+            }
+            // A page is said to be the same word throughout.
+            4 => {
+                self.exchange.write(item + KIND, &ENCODED.to_ne_bytes())?;
+                self.exchange.write(item + LEN, &0_u32.to_ne_bytes())?;
+                self.exchange.write(item + WORD, &(rng.below(256) as u64).to_ne_bytes())?;
+            }
+            // A bit of what it is, ...
+            5 => {
+                let at = item + WORD + 4 * rng.below(2) as u64;
+                let old = self.exchange.read(at)?;
+                self.exchange.write(at, &(old ^ bit(rng)).to_ne_bytes())?;
+            }
+            // ... or of the encoding, or all of it.
+            6 => {
+                let at = bytes + 4 * rng.below(256) as u64;
+                let old = self.exchange.read(at)?;
+                self.exchange.write(at, &(old ^ bit(rng)).to_ne_bytes())?;
+            }
+            _ => self.exchange.write(bytes, &rng.next().to_ne_bytes().repeat(PAGE / 8))?,
+        }
+        Ok(0)
+    }
+}
+
+/// One thread works; another process makes the encoders late.
+fn slow(ctx: &Ctx) -> Outcome {
+    let (read, write) = sys::pipe()?;
+    let program = std::process::id() as i32;
+    // SAFETY: no memory is involved.
+    let encoding = unsafe { libc::getppid() };
+    let child = process::fork(|| {
+        sys::close(write);
+        delay(ctx, program, encoding, read)
+    })?;
+    sys::close(read);
+    let outcome = (|| -> Outcome {
+        let mut area = Area::filled(ctx.seed, ctx.pages())?;
+        let mut ballast = Ballast::new(ctx)?;
+        for round in ctx.rounds(4) {
+            ballast.sweep()?;
+            area.scribble(&mut ctx.rng(round), 3);
+            area.check_all("program whose encoder is slow")?;
+            let child = process::fork(|| area.check_all("child of a program whose encoder is slow"))?;
+            process::succeed("child of a program whose encoder is slow", child)?;
+        }
+        Ok(())
+    })();
+    sys::close(write);
+    outcome?;
+    process::succeed("process that makes encoders late", child)
+}
+
+/// Until the program closes its end.
+fn delay(ctx: &Ctx, program: i32, encoding: i32, told: i32) -> Outcome {
+    let (mut rng, mut late) = (ctx.rng(98), 0);
+    let (mut encoders, mut exchange) = (Encoders { encoding, traced: Vec::new() }, None);
+    while faults::heard(told, 1)?.is_none() {
+        if exchange.is_none() {
+            exchange = Exchange::of(program);
+        }
+        encoders.stop()?;
+        process::nap(DELAYS_MS[rng.below(DELAYS_MS.len())]);
+        let is_wanted = exchange.as_ref().map_or(Ok(false), Exchange::is_posted)?;
+        late += usize::from(is_wanted && !encoders.traced.is_empty());
+        encoders.resume();
+    }
+    println!("late answers: {late}");
+    ensure!(exchange.is_none() || late > 0, "no answer was late");
+    Ok(())
+}
+
+/// The threads of a process that encode for others, traced.
+struct Encoders {
+    encoding: i32,
+    traced: Vec<i32>,
+}
+
+impl Encoders {
+    fn stop(&mut self) -> Outcome {
+        for encoder in threads_of(self.encoding, "spm-encoder") {
+            if !self.traced.contains(&encoder) {
+                seize(encoder, 0)?;
+                self.traced.push(encoder);
+            }
+        }
+        // An encoder ends with the process that it worked for.
+        self.traced.retain(|&encoder| interrupt(encoder).is_ok());
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.traced.retain(|&encoder| resume(encoder).is_ok());
+    }
+}
+
+fn threads_of(pid: i32, name: &str) -> Vec<i32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let numbers = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
+    numbers.filter(|tid| sys::slurp(&format!("/proc/{pid}/task/{tid}/comm")).trim() == name).collect()
+}
+
+fn interrupt(tid: i32) -> Outcome {
+    // SAFETY: stops the thread.
+    sys::ok("PTRACE_INTERRUPT", unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0) })?;
+    wait_stopped(tid).map(|_| ())
+}
+
+fn resume(tid: i32) -> Outcome {
+    // SAFETY: lets the thread go on.
+    sys::ok("PTRACE_CONT", unsafe { libc::ptrace(libc::PTRACE_CONT, tid, 0, 0) }).map(|_| ())
+}
