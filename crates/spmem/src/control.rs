@@ -14,7 +14,7 @@ use spmem_core::reclaim::Floor;
 use spmem_core::units::Bytes;
 
 /// Marks a mapped control page; the low digits are the layout's version.
-pub const MAGIC: u64 = 0x5350_4d43_544c_0002;
+pub const MAGIC: u64 = 0x5350_4d43_544c_0003;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
 pub const SLOTS: usize = 4096;
 /// The limit that means "no limit" (`--sysram max`).
@@ -150,6 +150,9 @@ pub struct Slot {
     pub refused_bytes: AtomicU64,
     /// Processor time of the process's agent threads, ns.
     pub agent_ns: AtomicU64,
+    /// Address of the page whose encoding an agent thread reads at this moment; 0 for none. Memory of node 1 that has failed ends
+    /// the process there, by SIGBUS: only this tells why.
+    pub reading: AtomicU64,
 }
 
 /// Buckets of a [`Histogram`]: eight to each power of two of nanoseconds, up to 2^40.
@@ -263,6 +266,7 @@ impl Control {
                 &slot.metadata_bytes,
                 &slot.refused_bytes,
                 &slot.agent_ns,
+                &slot.reading,
             ]) {
                 field.store(0, Relaxed);
             }

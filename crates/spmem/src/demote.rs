@@ -264,7 +264,8 @@ impl Demoter {
         if held.state != State::Busy || held.kept != Some(handle) {
             return held.state != State::Busy;
         }
-        if !space.store.same_as(kept, page, &mut self.readback) {
+        let readback = &mut self.readback;
+        if !self.runtime.reading(held.owner, || space.store.same_as(kept, page, readback)) {
             return false;
         }
         let _ = space.holding.forget_kept(slot);

@@ -331,7 +331,7 @@ impl Densifier {
             let page = chunk.start + self.hand.1 * PAGE;
             self.hand.1 += 1;
             looked += 1;
-            let (is_moved, cold) = meet(space, page, compacts);
+            let (is_moved, cold) = self.runtime.reading(page, || meet(space, page, compacts));
             if is_moved {
                 looked += MOVE_LOOKS;
             }
@@ -408,7 +408,8 @@ fn replace(
     if entry.copy() != Copy::Stored(handle.raw()) || !entry.is_away() {
         return;
     }
-    let result = dense.map_or(Err(Kept::NoGain), |dense| space.store.densify(handle, label, &dense));
+    let result = dense
+        .map_or(Err(Kept::NoGain), |dense| runtime.reading(page, || space.store.densify(handle, label, &dense)));
     match result {
         Ok(new) => {
             space.table.set(page, entry.stored_as(new.raw()));

@@ -306,7 +306,8 @@ impl Server {
             let Some(handle) = Handle::from_raw(handle) else { break };
             let buffer = self.pages.bytes_mut(count * PAGE, PAGE);
             let Ok(buffer) = <&mut [u8; PAGE]>::try_from(buffer) else { break };
-            if let Err(corrupt) = space.store.load(handle, buffer) {
+            let at = page + count * PAGE;
+            if let Err(corrupt) = self.runtime.reading(at, || space.store.load(handle, buffer)) {
                 if count == 0 {
                     return self.poison(uffd, page, &corrupt);
                 }

@@ -336,7 +336,8 @@ pub(crate) fn give(
     let progress = match origin.map_or(Copy::None, |origin| space.table.get(origin).copy()) {
         Copy::Stored(handle) => {
             let mut buffer = [0; PAGE];
-            match Handle::from_raw(handle).map(|handle| space.store.load(handle, &mut buffer)) {
+            let load = |handle| runtime.reading(page, || space.store.load(handle, &mut buffer));
+            match Handle::from_raw(handle).map(load) {
                 Some(Ok(())) => child.copy(page, &buffer),
                 Some(Err(corrupt)) => {
                     runtime.shared().counters.corrupt_pages.fetch_add(1, Ordering::Relaxed);

@@ -30,7 +30,7 @@ use crate::space::Space;
 use crate::table::CHUNK;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
 };
 use spmem_core::reclaim::{MAX_RECLAIMERS, holding_slots, reclaimers};
 use spmem_core::units::{Bytes, FrameCount};
@@ -229,6 +229,18 @@ impl Runtime {
             let (ns, page) = (process::now_ns(), (address / PAGE) as u64);
             Record { ns, process: process::pid(), what, page, value }
         });
+    }
+
+    /// Has what is stored of `page` read: see [`Slot::reading`]. Under the space's lock.
+    pub(crate) fn reading<T>(&self, page: usize, read: impl FnOnce() -> T) -> T {
+        let slot = self.own_slot();
+        slot.reading.store(page as u64, Ordering::Relaxed);
+        // The compiler may not move what is read out from between the two.
+        compiler_fence(Ordering::SeqCst);
+        let result = read();
+        compiler_fence(Ordering::SeqCst);
+        slot.reading.store(0, Ordering::Relaxed);
+        result
     }
 
     pub(crate) fn own_slot(&self) -> &'static Slot {

@@ -39,6 +39,7 @@ use super::orphans::Orphans;
 use super::porter::{Porter, Service};
 use super::proc;
 use super::shared::{self, ControlPage};
+use crate::remark::remark;
 
 /// Most processes connected at a time: every slot twice, since a process between two images may have two.
 const MAX_CONNECTED: usize = spmem::control::SLOTS * 2;
@@ -63,6 +64,8 @@ const SCAN_SHARE: u32 = 16;
 const MAX_UNMANAGED: usize = 1024;
 /// How long the image that an exec started may take until its agent says hello.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
+/// How long to wait for the last thread of a process that is ending, ms, where it matters.
+const FAREWELL_MS: u32 = 20;
 /// Epoll tokens from here on are connections.
 pub const FIRST_TOKEN: u64 = 1 << 32;
 
@@ -249,7 +252,7 @@ impl Broker {
                 self.waiting.push(waiting);
                 continue;
             }
-            control.release_slot(pid);
+            bury(control, &waiting.process);
             if !has_exited || waiting.has_changed {
                 control.counters.unmanaged_processes.fetch_add(1, Relaxed);
             }
@@ -493,7 +496,7 @@ impl Broker {
         };
         // An exiting process gives its image up before its descriptors, but its threads end one by one.
         if proc::has_exited(&process.pidfd) || proc::read_image(pid).is_none() {
-            control.release_slot(pid);
+            bury(control, &process);
         } else {
             let mut waiting = Waiting { process, deadline: Instant::now() + EXEC_GRACE, has_changed: false };
             waiting.look();
@@ -542,4 +545,26 @@ fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>
     let bytes = message.to_bytes();
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags).map(drop)
+}
+/// Gives up the slot of a process that is gone. Memory under its node 1 that has failed is told of: it ends the process where its
+/// agent reads it.
+fn bury(control: &Control, process: &Process) {
+    let pid = process.pid;
+    let reading = control.live_slots().find(|slot| slot.pid.load(Relaxed) == pid).map(|slot| &slot.reading);
+    if let Some(page) = reading.map(|page| page.load(Relaxed)).filter(|&page| page != 0) {
+        // Its threads end one by one; only then is it known what ended it.
+        for _ in 0..FAREWELL_MS {
+            if proc::has_exited(&process.pidfd) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if proc::read_fatal_signal(pid) == Some(libc::SIGBUS) {
+            remark(format_args!(
+                "process {pid}: page {page:#x} is lost, and the process with it: SIGBUS has ended it while its agent read what is \
+                 stored of that page on node 1, as happens where memory has failed"
+            ));
+        }
+    }
+    control.release_slot(pid);
 }

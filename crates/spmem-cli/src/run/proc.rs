@@ -39,6 +39,13 @@ pub fn read_state(pid: u32) -> Option<char> {
     fields(pid)?.chars().next()
 }
 
+/// Reads which signal has ended `pid`; none if it has not been ended by one, or whoever started it has waited for it.
+pub fn read_fatal_signal(pid: u32) -> Option<i32> {
+    // The last field, as wait(2) has it.
+    let status: i32 = fields(pid)?.trim().rsplit(' ').next()?.parse().ok()?;
+    Some(status & 0x7f).filter(|&signal| signal != 0)
+}
+
 /// Reads who started `pid`, or adopted it.
 pub fn read_parent(pid: u32) -> Option<u32> {
     fields(pid)?.split(' ').nth(1)?.parse().ok()
@@ -72,6 +79,18 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!collect_children(std::process::id()).contains(&child.id()));
+    }
+
+    #[test]
+    fn what_has_ended_a_child_is_told_until_it_is_waited_for() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(read_fatal_signal(child.id()), None);
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::BUS).unwrap();
+        while read_state(child.id()) != Some('Z') {}
+        assert_eq!(read_fatal_signal(child.id()), Some(libc::SIGBUS));
+        child.wait().unwrap();
+        assert_eq!(read_fatal_signal(child.id()), None);
     }
 
     #[test]

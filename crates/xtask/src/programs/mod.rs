@@ -9,6 +9,7 @@ pub(crate) mod values;
 mod vm_backends;
 mod vm_facts;
 mod vm_nodes;
+mod vm_poison_probe;
 mod vm_runs;
 mod vm_runs_probe;
 mod vm_wall;
@@ -37,6 +38,8 @@ pub(crate) enum Program {
     VmRuns(vm_runs::Options),
     /// What a program does whose pages are placed.
     VmRunsProbe(vm_runs_probe::Options),
+    /// What a program does whose memory fails.
+    VmPoisonProbe(vm_poison_probe::Options),
     /// In a virtual machine: does every kind of node hold what all must?
     VmBackends(vm_backends::Options),
 }
@@ -53,6 +56,7 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::VmWallProbe(options) => vm_wall_probe::run(options),
         Program::VmRuns(options) => vm_runs::run(options),
         Program::VmRunsProbe(options) => vm_runs_probe::run(options),
+        Program::VmPoisonProbe(options) => vm_poison_probe::run(options),
         Program::VmBackends(options) => vm_backends::run(options),
     }
 }

@@ -1,7 +1,7 @@
 //! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a node of the kernel's, behind walls and without.
 //!
 //! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
-//! where they go, by configuration. Called by `cargo xtask vm-test` on the topology numa4.
+//! where they go, by configuration. And memory that fails. Called by `cargo xtask vm-test` on the topology numa4.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -73,6 +73,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if !options.quick && options.only.as_ref().is_none_or(|only| only == "killed") {
         check_killed(&mut facts, &options.spm)?;
+    }
+    if !options.quick && options.only.as_ref().is_none_or(|only| only == "failed") {
+        check_failed_memory(&mut facts, &options.spm)?;
     }
     facts.end()
 }
@@ -150,6 +153,35 @@ fn check_killed(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
         line.clear();
         said.read_line(&mut line)?;
         facts.equal(&format!("killed, {config}: the program goes on"), line.trim(), "done");
+    }
+    Ok(())
+}
+
+/// Memory that the machine reports as failed costs the page that is in it, or, under node 1, the process: nobody else, and both
+/// are told of. See [`vm_poison_probe`](super::vm_poison_probe).
+fn check_failed_memory(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
+    for what in ["resident", "node1"] {
+        let mut command = Command::new(spm);
+        command.args(["run", "--sysram", "5M", "--"]).arg(std::env::current_exe()?);
+        let output = command.args(["program", "vm-poison-probe", what]).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let both = format!("{} {}", said.trim(), errors.trim()).replace('\n', "; ");
+        let poisoned = said.lines().find_map(|line| line.strip_prefix("poisoned ")?.split_once(" in process "));
+        let lost: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("lost ")).collect();
+        let told: Vec<_> = errors.lines().filter(|line| line.contains(" is lost")).collect();
+        let (at, process) = poisoned.with_context(|| format!("nothing was poisoned: {both}"))?;
+        let is_right = if what == "resident" {
+            output.status.success() && said.contains("done") && lost == [at] && told.is_empty()
+        } else {
+            let start = format!("spm: process {process}: page 0x");
+            output.status.code() == Some(128 + libc::SIGBUS)
+                && lost.is_empty()
+                && told.len() == 1
+                && told[0].starts_with(&start)
+                && told[0].contains("node 1")
+        };
+        facts.note(is_right && said.contains("beside is whole"), format!("failed memory, {what}: {both}"));
     }
     Ok(())
 }

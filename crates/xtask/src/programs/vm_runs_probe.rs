@@ -32,13 +32,13 @@ pub(crate) struct Options {
 }
 
 /// Memory, and which version of each page is in it; version 0 is zeros.
-struct Area {
+pub(super) struct Area {
     start: usize,
     versions: Vec<u64>,
 }
 
 impl Area {
-    fn new(pages: usize) -> anyhow::Result<Self> {
+    pub(super) fn new(pages: usize) -> anyhow::Result<Self> {
         // SAFETY: a new mapping at a place that the kernel picks touches nothing that exists.
         let start = unsafe {
             libc::mmap(
@@ -56,7 +56,7 @@ impl Area {
         Ok(Self { start: start.expose_provenance(), versions: vec![0; pages] })
     }
 
-    fn address(&self, page: usize) -> usize {
+    pub(super) fn address(&self, page: usize) -> usize {
         self.start + page * PAGE
     }
 
@@ -68,7 +68,7 @@ impl Area {
         }
     }
 
-    fn write(&mut self, page: usize, version: u64) {
+    pub(super) fn write(&mut self, page: usize, version: u64) {
         self.versions[page] = version;
         for at in 0..PAGE / 8 {
             let to = std::ptr::with_exposed_provenance_mut::<u64>(self.address(page) + at * 8);
@@ -77,7 +77,7 @@ impl Area {
         }
     }
 
-    fn check(&self, pages: impl IntoIterator<Item = usize>) -> anyhow::Result<()> {
+    pub(super) fn check(&self, pages: impl IntoIterator<Item = usize>) -> anyhow::Result<()> {
         for page in pages {
             for at in 0..PAGE / 8 {
                 let from = std::ptr::with_exposed_provenance::<u64>(self.address(page) + at * 8);
@@ -94,7 +94,7 @@ impl Area {
         Ok(())
     }
 
-    fn all(&self) -> std::ops::Range<usize> {
+    pub(super) fn all(&self) -> std::ops::Range<usize> {
         0..self.versions.len()
     }
 
