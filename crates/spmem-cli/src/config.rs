@@ -2,7 +2,6 @@
 //!
 //! [`Config::read`] reads a file, [`Config::default`] is the embedded one, whose text ([`EXAMPLE`]) documents every key
 //! and is printed by `spm run --help`. Unknown keys and values are errors that name the line and what is valid.
-//! Hole: nodes of kind "file" are shown and made, but no run uses them.
 
 use std::collections::BTreeMap;
 use std::fmt;

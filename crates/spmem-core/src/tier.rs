@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 
 use crate::distance::{Distances, grow_to, list};
 use crate::frames::FramesError;
+use crate::node::Class;
 use crate::nodemask::NodeMask;
 use crate::units::NodeId;
 
@@ -45,6 +46,23 @@ impl Performance {
             u128::from(DRAM) * u128::from(self.latency_ns.max(1)) * u128::from(dram.bandwidth_mib_s.max(1));
         let by = u128::from(dram.latency_ns.max(1)) * u128::from(self.bandwidth_mib_s.max(1));
         u64::try_from(scaled / by).unwrap_or(u64::MAX)
+    }
+}
+
+/// The abstract distance of memory of which only its class is known: a tier below DRAM for memory that is plain but for being reached by copy, then the
+/// middles of the classes' bounds.
+///
+/// ```
+/// use spmem_core::node::Class;
+/// use spmem_core::tier::{CHUNK, DRAM, assumed_distance};
+/// assert_eq!(assumed_distance(Class::Plain), DRAM + CHUNK);
+/// assert!(assumed_distance(Class::Slower) < assumed_distance(Class::Slow));
+/// ```
+pub const fn assumed_distance(class: Class) -> u64 {
+    match class {
+        Class::Plain => DRAM + CHUNK,
+        Class::Slower => 3 * DRAM,
+        Class::Slow | Class::Featured | Class::Accelerator | Class::Shared => 10 * DRAM,
     }
 }
 

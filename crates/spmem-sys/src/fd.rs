@@ -18,6 +18,17 @@ pub fn proc() -> i32 {
     PROC.load(Ordering::Relaxed)
 }
 
+/// An open file's hold on a byte of a file: what [`Fd::hold`] sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// None.
+    None,
+    /// Others may have a shared one, too.
+    Shared,
+    /// Nobody else has any.
+    Exclusive,
+}
+
 /// A descriptor that is closed when dropped. It means something only to threads that share its descriptor table.
 #[derive(Debug)]
 pub struct Fd(i32);
@@ -56,15 +67,37 @@ impl Fd {
     /// # Errors
     /// As open(2).
     pub fn open_in_proc(path: &core::ffi::CStr) -> Result<Self> {
+        Self::open_in_proc_for(path, libc::O_RDONLY)
+    }
+
+    fn open_in_proc_for(path: &core::ffi::CStr, flags: i32) -> Result<Self> {
         let proc = PROC.load(Ordering::Relaxed);
         if proc < 0 {
-            return Self::open(path, libc::O_RDONLY);
+            return Self::open(path, flags);
         }
         let relative = path.to_bytes_with_nul().strip_prefix(b"/proc/").ok_or(Errno::EINVAL)?;
         // SAFETY: the rest of a NUL-terminated string, which outlives the call.
-        let raw =
-            unsafe { syscall!(Sysno::openat, proc, relative.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC, 0) }?;
+        let raw = unsafe { syscall!(Sysno::openat, proc, relative.as_ptr(), flags | libc::O_CLOEXEC, 0) }?;
         Ok(Self(raw_fd(raw)))
+    }
+
+    /// The same file once more, to read and write, as an open file of its own: with holds ([`Fd::hold`]) of its own.
+    ///
+    /// # Errors
+    /// As open(2): there is no /proc, or this process may not.
+    pub fn reopen(&self) -> Result<Self> {
+        const PREFIX: &[u8] = b"/proc/thread-self/fd/";
+        let mut path = [0; PREFIX.len() + 12];
+        path[..PREFIX.len()].copy_from_slice(PREFIX);
+        let (mut digits, mut at, mut rest) = ([0; 11], 11, self.0);
+        while at == 11 || rest > 0 {
+            at -= 1;
+            digits[at] = b'0' + (rest % 10) as u8;
+            rest /= 10;
+        }
+        path[PREFIX.len()..][..11 - at].copy_from_slice(&digits[at..]);
+        let path = core::ffi::CStr::from_bytes_until_nul(&path).map_err(|_| Errno::EINVAL)?;
+        Self::open_in_proc_for(path, libc::O_RDWR)
     }
 
     /// pread(2): bytes read at `offset`.
@@ -74,6 +107,15 @@ impl Fd {
     pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<usize> {
         // SAFETY: `into` is writable for its whole length.
         Ok(unsafe { syscall!(Sysno::pread64, self.0, into.as_mut_ptr(), into.len(), offset) }?)
+    }
+
+    /// pwrite(2): bytes written at `offset`.
+    ///
+    /// # Errors
+    /// As pwrite(2).
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<usize> {
+        // SAFETY: `bytes` is readable for its whole length.
+        Ok(unsafe { syscall!(Sysno::pwrite64, self.0, bytes.as_ptr(), bytes.len(), offset) }?)
     }
 
     /// write(2).
@@ -111,6 +153,29 @@ impl Fd {
     pub fn lock_exclusive(&self) -> Result<()> {
         // SAFETY: takes no pointer.
         unsafe { syscall!(Sysno::flock, self.0, libc::LOCK_EX | libc::LOCK_NB) }?;
+        Ok(())
+    }
+
+    /// Takes or changes this open file's hold on `count` bytes from `first` on (fcntl(2), `F_OFD_SETLK`). It ends with the last
+    /// descriptor for this open file, in whatever process.
+    ///
+    /// # Errors
+    /// `EAGAIN` when another open file's hold is in the way: nothing has changed. `ENOLCK`.
+    pub fn hold(&self, first: u64, count: u64, hold: Hold) -> Result<()> {
+        let kind = match hold {
+            Hold::None => libc::F_UNLCK,
+            Hold::Shared => libc::F_RDLCK,
+            Hold::Exclusive => libc::F_WRLCK,
+        };
+        let lock = libc::flock {
+            l_type: i16::try_from(kind).map_err(|_| Errno::EINVAL)?,
+            l_whence: i16::try_from(libc::SEEK_SET).map_err(|_| Errno::EINVAL)?,
+            l_start: first.cast_signed(),
+            l_len: count.cast_signed(),
+            l_pid: 0,
+        };
+        // SAFETY: `lock` is what this command reads, and outlives the call.
+        unsafe { syscall!(Sysno::fcntl, self.0, libc::F_OFD_SETLK, &raw const lock) }?;
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use crate::{Errno, Result};
 use syscalls::{Sysno, syscall};
 
 /// Most descriptors in one message.
-pub const MAX_FDS: usize = 4;
+pub const MAX_FDS: usize = 8;
 /// Longest abstract name, bytes.
 pub const MAX_NAME: usize = 100;
 

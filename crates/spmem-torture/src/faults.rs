@@ -5,6 +5,9 @@
 //! A child flips them from outside, through /proc/PID/mem, in the mapping that is the store: it lies in front of the room that
 //! it may still grow into, reserved address space, far more than anything else reserves. Where there is none, nothing flips and nothing may be lost. The program answers SIGBUS as one would that can do without a page: by a new one in its
 //! place. Each loss is printed as `lost PID ADDRESS`; the suite looks whether `spm` has told of that one, and of no other.
+//!
+//! Swap files (`faults-swap`) have no name: the child finds what the program's agent has open through /proc/PID/task, and by what it has
+//! locked of the ledger which part is that process's.
 
 use crate::area::Area;
 use crate::harness::{Case, Ctx, Outcome, Res, bail, ensure, skip};
@@ -13,17 +16,62 @@ use crate::process;
 use crate::sys;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-pub const CASES: &[Case] = &[Case::new(
-    "faults-bits",
-    "where bits flip in the store a page has its bytes or is lost, with SIGBUS; other processes lose nothing",
-    bits,
-)];
+pub const CASES: &[Case] = &[
+    Case::new(
+        "faults-bits",
+        "where bits flip in the store a page has its bytes or is lost, with SIGBUS; other processes lose nothing",
+        |ctx| bits(ctx, Where::Store),
+    ),
+    Case::new("faults-swap", "the same where bits flip in a swap file", |ctx| bits(ctx, Where::File)),
+];
+
+/// What is damaged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Where {
+    Store,
+    File,
+}
+
+/// Where a child flips bits.
+enum Target {
+    Store { memory: File, pagemap: File, start: u64, pages: usize },
+    File { file: File, ledger: PathBuf },
+}
+
+impl Target {
+    fn find(program: u32, place: Where) -> Option<Self> {
+        if place == Where::File {
+            return swap_of(program).map(|(file, ledger)| Self::File { file, ledger });
+        }
+        let (start, pages) = store_of(program)?;
+        let memory = File::options().read(true).write(true).open(format!("/proc/{program}/mem")).ok()?;
+        Some(Self::Store { memory, pagemap: File::open(format!("/proc/{program}/pagemap")).ok()?, start, pages })
+    }
+
+    /// One bit, somewhere.
+    fn flip(&self, rng: &mut Rng) -> Outcome {
+        let (file, page) = match self {
+            Self::Store { memory, pagemap, start, pages } => (memory, present(pagemap, *start, *pages, rng)),
+            Self::File { file, ledger } => (file, swapped(ledger, rng)),
+        };
+        let Some(page) = page else { return Ok(()) };
+        let place = page + rng.below(PAGE) as u64;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, place)?;
+        byte[0] ^= 1 << rng.below(8);
+        file.write_all_at(&byte, place)?;
+        Ok(())
+    }
+}
 
 /// A reservation of so many pages is the store's: 1 GiB.
 const RESERVED_PAGES: u64 = 1 << 18;
+/// Pages of a cluster, which a byte of the ledger stands for.
+const CLUSTER_PAGES: usize = 512;
 /// Losses that are enough.
 const ENOUGH: usize = 8;
 /// After this it is too late for the first one.
@@ -55,9 +103,11 @@ extern "C" fn replace(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) 
     unsafe { libc::mmap((address & !(PAGE - 1)) as *mut libc::c_void, PAGE, prot, flags, -1, 0) };
 }
 
-fn bits(ctx: &Ctx) -> Outcome {
-    let is_hurt = || store_of(std::process::id()).is_some();
-    hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| flip(ctx, program, told))
+fn bits(ctx: &Ctx, place: Where) -> Outcome {
+    let is_hurt = || Target::find(std::process::id(), place).is_some();
+    hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| {
+        flip(ctx, (program.cast_unsigned(), place), told)
+    })
 }
 
 /// What is done to a program.
@@ -152,28 +202,20 @@ fn take(area: &Area, page: usize) -> Res<bool> {
     Ok(lost != 0)
 }
 
-/// The child: damages `program`'s store from when it is told until it is to end, and has an area of its own, of which
+/// The child: damages the program's store, or its swap file, from when it is told until it is to end, and has an area of its own, of which
 /// nothing may be lost.
-fn flip(ctx: &Ctx, program: i32, told: i32) -> Outcome {
+fn flip(ctx: &Ctx, (program, place): (u32, Where), told: i32) -> Outcome {
     let mut area = Area::filled(ctx.seed ^ 1, ctx.pages())?;
     let mut rng = ctx.rng(99);
-    let memory = File::options().read(true).write(true).open(format!("/proc/{program}/mem"))?;
-    let pagemap = File::open(format!("/proc/{program}/pagemap"))?;
-    let (mut at, mut store) = (0, None);
+    let (mut at, mut target) = (0, None);
     loop {
         match heard(told, REST_MS)? {
             Some(END) => return area.check_all("process beside one whose store is damaged"),
-            Some(_) => store = store_of(program.cast_unsigned()),
+            Some(_) => target = Target::find(program, place),
             None => {}
         }
-        if let Some((start, pages)) = store
-            && let Some(page) = present(&pagemap, start, pages, &mut rng)
-        {
-            let place = page + rng.below(PAGE) as u64;
-            let mut byte = [0];
-            memory.read_exact_at(&mut byte, place)?;
-            byte[0] ^= 1 << rng.below(8);
-            memory.write_all_at(&byte, place)?;
+        if let Some(target) = &target {
+            target.flip(&mut rng)?;
         }
         go_on(&mut area, &mut rng, &mut at)?;
     }
@@ -230,4 +272,36 @@ fn present(pagemap: &File, start: u64, pages: usize, rng: &mut Rng) -> Option<u6
     let is_there = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) & PRESENT != 0;
     let there: Vec<usize> = (0..entries.len()).filter(|&index| is_there(&entries[index])).collect();
     (!there.is_empty()).then(|| start + (there[rng.below(there.len())] * PAGE) as u64)
+}
+
+/// What a process's agent has open under a name that `is_it`: the path in /proc.
+fn open_file(program: u32, is_it: impl Fn(&str) -> bool) -> Option<PathBuf> {
+    let folders = std::fs::read_dir(format!("/proc/{program}/task")).ok()?.flatten();
+    let open = folders.filter_map(|task| std::fs::read_dir(task.path().join("fd")).ok()).flatten().flatten();
+    open.map(|entry| entry.path())
+        .find(|path| std::fs::read_link(path).is_ok_and(|name| name.to_str().is_some_and(&is_it)))
+}
+
+/// The swap file of a process, which has no name, and the ledger that tells which clusters are the process's.
+fn swap_of(program: u32) -> Option<(File, PathBuf)> {
+    let ledger = open_file(program, |name| name.starts_with("/memfd:spmem-ledger"))?;
+    let file = open_file(program, |name| name.ends_with(" (deleted)") && !name.contains("memfd:"))?;
+    let information = PathBuf::from(ledger.to_str()?.replace("/fd/", "/fdinfo/"));
+    Some((File::options().read(true).write(true).open(file).ok()?, information))
+}
+
+/// A page of the clusters that the process holds, by chance.
+fn swapped(ledger: &Path, rng: &mut Rng) -> Option<u64> {
+    let text = std::fs::read_to_string(ledger).ok()?;
+    // lock: 1: OFDLCK ADVISORY WRITE -1 00:01:1234 FIRST LAST
+    let locks = text.lines().filter(|line| line.starts_with("lock:"));
+    let ends = locks.filter_map(|line| {
+        let mut fields = line.split_whitespace().rev();
+        let last = fields.next()?.parse::<u64>().ok()?;
+        Some(fields.next()?.parse::<u64>().ok()?..=last)
+    });
+    let clusters: Vec<u64> = ends.flatten().collect();
+    let page = rng.below(CLUSTER_PAGES) as u64;
+    (!clusters.is_empty())
+        .then(|| (clusters[rng.below(clusters.len())] * CLUSTER_PAGES as u64 + page) * PAGE as u64)
 }

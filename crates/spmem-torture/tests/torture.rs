@@ -12,6 +12,8 @@
 //! - `SPMEM_TORTURE_CONFIG`: a configuration for every run, in full: nodes that cold pages go to;
 //! - `SPMEM_TORTURE_LIMIT`: seconds after which a case is killed, with all it started, and counts as failed.
 //!
+//! Some cases are tried once more with a swap file that has room for all (`swap::`) and with one that is soon full (`swap-full::`).
+//!
 //! A managed case passes if it exits 0 and, where it is meant to go cold, the report of `spm` shows demoted pages.
 //! Without a usable userfaultfd (not root) managed cases are skipped, counted and printed.
 //!
@@ -49,6 +51,57 @@ const GOES_COLD: &str = "store-cold";
 const LOSES_PAGES: [&str; 2] = ["faults-bits", FAILS_TO_ENCODE];
 /// The case whose encoder fails, too.
 const FAILS_TO_ENCODE: &str = "faults-codec";
+/// Cases that are tried with a swap file, too, and those of them that are tried with one that is soon full.
+const WITH_SWAP: &[&str] = &[
+    "threads-shared",
+    "sweep-random",
+    "sweep-clean",
+    "fork-both",
+    "fork-cold",
+    "fork-many",
+    "fork-chain",
+    "fork-storm",
+    "fork-exits",
+    "fork-orphans",
+    "fork-rewrite",
+    "fork-kill",
+    "fork-while-writing",
+    "fork-while-unmapping",
+    "fork-while-remapping",
+    "fork-while-advising",
+    "fork-killed",
+    "fork-nursed",
+    "fork-served",
+    "exec-vfork",
+    "exec-self",
+    "exec-clean",
+    "exec-threads",
+    "raw-fork",
+    "raw-chain",
+    "raw-beside-fork",
+    "raw-orphan",
+    "raw-daemon",
+    "remap-race",
+    "unmap-race",
+    "dontneed-threads",
+    "daemon",
+    "rights-dropped",
+    "rights-chroot",
+    "limit-fsize",
+    "limit-nofile",
+    "fd-census",
+    "fd-close-all",
+    "store-incompressible",
+    "orphan",
+    "supervisor-stopped",
+    "supervisor-stopped-fork",
+    "siblings-killed",
+    "creator-killed",
+    SWAP_LOSES_PAGES,
+];
+const WITH_FULL_SWAP: &[&str] = &["sweep-random", "fork-both", "fork-chain", "fork-rewrite", "siblings-killed"];
+/// The case that damages swap files; without one nothing may be lost.
+const SWAP_LOSES_PAGES: &str = "faults-swap";
 /// A case touches its data and a ballast twice that size.
 const TOUCHED_FACTOR: u64 = 3;
 /// In the quick set, one in so many cases of a theme is tried at each of the wider budgets.
@@ -74,10 +127,17 @@ fn main() {
         let number: usize = fields.next().and_then(|text| text.parse().ok()).expect("torture numbers its cases");
         let bare = case.clone();
         trials.push(trial(format!("bare::{}", case.name), move || run_bare(settings, &bare)));
+        for (names, kind, mib) in [(WITH_SWAP, "swap", 512), (WITH_FULL_SWAP, "swap-full", 4)] {
+            if names.contains(&&*case.name) {
+                let (case, per_cent) = (case.clone(), settings.budgets[0]);
+                let name = format!("{kind}::{}", case.name);
+                trials.push(trial(name, move || run_managed(settings, &case, per_cent, Some(mib))));
+            }
+        }
         for (at, &per_cent) in settings.budgets.iter().enumerate() {
             let is_quick = at == 0 || number % EACH_WIDER == at - 1;
             let (name, case) = (format!("at-{per_cent}::{}", case.name), case.clone());
-            let trial = trial(name, move || run_managed(settings, &case, per_cent));
+            let trial = trial(name, move || run_managed(settings, &case, per_cent, None));
             let is_left_out = !is_quick && !is_whole;
             left_out += u64::from(is_left_out && !arguments.include_ignored);
             trials.push(trial.with_ignored_flag(is_left_out));
@@ -181,16 +241,28 @@ fn run_bare(settings: &Settings, case: &Case) -> Result<Completion, Failed> {
     judge(watch::run(command, &place.path("output"), settings.limit))
 }
 
-fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Completion, Failed> {
+/// With a swap file of so many MiB, if any.
+fn run_managed(
+    settings: &Settings,
+    case: &Case,
+    per_cent: u64,
+    swap_mib: Option<u64>,
+) -> Result<Completion, Failed> {
     if let Err(reason) = userfaultfd() {
         return Ok(Completion::ignored_with(reason));
     }
     let spm = spm()?;
-    let place = Place::new(&format!("{}-{per_cent}", case.name));
+    let place = Place::new(&format!("{}-{per_cent}-{}", case.name, swap_mib.unwrap_or(0)));
     let report = place.path("report.json");
     let mut command = Command::new(spm);
     command.args(["run", "--sysram", &settings.budget_bytes(per_cent).to_string(), "--json"]).arg(&report);
-    if let Ok(config) = std::env::var("SPMEM_TORTURE_CONFIG") {
+    if let Some(mib) = swap_mib {
+        // Where programs are built is no RAM, as the folder for temporary files may be.
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("swap");
+        let node = format!("[[node]]\nid = 2\nkind = \"file\"\npath = {path:?}\ncapacity = \"{mib}M\"\n");
+        std::fs::write(place.path("config"), node)?;
+        command.arg("--config").arg(place.path("config"));
+    } else if let Ok(config) = std::env::var("SPMEM_TORTURE_CONFIG") {
         command.args(["--config", &config]);
     }
     command.arg("--").arg(TORTURE).args(settings.case_arguments(case));
@@ -204,8 +276,12 @@ fn run_managed(settings: &Settings, case: &Case, per_cent: u64) -> Result<Comple
             if case.name == FAILS_TO_ENCODE {
                 judge_errors(&watched_output)?;
             }
-            judge_losses(&watched_output, &report)
+            judge_losses(&watched_output, &report, 1)
         }
+        Completion::Completed if case.name == SWAP_LOSES_PAGES && swap_mib.is_some() => {
+            judge_losses(&watched_output, &report, 2)
+        }
+        Completion::Completed if swap_mib.is_some() => judge_swap(case, &report, swap_mib.unwrap_or(0)),
         Completion::Completed => judge_report(case, &report, settings.budget_bytes(per_cent)),
         skipped => Ok(skipped),
     }
@@ -265,10 +341,11 @@ fn judge(watched: Watched) -> Result<Completion, Failed> {
 }
 
 /// R20: who lost which page is told, by process, address and node; and nobody is told of a page that was not lost.
-fn judge_losses(output: &str, report: &Path) -> Result<Completion, Failed> {
+fn judge_losses(output: &str, report: &Path, node: u32) -> Result<Completion, Failed> {
     let losses = output.lines().filter_map(|line| line.strip_prefix("lost ")?.split_once(' '));
-    let mut losses: Vec<_> =
-        losses.map(|(process, address)| format!("process {process}: page {address} is lost: node 1 ")).collect();
+    let mut losses: Vec<_> = losses
+        .map(|(process, address)| format!("process {process}: page {address} is lost: node {node} "))
+        .collect();
     if losses.is_empty() {
         return Err(format!("no page was lost: the case proved nothing\n{output}").into());
     }
@@ -301,6 +378,26 @@ fn judge_errors(output: &str) -> Result<(), Failed> {
         return Err(format!("{told} errors were told of, of {most:?}\n{output}").into());
     }
     Ok(())
+}
+
+/// That pages went to the swap file, and that it was full if it is small.
+fn judge_swap(case: &Case, path: &Path, mib: u64) -> Result<Completion, Failed> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("the report {}: {error}", path.display()))?;
+    let node = text.split_once("\"node\": 2,").ok_or_else(|| format!("no node 2 in the report:\n{text}"))?.1;
+    let (is_small, peak) = (mib < 64, field(node, "stored_bytes_peak").unwrap_or(0));
+    if case.is_cold && field(node, "demoted_pages").unwrap_or(0) == 0 {
+        return Err(format!("no page went to the file: the case proved nothing\n{text}").into());
+    }
+    if case.is_cold && is_small && peak < (mib << 20) / 4 * 3 {
+        return Err(format!("the file was never nearly full: the case proved nothing\n{text}").into());
+    }
+    if field(&text, "lost_pages") != Some(0) {
+        return Err(format!("pages were lost\n{text}").into());
+    }
+    match field(&text, "exit_code") {
+        Some(0) => Ok(Completion::Completed),
+        other => Err(format!("exit_code in the report is {other:?}, the status was 0\n{text}").into()),
+    }
 }
 
 /// What must be in the report for the check not to be vacuous.

@@ -101,14 +101,16 @@ pub struct Counters {
     pub throttled_ns: AtomicU64,
 }
 
-/// A node of the kernel's that pages of the tree are placed on, by a grant that `spm` holds.
+/// A node that pages of the tree go to, by a grant that `spm` holds: one of the kernel's, which they are placed on, or a swap file.
 #[repr(C)]
 #[derive(Default)]
 pub struct Target {
     /// The number that the configuration gives it.
     pub id: AtomicU32,
-    /// The kernel's number.
+    /// The kernel's number; of a swap file none.
     pub node: AtomicU32,
+    /// Clusters of a swap file; 0 of a node of the kernel's.
+    pub clusters: AtomicU32,
     /// Its class.
     pub class: AtomicU32,
     /// 1: pages there are not written, but promoted first (R17).
@@ -125,6 +127,13 @@ pub struct Target {
     pub strayed_pages: AtomicU64,
     /// Pages that the node or its grant had no room for.
     pub refused_pages: AtomicU64,
+}
+
+impl Target {
+    /// Whether it is a file, that pages are copied to.
+    pub fn is_swap(&self) -> bool {
+        self.clusters.load(Relaxed) > 0
+    }
 }
 
 /// A process's share, written by its own agent only.
@@ -144,7 +153,7 @@ pub struct Slot {
     pub store_used_bytes: AtomicU64,
     /// Tables of the agent, bytes.
     pub metadata_bytes: AtomicU64,
-    /// Pages on mapped nodes, bytes; not part of the memory in use.
+    /// Pages on mapped nodes and in swap files, bytes; not part of the memory in use.
     pub placed_bytes: [AtomicU64; MAX_TARGETS],
     /// Of the memory in use: pages that could not leave when last tried, bytes.
     pub refused_bytes: AtomicU64,
@@ -317,11 +326,6 @@ impl Control {
     pub fn is_sysram(&self, node: i32) -> bool {
         let Ok(node) = usize::try_from(node) else { return false };
         self.sysram.get(node / 64).is_some_and(|word| word.load(Relaxed) >> (node % 64) & 1 != 0)
-    }
-
-    /// The number among the targets of one of the kernel's nodes.
-    pub fn target_of(&self, node: i32) -> Option<usize> {
-        self.targets().position(|target| u64::try_from(node) == Ok(u64::from(target.node.load(Relaxed))))
     }
 }
 

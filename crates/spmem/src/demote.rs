@@ -12,10 +12,12 @@ use crate::place::Placer;
 use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
+use crate::swap::Swapper;
 use crate::table::{Copy, Entry};
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
+use spmem_core::placing::Targets;
 use spmem_core::reclaim::BATCH_PAGES;
 use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
@@ -46,6 +48,9 @@ pub struct Demoter {
     /// What is out with the encoder, oldest first.
     out: [Option<Span>; LANES],
     pub(crate) placer: Option<Placer>,
+    pub(crate) swapper: Option<Swapper>,
+    /// Which nodes have had no room a moment ago.
+    pub(crate) targets: Targets,
 }
 
 impl Demoter {
@@ -65,12 +70,14 @@ impl Demoter {
             is_useless: false,
             out: [None; LANES],
             placer: (number == 0).then(|| Placer::new(runtime)).flatten(),
+            swapper: (number == 0).then(|| Swapper::new(runtime)).flatten(),
+            targets: Targets::default(),
         }
     }
 
     /// Demotes up to `wanted` pages, the oldest of the holding area; how many pages of RAM became free.
     pub(crate) fn run(&mut self, wanted: usize) -> usize {
-        if let Some(freed) = self.place(wanted) {
+        if let Some(freed) = self.send(wanted) {
             return freed;
         }
         if self.client.is_some() {

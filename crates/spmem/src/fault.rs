@@ -32,6 +32,7 @@ use spmem_core::reclaim::{Admission, Turnstile};
 use spmem_core::tier::Promotion;
 use spmem_core::units::Time;
 use spmem_node::Handle;
+use spmem_node::swapfile::{Unloaded, file};
 use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
@@ -262,7 +263,7 @@ impl Server {
         }
         let entry = space.table.get(page);
         match entry.copy() {
-            Copy::Stored(_) if entry.is_away() => self.promote(space, uffd, page, entry),
+            Copy::Stored(_) | Copy::Swapped(_) if entry.is_away() => self.promote(space, uffd, page, entry),
             Copy::Holding(slot) if entry.is_away() => self.rescue(space, uffd, page, entry, slot),
             _ => self.fill(space, uffd, page, entry, fault),
         }
@@ -292,28 +293,25 @@ impl Server {
         false
     }
 
-    /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression).
+    /// From node 1: decode, verify, copy in. An equal copy is kept (it may spare a compression). From a swap file: read, verify, copy in.
     fn promote(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, entry: Entry) -> Served {
         let room = self.runtime.room_pages.load(Relaxed);
         let window = self.readahead.window((page / PAGE) as u64, room) as usize;
         let window = window.min((CHUNK - page % CHUNK) / PAGE);
         let mut count = 0;
         while count < window {
-            let Copy::Stored(handle) = space.table.get(page + count * PAGE).copy() else { break };
-            if !space.table.get(page + count * PAGE).is_away() {
+            let next = space.table.get(page + count * PAGE);
+            if !next.is_away() || !matches!(next.copy(), Copy::Stored(_) | Copy::Swapped(_)) {
                 break;
             }
-            let Some(handle) = Handle::from_raw(handle) else { break };
             let buffer = self.pages.bytes_mut(count * PAGE, PAGE);
             let Ok(buffer) = <&mut [u8; PAGE]>::try_from(buffer) else { break };
-            let at = page + count * PAGE;
-            if let Err(corrupt) = self.runtime.reading(at, || space.store.load(handle, buffer)) {
-                if count == 0 {
-                    return self.poison(uffd, page, &corrupt);
-                }
-                break;
+            let load = || space.load(next.copy(), buffer);
+            match self.runtime.reading(page + count * PAGE, load) {
+                Ok(()) => count += 1,
+                Err(Unloaded::Lost(corrupt)) if count == 0 => return self.poison(uffd, page, &corrupt),
+                Err(_) => break,
             }
-            count += 1;
         }
         if count == 0 {
             return Served::Later;
@@ -327,12 +325,20 @@ impl Server {
         self.brought = done.max(1);
         self.readahead.advance((page / PAGE) as u64, done.max(1) as u32);
         self.account(done);
-        let counters = &self.runtime.shared().counters;
-        counters.promoted_pages.fetch_add(done as u64, Relaxed);
-        counters.readahead_pages.fetch_add(done.saturating_sub(1) as u64, Relaxed);
+        let shared = self.runtime.shared();
+        shared.counters.readahead_pages.fetch_add(done.saturating_sub(1) as u64, Relaxed);
         for at in (page..page + done * PAGE).step_by(PAGE) {
             let entry = space.table.get(at);
             let mut copy = entry.copy();
+            if let Copy::Swapped(handle) = copy {
+                if let Some(target) = Handle::from_raw(handle).and_then(|handle| shared.targets.get(file(handle)))
+                {
+                    target.promoted_pages.fetch_add(1, Relaxed);
+                }
+                self.note_back_from_file(space, at, entry);
+                continue;
+            }
+            shared.counters.promoted_pages.fetch_add(1, Relaxed);
             space.returned.0 += 1;
             space.returned.1 += u64::from(is_dense(copy));
             if space.mode == Mode::Normal && !self.runtime.keeps_copies.load(Relaxed) {
@@ -344,11 +350,23 @@ impl Server {
         match progress.stopped {
             _ if done > 0 => Served::Yes,
             Some(Errno::EEXIST) => {
-                self.note_present(space, page, Entry::present(entry.copy(), entry.age()));
+                if let Copy::Swapped(_) = entry.copy() {
+                    self.note_back_from_file(space, page, entry);
+                } else {
+                    self.note_present(space, page, Entry::present(entry.copy(), entry.age()));
+                }
                 wake(uffd, page)
             }
             stopped => self.refused(uffd, page, stopped),
         }
+    }
+
+    /// No copy is kept there of a page that is in its place: it would have to be read to be compared.
+    fn note_back_from_file(&self, space: &mut Space<Cram>, page: usize, entry: Entry) {
+        if space.mode == Mode::Normal {
+            space.forget_copy(entry);
+        }
+        self.note_present(space, page, Entry::present(Copy::None, lru::on_promoted(entry.age())));
     }
 
     /// From the holding area: moved back as it is, or copied where moving cannot be.
@@ -477,7 +495,7 @@ impl Server {
 /// What a fault for the page of an entry is to a trace.
 fn happening(entry: Entry) -> Happening {
     match entry.copy() {
-        Copy::Stored(_) if entry.is_away() => Happening::FaultNode,
+        Copy::Stored(_) | Copy::Swapped(_) if entry.is_away() => Happening::FaultNode,
         Copy::Holding(_) if entry.is_away() => Happening::FaultHolding,
         _ => Happening::FaultNowhere,
     }

@@ -1,6 +1,6 @@
 //! Fork: the child begins with missing pages, and must be served before it can serve itself.
 //!
-//! The store is in the program's own memory, so the child inherits it copy-on-write; what has to be arranged is that
+//! The store is in the program's own memory, so the child inherits it copy-on-write (what is in files: [`crate::swap`]); what has to be arranged is that
 //! its picture is whole, and that somebody serves its first faults:
 //!
 //! 1. [`Runtime::before_fork`] (pthread_atfork(3), in the forking thread): one fork at a time; reclaimers pause; the space is quiet.
@@ -29,14 +29,16 @@ use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
 use crate::space::{Mode, Space};
+use crate::swap;
 use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use spmem_core::placing::MAX_TARGETS;
 use spmem_sys::fd::{Fd, close_all_but};
 use spmem_sys::mapping;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::process::DescriptorLimit;
-use spmem_sys::socket::{Listener, MAX_NAME, Socket};
+use spmem_sys::socket::{Listener, MAX_FDS, MAX_NAME, Socket};
 use spmem_sys::thread::{self, Table};
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, Result, clock, futex, process};
@@ -356,6 +358,8 @@ fn touch_stack() {
     core::hint::black_box(&mut stack);
 }
 
+const _: () = assert!(4 + MAX_TARGETS <= MAX_FDS, "a child is given all at once");
+
 /// What a child asks, and what it is given along with its userfaultfd and /dev/userfaultfd: events as words.
 const WORDS: usize = 2 + 4 * MAX_EVENTS;
 
@@ -381,7 +385,7 @@ pub(crate) fn end_quiet(runtime: &Runtime, space: &mut Space<Cram>) {
 
 /// Somebody connects who is not being nursed: a child that has all its pages, which is told so.
 pub(crate) fn dismiss(runtime: &Runtime) {
-    if hand_over(runtime, None, &[]) {
+    if hand_over(runtime, None, &[], None) {
         stand_alone(runtime);
     }
 }
@@ -391,8 +395,13 @@ pub(crate) fn stand_alone(runtime: &Runtime) {
     runtime.fork_turn.changed.signal();
 }
 
-/// Gives the child that connects its userfaultfd (`None`: it has all its pages and runs unmanaged).
-pub(crate) fn hand_over(runtime: &Runtime, child: Option<&Uffd>, changes: &[Event]) -> bool {
+/// Gives the child that connects its userfaultfd (`None`: it has all its pages and runs unmanaged), and what it needs of swap files.
+pub(crate) fn hand_over(
+    runtime: &Runtime,
+    child: Option<&Uffd>,
+    changes: &[Event],
+    swap: Option<(Fd, [i32; MAX_TARGETS])>,
+) -> bool {
     let listening = Listener::from_fd(Fd::from_raw(runtime.listener.load(Ordering::Relaxed)));
     let accepted = listening.accept();
     let _ = listening.into_fd().into_raw();
@@ -403,7 +412,6 @@ pub(crate) fn hand_over(runtime: &Runtime, child: Option<&Uffd>, changes: &[Even
         return false;
     }
     let mut words = [0_u64; WORDS];
-    words[0] = u64::from(child.is_some()) | u64::from(spmem_sys::fd::proc() >= 0) << 1;
     words[1] = changes.len() as u64;
     for (event, words) in changes.iter().zip(words[2..].chunks_exact_mut(4)) {
         let (kind, a, b, c) = match *event {
@@ -414,18 +422,24 @@ pub(crate) fn hand_over(runtime: &Runtime, child: Option<&Uffd>, changes: &[Even
         };
         words.copy_from_slice(&[kind, a as u64, b as u64, c as u64]);
     }
+    // What there is, in this order; the first word says what.
+    let mut all = [-1; MAX_FDS];
+    if let Some(child) = child {
+        all[..3].copy_from_slice(&[child.raw(), spmem_sys::fd::proc(), runtime.device.load(Ordering::Relaxed)]);
+        if let Some((ledger, files)) = &swap {
+            all[3] = ledger.raw();
+            all[4..4 + MAX_TARGETS].copy_from_slice(files);
+        }
+    }
+    let (mut fds, mut count) = ([-1; MAX_FDS], 0);
+    for (at, fd) in all.into_iter().enumerate().filter(|&(_, fd)| fd >= 0) {
+        words[0] |= 1 << at;
+        fds[count] = fd;
+        count += 1;
+    }
     let mut bytes = [0; WORDS * 8];
     for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    let device = runtime.device.load(Ordering::Relaxed);
-    // What there is, in this order; the first words say what is missing.
-    let all = [child.map_or(-1, Uffd::raw), spmem_sys::fd::proc(), device];
-    let mut fds = [-1; 3];
-    let mut count = 0;
-    for fd in all.into_iter().filter(|&fd| child.is_some() && fd >= 0) {
-        fds[count] = fd;
-        count += 1;
     }
     socket.send(&bytes, &fds[..count]).is_ok()
 }
@@ -478,13 +492,12 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
     if word(0) & 1 == 0 {
         return Ok(false);
     }
-    let uffd = Uffd::from_fd(received.fds[0].take().ok_or(Errno(libc::EPROTO))?);
-    if word(0) & 2 != 0 {
-        spmem_sys::fd::set_proc(received.fds[1].take().map_or(-1, Fd::into_raw));
-    } else {
-        received.fds.swap(1, 2);
-    }
-    let mut device = received.fds[2].take();
+    let mut fds = received.fds.iter_mut();
+    let mut given: [Option<Fd>; MAX_FDS] =
+        core::array::from_fn(|at| if word(0) >> at & 1 != 0 { fds.next().and_then(Option::take) } else { None });
+    let uffd = Uffd::from_fd(given[0].take().ok_or(Errno(libc::EPROTO))?);
+    spmem_sys::fd::set_proc(given[1].take().map_or(-1, Fd::into_raw));
+    let mut device = given[2].take();
     if let Ok((socket, other)) = runtime.hello_again() {
         runtime.socket.store(socket.into_fd().into_raw(), Ordering::Relaxed);
         device = device.or(other);
@@ -497,6 +510,7 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
         let mut space = runtime.space.lock();
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
         let pagemap = Pagemap::open();
+        swap::adopt(space.swap.as_mut(), given.into_iter().skip(3).flatten())?;
         space.store.settle_after_fork();
         space.settle_after_fork(|page| {
             pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_there(page).unwrap_or(false))
@@ -511,6 +525,7 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
             }
         }
         reconcile(space)?;
+        space.settle_swap();
     }
     runtime.uffd.store(uffd.into_raw(), Ordering::Release);
     runtime.start_helpers()?;

@@ -37,6 +37,7 @@ pub mod reclaim;
 pub mod recorder;
 pub mod runtime;
 pub mod space;
+mod swap;
 mod sweep;
 pub mod table;
 

@@ -2,7 +2,8 @@
 
 use core::sync::atomic::Ordering;
 
-use spmem_sys::fd::{Poll, poll};
+use spmem_core::placing::MAX_TARGETS;
+use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, clock, process};
 
@@ -11,6 +12,7 @@ use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
 use crate::populate::{Since, give, populate};
 use crate::protocol::Heir;
 use crate::runtime::Runtime;
+use crate::swap;
 
 /// How long the child may take until it serves itself, ns; then it gets all its pages. Events of the parent's own wait, and
 /// nothing leaves.
@@ -70,7 +72,11 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             }
         }
         let may_take_over = entries[2].is_ready() && can_be_handed_over(&since);
-        let is_handed_over = may_take_over && pass_on(runtime, &child, &since);
+        let is_handed_over = may_take_over && {
+            // A child that could not read swap files is given what is there.
+            let Ok(swap) = swap::lend(runtime) else { break true };
+            pass_on(runtime, &child, &since, swap)
+        };
         if is_handed_over || ready == 0 && is_gone(&child) {
             stand_alone(runtime);
             break false;
@@ -91,12 +97,12 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
 ///
 /// `spm` lets go of it first: it may answer for none that could have its userfaultfd. Should this process be killed in between
 /// nobody holds it, but a child that has connected waits, and ends itself.
-fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since) -> bool {
+fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since, swap: Option<(Fd, [i32; MAX_TARGETS])>) -> bool {
     if !runtime.release(child) {
         process::sleep_ns(1_000_000);
         return false;
     }
-    let is_handed_over = hand_over(runtime, Some(child), since.changes());
+    let is_handed_over = hand_over(runtime, Some(child), since.changes(), swap);
     if !is_handed_over {
         runtime.entrust(child, Heir::Later);
     }

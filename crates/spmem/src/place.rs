@@ -17,7 +17,7 @@ use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{CHUNK, Copy, Entry, Table};
 use core::sync::atomic::Ordering::Relaxed;
-use spmem_core::placing::{LOOK_PAGES, Looks, MAX_TARGETS, PLACE_PAGES, TRIAL_MS, TRIAL_PAGES, Targets};
+use spmem_core::placing::{LOOK_PAGES, Looks, MAX_TARGETS, PLACE_PAGES, TRIAL_MS, TRIAL_PAGES, Target, Targets};
 use spmem_core::tier::{Promotion, Verdict};
 use spmem_core::units::{Order, Time};
 use spmem_sys::mapping::discard;
@@ -31,7 +31,6 @@ const HOLD_PAGES: usize = 4;
 /// One thread's way to mapped nodes.
 pub(crate) struct Placer {
     client: Client,
-    targets: Targets,
     staging: usize,
 }
 
@@ -45,23 +44,19 @@ struct Landed {
 impl Placer {
     pub(crate) fn new(runtime: &'static Runtime) -> Option<Self> {
         let client = Client::new(runtime.crossing()?);
-        Some(Self { client, targets: Targets::default(), staging: runtime.staging_start.load(Relaxed) })
+        Some(Self { client, staging: runtime.staging_start.load(Relaxed) })
     }
 
-    /// The node that pages are to go to now, if any.
-    fn choose(&mut self, runtime: &Runtime) -> Option<usize> {
+    /// Whether it can take pages now.
+    pub(crate) fn is_free(&mut self) -> bool {
         if self.client.has_come_late() {
             discard(self.staging, STAGING_LEN);
         }
-        if !self.client.is_free() {
-            return None;
-        }
-        let (targets, count) = runtime.shared().read_targets();
-        self.targets.choose(clock::now_ns(), &targets[..count])
+        self.client.is_free()
     }
 
     /// Has the pages at `addresses`, which do not change, copied to a node.
-    fn fetch(&mut self, runtime: &Runtime, target: usize, addresses: &[usize]) -> Landed {
+    fn fetch(&mut self, runtime: &Runtime, targets: &mut Targets, target: usize, addresses: &[usize]) -> Landed {
         let mut landed = Landed { target, is_good: [false; PLACE_PAGES] };
         let Some((copied, errno)) = self.client.ask(target, addresses) else { return landed };
         let node = runtime.shared().targets[target].node.load(Relaxed);
@@ -73,9 +68,9 @@ impl Placer {
             landed.is_good[page] = u32::try_from(nodes[page]) == Ok(node) && is_equal(places[page], address);
         }
         if landed.is_good.contains(&true) {
-            self.targets.note_placed(target);
+            targets.note_placed(target);
         } else if errno != libc::EFAULT {
-            self.targets.note_full(target, clock::now_ns());
+            targets.note_full(target, clock::now_ns());
             runtime.shared().targets[target].refused_pages.fetch_add(addresses.len() as u64, Relaxed);
         }
         landed
@@ -94,11 +89,11 @@ fn is_equal(one: usize, other: usize) -> bool {
 }
 
 impl Demoter {
-    /// Places up to `wanted` pages, the oldest of the holding area, on a mapped node; how many pages of RAM became free. `None` when
-    /// there is no such node or it has no room.
-    pub(crate) fn place(&mut self, wanted: usize) -> Option<usize> {
+    /// Sends up to `wanted` pages, the oldest of the holding area, to the best node that may have room; how many pages of RAM became
+    /// free. `None` when there is none but node 1.
+    pub(crate) fn send(&mut self, wanted: usize) -> Option<usize> {
         let runtime = self.runtime;
-        let target = self.placer.as_mut()?.choose(runtime)?;
+        let target = self.choose()?;
         let span = self.claim(wanted.min(PLACE_PAGES))?;
         let (mut slots, mut addresses, mut count) = ([0; PLACE_PAGES], [0; PLACE_PAGES], 0);
         if let Some(space) = runtime.space.lock().as_ref() {
@@ -110,9 +105,41 @@ impl Demoter {
                 }
             }
         }
+        let (slots, addresses) = (&slots[..count], &addresses[..count]);
+        let mut freed = match count {
+            0 => 0,
+            _ if runtime.shared().targets[target].is_swap() => self.swap_out(target, slots, addresses),
+            _ => self.place(target, slots, addresses),
+        };
+        // What is still to be done away with goes to node 1, pages on trial back to their places.
+        for slot in slots_of(span) {
+            freed += usize::from(self.demote(slot));
+        }
+        self.discard(span);
+        runtime.free_pages(freed);
+        runtime.publish_placed();
+        Some(freed)
+    }
+
+    /// The node that pages are to go to now, if any.
+    fn choose(&mut self) -> Option<usize> {
+        let (mut targets, count) = self.runtime.shared().read_targets();
+        let is_porter_free = self.placer.as_mut().is_some_and(Placer::is_free);
+        for (at, target) in targets[..count].iter_mut().enumerate() {
+            let is_swap = self.runtime.shared().targets[at].is_swap();
+            if !if is_swap { self.swapper.is_some() } else { is_porter_free } {
+                *target = Target::default();
+            }
+        }
+        self.targets.choose(clock::now_ns(), &targets[..count])
+    }
+
+    /// Places the pages of busy slots on a mapped node; how many pages of RAM become free.
+    fn place(&mut self, target: usize, slots: &[u32], addresses: &[usize]) -> usize {
+        let (runtime, count) = (self.runtime, slots.len());
         let mut freed = 0;
-        if let Some(placer) = self.placer.as_mut().filter(|_| count > 0) {
-            let landed = placer.fetch(runtime, target, &addresses[..count]);
+        if let Some(placer) = self.placer.as_mut() {
+            let landed = placer.fetch(runtime, &mut self.targets, target, addresses);
             let (staging, is_free) = (placer.staging, placer.client.is_free());
             for first in (0..count).step_by(HOLD_PAGES) {
                 let Some(space) = &mut *runtime.space.lock() else { break };
@@ -126,14 +153,7 @@ impl Demoter {
                 discard(staging, STAGING_LEN);
             }
         }
-        // What is still to be done away with goes to node 1, pages on trial back to their places.
-        for slot in slots_of(span) {
-            freed += usize::from(self.demote(slot));
-        }
-        self.discard(span);
-        runtime.free_pages(freed);
-        runtime.publish_placed();
-        Some(freed)
+        freed
     }
 
     /// The page of a busy slot is at `staged` on a mapped node, too: that one takes its place. Whether RAM becomes free.
@@ -342,18 +362,21 @@ pub(crate) fn comes_up(promotion: &mut Promotion, trial_ms: u32) -> bool {
 }
 
 impl Runtime {
-    /// Tells the others of the tree, and the porter, what is placed; pages in all.
+    /// Tells the others of the tree, and the porter, what is placed and what is in swap files; placed pages in all.
     pub(crate) fn publish_placed(&self) -> u64 {
-        if self.staging_start.load(Relaxed) == 0 {
+        if self.shared().targets().next().is_none() {
             return 0;
         }
-        let placed = self.space.lock().as_ref().map_or([0; MAX_TARGETS], |space| {
+        let none = [0; MAX_TARGETS];
+        let (placed, swapped) = self.space.lock().as_ref().map_or((none, none), |space| {
             // Pages on trial are on the node still, and go back.
             let (placed, trials) = (space.table.count_placed(), space.holding.trials());
-            core::array::from_fn(|target| placed[target] + u64::from(trials[target]))
+            let placed = core::array::from_fn(|target| placed[target] + u64::from(trials[target]));
+            let swapped = |target| space.swap.as_ref().map_or(0, |swap| swap.pages(target));
+            (placed, core::array::from_fn(swapped))
         });
-        for (to, pages) in self.own_slot().placed_bytes.iter().zip(placed) {
-            to.store(pages * PAGE as u64, Relaxed);
+        for ((to, placed), swapped) in self.own_slot().placed_bytes.iter().zip(placed).zip(swapped) {
+            to.store((placed + swapped) * PAGE as u64, Relaxed);
         }
         placed.iter().sum()
     }

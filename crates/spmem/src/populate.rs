@@ -16,7 +16,7 @@ use crate::space::Space;
 use crate::table::{ADDRESS_END, CHUNK, Copy};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
-use spmem_node::Handle;
+use spmem_node::swapfile::Unloaded;
 use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, process};
@@ -325,6 +325,10 @@ fn give_at_last(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, since: &mu
     true
 }
 
+/// What is read past the kernel's cache is read into whole pages.
+#[repr(align(4096))]
+struct Buffer([u8; PAGE]);
+
 /// Copies what the parent knows of `origin` (`None`: nothing any more) to `page` of the child. Why not, if not.
 pub(crate) fn give(
     runtime: &Runtime,
@@ -333,13 +337,14 @@ pub(crate) fn give(
     page: usize,
     origin: Option<usize>,
 ) -> Option<Errno> {
-    let progress = match origin.map_or(Copy::None, |origin| space.table.get(origin).copy()) {
-        Copy::Stored(handle) => {
-            let mut buffer = [0; PAGE];
-            let load = |handle| runtime.reading(page, || space.store.load(handle, &mut buffer));
-            match Handle::from_raw(handle).map(load) {
-                Some(Ok(())) => child.copy(page, &buffer),
-                Some(Err(corrupt)) => {
+    let copy = origin.map_or(Copy::None, |origin| space.table.get(origin).copy());
+    let progress = match copy {
+        Copy::Stored(_) | Copy::Swapped(_) => {
+            let mut buffer = Buffer([0; PAGE]);
+            match runtime.reading(page, || space.load(copy, &mut buffer.0)) {
+                Ok(()) => child.copy(page, &buffer.0),
+                Err(Unloaded::Later) => return Some(Errno::ENOMEM),
+                Err(Unloaded::Lost(corrupt)) => {
                     runtime.shared().counters.corrupt_pages.fetch_add(1, Ordering::Relaxed);
                     crate::complain(format_args!(
                         "spm: process {}: page {page:#x} of its child is lost: {corrupt}; its user gets SIGBUS\n",
@@ -347,7 +352,6 @@ pub(crate) fn give(
                     ));
                     child.poison(page)
                 }
-                None => child.poison(page),
             }
         }
         Copy::Holding(slot) => child.copy_from(page, space.holding.address(slot), PAGE),

@@ -12,11 +12,12 @@
 //! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number is about to stand alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
 //! | `Porter` | the process's /proc/self/mem, and a userfaultfd of its staging area, which is at `value` | memfd of a [`Crossing`](crate::porter::Crossing) that a thread outside of any wall serves; `EOPNOTSUPP` where the run places no pages |
+//! | `Swap` | - | the ledger of the run's swap files, opened for this process alone, and the files in the order of their targets; `EOPNOTSUPP` where the run has none |
 
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
 /// First word of every message; the low digits are the version.
-pub const MAGIC: u64 = 0x5350_4d50_524f_0004;
+pub const MAGIC: u64 = 0x5350_4d50_524f_0005;
 
 /// What a message asks.
 #[repr(u32)]
@@ -32,6 +33,8 @@ pub enum Kind {
     Porter = 5,
     /// Hold a forked child's userfaultfd, or let go of it. No reply.
     Child = 4,
+    /// Let this process use the run's swap files.
+    Swap = 6,
 }
 
 /// From when on `spm` answers the faults of a forked child. The upper half of `value`.

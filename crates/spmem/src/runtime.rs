@@ -27,6 +27,7 @@ use crate::protocol::{Heir, Kind, MAGIC, Message};
 use crate::reclaim;
 use crate::recorder::{Happening, Record};
 use crate::space::Space;
+use crate::swap;
 use crate::table::CHUNK;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
@@ -361,10 +362,17 @@ impl Runtime {
         self.trash_start.store(trash.start(), Ordering::Relaxed);
         self.make_scratch()?;
         self.make_listener()?;
+        let swap = swap::open(self).unwrap_or_else(|errno| {
+            let pid = process::pid();
+            crate::complain(format_args!(
+                "spm: process {pid}: swap files cannot be had ({errno}); its pages go to node 1\n"
+            ));
+            None
+        });
         // From here on the kernel waits for somebody to read what it announces of the area, its unmapping for one.
         // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
         uffd.register(holding.start(), holding.len())?;
-        *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store));
+        *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store, swap));
         let holding_start = holding.start();
         self.holding_start.store(holding_start, Ordering::Relaxed);
         self.guard_start.store(guard.start(), Ordering::Relaxed);
@@ -372,7 +380,7 @@ impl Runtime {
         holding.leak();
         trash.leak();
         guard.leak();
-        if self.shared().targets().next().is_some() {
+        if self.shared().targets().any(|target| !target.is_swap()) {
             // Without it pages go to node 1 only.
             let staging = Mapping::new(STAGING_LEN, c"spmem staging");
             if let Ok(staging) = staging.and_then(|staging| staging.wipe_in_children().map(|()| staging)) {
@@ -531,7 +539,7 @@ impl Runtime {
         self.with_socket(|socket| socket.send_now(&message, &[])) != Err(Errno::EAGAIN)
     }
 
-    fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
+    pub(crate) fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
         self.with_socket(|socket| ask(socket, kind, value, fds))
     }
 

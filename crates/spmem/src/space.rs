@@ -1,6 +1,6 @@
 //! The space: all that is known of one program's managed memory, behind one lock.
 //!
-//! [`Space`] owns the [`Table`], the [`Holding`] area's slots and the back end of node 1, and keeps them consistent:
+//! [`Space`] owns the [`Table`], the [`Holding`] area's slots, the back end of node 1 and the swap files, and keeps them consistent:
 //! a page's contents are in its place, in a slot, or under a handle, and every copy nobody refers to is given back.
 //! The fault handler and the reclaimers take the lock; the program's own threads never do while they might fault.
 //!
@@ -13,7 +13,9 @@ use crate::holding::{Holding, State};
 use crate::table::{CHUNK, Copy, Entry, Table};
 use alloc::vec::Vec;
 use spmem_core::readahead::WINDOW_MAX;
-use spmem_node::{Backend, Handle};
+use spmem_core::units::NodeId;
+use spmem_node::swapfile::{SwapFiles, Unloaded};
+use spmem_node::{Backend, Corrupt, Damage, Handle, Page};
 use spmem_sys::PAGE;
 
 /// Whether a fork is under way.
@@ -36,6 +38,8 @@ pub struct Space<B> {
     pub holding: Holding,
     /// Node 1.
     pub store: B,
+    /// Nodes that are files, if there are.
+    pub swap: Option<SwapFiles>,
     /// Whether a fork is under way.
     pub mode: Mode,
     /// Changes of the address space that were read and not applied yet (changes.rs).
@@ -43,21 +47,25 @@ pub struct Space<B> {
     /// Pages that came back from node 1, and of these, such as were encoded anew.
     pub(crate) returned: (u64, u64),
     orphans: Vec<Handle>,
+    /// Those of swap files.
+    swap_orphans: Vec<Handle>,
     /// Pages promoted in a quiet time: their entries still say `away`.
     promoted: Vec<usize>,
 }
 
 impl<B: Backend> Space<B> {
     /// Nothing has left yet.
-    pub fn new(holding: Holding, store: B) -> Self {
+    pub fn new(holding: Holding, store: B, swap: Option<SwapFiles>) -> Self {
         Self {
             table: Table::new(),
             holding,
             store,
+            swap,
             mode: Mode::Normal,
             changes: Changes::new(),
             returned: (0, 0),
             orphans: Vec::with_capacity(ORPHANS),
+            swap_orphans: Vec::with_capacity(ORPHANS),
             promoted: Vec::with_capacity(4096),
         }
     }
@@ -79,7 +87,9 @@ impl<B: Backend> Space<B> {
 
     /// Bytes of the tables. The lists of a quiet time are address space, until one is.
     pub fn metadata_bytes(&self) -> u64 {
-        let lists = (self.orphans.len() + self.promoted.len()) * size_of::<usize>();
+        let lists = self.orphans.len() + self.swap_orphans.len() + self.promoted.len();
+        let lists =
+            lists * size_of::<usize>() + self.swap.as_ref().map_or(0, |swap| swap.metadata_bytes() as usize);
         self.table.metadata_bytes() + self.holding.metadata_bytes() + self.changes.metadata_bytes() + lists as u64
     }
 
@@ -96,11 +106,47 @@ impl<B: Backend> Space<B> {
         let _ = self.store.forget(handle);
     }
 
+    /// Gives up a page in a swap file.
+    pub fn forget_swapped(&mut self, handle: u64) {
+        let (Some(handle), Some(swap)) = (Handle::from_raw(handle), &mut self.swap) else { return };
+        if self.mode == Mode::Normal {
+            swap.forget(handle);
+        } else if self.swap_orphans.len() < self.swap_orphans.capacity() {
+            // A child that is being forked may need it.
+            self.swap_orphans.push(handle);
+        }
+    }
+
+    /// In a forked child: keeps what the entries refer to of the swap files, and lets go of the rest.
+    pub fn settle_swap(&mut self) {
+        if let Some(swap) = &mut self.swap {
+            swap.retain(self.table.swapped().filter_map(Handle::from_raw));
+        }
+    }
+
+    /// Reads what is under a handle, of node 1 or of a swap file.
+    ///
+    /// # Errors
+    /// R20: it cannot be had as it was; or the kernel is short of something.
+    pub fn load(&self, copy: Copy, page: &mut Page) -> Result<(), Unloaded> {
+        let (Copy::Stored(raw) | Copy::Swapped(raw)) = copy else { return Err(Unloaded::Later) };
+        let handle = Handle::from_raw(raw).expect("an entry has a back end's handle");
+        match &self.swap {
+            _ if matches!(copy, Copy::Stored(_)) => self.store.load(handle, page).map_err(Unloaded::Lost),
+            Some(swap) => swap.load(handle, page),
+            None => {
+                let damage = Damage::UnknownHandle;
+                Err(Unloaded::Lost(Corrupt { node: NodeId::ZERO, handle, frame: None, damage }))
+            }
+        }
+    }
+
     /// Gives up whatever copy an entry refers to.
     pub fn forget_copy(&mut self, entry: Entry) {
         match entry.copy() {
             Copy::None => {}
             Copy::Stored(handle) => self.forget(handle),
+            Copy::Swapped(handle) => self.forget_swapped(handle),
             Copy::Holding(slot) => {
                 if let Some(handle) = self.holding.forget_kept(slot) {
                     self.forget(handle);
@@ -178,6 +224,10 @@ impl<B: Backend> Space<B> {
             Copy::Stored(_) if entry.is_away() => {
                 self.table.set(page, Entry::present(entry.copy(), entry.age()));
             }
+            Copy::Swapped(handle) => {
+                self.forget_swapped(handle);
+                self.table.set(page, Entry::present(Copy::None, entry.age()));
+            }
             Copy::Holding(slot) if entry.is_away() => {
                 let kept = self.holding.forget_kept(slot).map_or(Copy::None, Copy::Stored);
                 self.holding.kill(slot);
@@ -198,6 +248,9 @@ impl<B: Backend> Space<B> {
         while let Some(handle) = self.orphans.pop() {
             let _ = self.store.forget(handle);
         }
+        while let Some(handle) = self.swap_orphans.pop() {
+            self.forget_swapped(handle.raw());
+        }
     }
 
     /// This is the forked child: what may be torn is thrown away, what the parent's threads had claimed is free.
@@ -217,6 +270,7 @@ impl<B: Backend> Space<B> {
         // What is shared with the parent is the parent's to count; a page that is written is somewhere else then.
         self.table.forget_placed();
         core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
+        core::mem::forget(core::mem::replace(&mut self.swap_orphans, Vec::with_capacity(ORPHANS)));
         core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
         self.table.leak_spares();
         self.holding.settle();

@@ -12,6 +12,7 @@
 //! | `Holding` | no | came back by copy while its slot is being compressed |
 //! | `Stored` | yes | on node 1 |
 //! | `Stored` | no | present, and an older compressed copy is kept: it may still be equal |
+//! | `Swapped` | yes | in a swap file (swap.rs) |
 //! | `placed` | no | present, in memory of a mapped node (place.rs), as far as known: who writes a shared page gets another |
 //!
 //! Over 500 lines: nobody else knows the bits of a word.
@@ -36,7 +37,8 @@ const TOP: usize = 1 << 9;
 pub(crate) const ADDRESS_END: usize = TOP * BRANCH * LEAF * CHUNK;
 const PAYLOAD: u64 = (1 << 48) - 1;
 const KIND_SHIFT: u32 = 48;
-const PLACED: u64 = 3;
+/// In its place on a mapped node, or away in a swap file.
+const ELSEWHERE: u64 = 3;
 const AWAY: u64 = 1 << 50;
 const AGE_SHIFT: u32 = 51;
 /// Pages of a row. Fewer would make sparse memory cheaper and each chunk larger: 8 bytes a row.
@@ -55,6 +57,8 @@ pub enum Copy {
     Holding(u32),
     /// On node 1, under this handle.
     Stored(u64),
+    /// In a swap file, under this handle. Of pages that are away only.
+    Swapped(u64),
 }
 
 /// What is known of one page.
@@ -64,15 +68,24 @@ pub struct Entry(u64);
 impl Entry {
     /// A page whose contents are at `copy` only.
     pub fn away(copy: Copy, age: Age) -> Self {
-        Self(Self::present(copy, age).0 | AWAY)
+        Self(Self::with_copy(copy, age).0 | AWAY)
     }
 
     /// A page that is in its place; `copy` may or may not be equal to it.
     pub fn present(copy: Copy, age: Age) -> Self {
+        assert!(
+            !matches!(copy, Copy::Swapped(_)),
+            "no copy of a page that is in its place is kept in a swap file"
+        );
+        Self::with_copy(copy, age)
+    }
+
+    fn with_copy(copy: Copy, age: Age) -> Self {
         let (kind, payload) = match copy {
             Copy::None => (0, 0),
             Copy::Holding(slot) => (1, u64::from(slot)),
             Copy::Stored(handle) => (2, handle),
+            Copy::Swapped(handle) => (ELSEWHERE, handle),
         };
         debug_assert!(payload & !PAYLOAD == 0, "a handle has 48 bits");
         Self(payload | kind << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
@@ -81,12 +94,12 @@ impl Entry {
     /// A page in its place, on the mapped node that is number `target` of the run's.
     pub fn placed(target: usize, age: Age) -> Self {
         debug_assert!(target < MAX_TARGETS, "a run has few mapped nodes");
-        Self(target as u64 | PLACED << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
+        Self(target as u64 | ELSEWHERE << KIND_SHIFT | u64::from(age.bits()) << AGE_SHIFT)
     }
 
     /// Which mapped node it is on, if it is in its place and on one.
     pub fn target(self) -> Option<usize> {
-        (self.0 >> KIND_SHIFT & 3 == PLACED).then_some((self.0 & PAYLOAD) as usize)
+        (self.0 >> KIND_SHIFT & 3 == ELSEWHERE && !self.is_away()).then_some((self.0 & PAYLOAD) as usize)
     }
 
     /// Nothing is known.
@@ -104,6 +117,7 @@ impl Entry {
         match self.0 >> KIND_SHIFT & 3 {
             1 => Copy::Holding((self.0 & 0xffff_ffff) as u32),
             2 => Copy::Stored(self.0 & PAYLOAD),
+            ELSEWHERE if self.is_away() => Copy::Swapped(self.0 & PAYLOAD),
             _ => Copy::None,
         }
     }
@@ -466,6 +480,13 @@ impl Table {
                 }
             }
         }
+    }
+
+    /// The handles of all pages in swap files. O(words).
+    pub fn swapped(&self) -> impl Iterator<Item = u64> + '_ {
+        let chunks = self.chunks.iter().filter(|chunk| chunk.away > 0);
+        let words = chunks.flat_map(|chunk| chunk.rows.iter().flatten()).flat_map(|row| row.iter());
+        words.filter_map(|word| if let Copy::Swapped(handle) = word.copy() { Some(handle) } else { None })
     }
 
     /// Pages on mapped nodes are pages like any other from now on. O(words).

@@ -31,6 +31,7 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, Resource};
 use spmem::control::Control;
 use spmem::protocol::{Heir, Kind, MAGIC, Message};
+use spmem_sys::socket::MAX_FDS;
 use spmem_sys::uffd::Uffd;
 
 use super::encoder::Encoder;
@@ -39,6 +40,7 @@ use super::orphans::Orphans;
 use super::porter::{Porter, Service};
 use super::proc;
 use super::shared::{self, ControlPage};
+use super::swap::Swap;
 use crate::remark::remark;
 
 /// Most processes connected at a time: every slot twice, since a process between two images may have two.
@@ -75,6 +77,7 @@ pub struct Broker {
     address: String,
     userfaultfd: Userfaultfd,
     porter: Option<Porter>,
+    swap: Option<Swap>,
     connections: HashMap<u64, Connection>,
     next_token: u64,
     /// The agent's file, by which a process that will still connect is known.
@@ -162,6 +165,7 @@ impl Broker {
             address,
             userfaultfd,
             porter: None,
+            swap: None,
             connections: HashMap::new(),
             next_token: FIRST_TOKEN,
             agent: agent.to_owned(),
@@ -317,6 +321,7 @@ impl Broker {
             return Ok(());
         }
         let mut reply = Message { errno: 0, pad: 0, value: 0, ..request };
+        let ledger;
         let mut descriptors: Vec<BorrowedFd<'_>> = Vec::new();
         if request.kind == Kind::Hello as u32 {
             match self.greet(token, request.pid) {
@@ -336,6 +341,15 @@ impl Broker {
             reply.errno = self.hire(token, descriptor, control.seed.load(Relaxed));
         } else if request.kind == Kind::Porter as u32 {
             reply.errno = self.hire_porter(token, request.value, descriptor, second);
+        } else if request.kind == Kind::Swap as u32 {
+            match self.open_swap(token) {
+                Ok((opened, swap)) => {
+                    ledger = opened;
+                    descriptors.push(ledger.as_fd());
+                    descriptors.extend(swap.files());
+                }
+                Err(errno) => reply.errno = errno.raw_os_error(),
+            }
         } else {
             reply.errno = Errno::OPNOTSUPP.raw_os_error();
         }
@@ -443,9 +457,9 @@ impl Broker {
         if connection.encoder.is_some() { 0 } else { libc::EAGAIN }
     }
 
-    /// From now on processes are given a porter.
-    pub fn employ(&mut self, porter: Option<Porter>) {
-        self.porter = porter;
+    /// From now on processes are given a porter, and swap files.
+    pub fn employ(&mut self, porter: Option<Porter>, swap: Option<Swap>) {
+        (self.porter, self.swap) = (porter, swap);
     }
 
     /// Gives the process a porter. 0, or an errno.
@@ -465,6 +479,15 @@ impl Broker {
         }
         connection.service = porter.serve(process.pid, staging, &memory, &userfault).ok();
         if connection.service.is_some() { 0 } else { libc::EAGAIN }
+    }
+
+    /// What a process needs of the swap files: the ledger, open for it alone. No copy of that descriptor may stay here: it holds what it holds until the
+    /// last one is closed.
+    fn open_swap(&self, token: u64) -> Result<(OwnedFd, &Swap), Errno> {
+        let swap = self.swap.as_ref().ok_or(Errno::OPNOTSUPP)?;
+        self.connections.get(&token).and_then(|connection| connection.process.as_ref()).ok_or(Errno::PROTO)?;
+        let ledger = swap.open_ledger().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok((ledger, swap))
     }
 
     /// `spm` is about to end: memory that its processes have left and that others still use is looked after by somebody else.
@@ -537,7 +560,7 @@ fn receive(socket: BorrowedFd<'_>) -> Result<Option<(Message, Vec<OwnedFd>)>, Er
 }
 
 fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         ancillary.push(SendAncillaryMessage::ScmRights(descriptors));

@@ -22,6 +22,8 @@ mod shared;
 mod signals;
 pub mod stdio;
 mod supervise;
+mod swap;
+mod targets;
 mod trace;
 pub mod witness;
 
@@ -47,12 +49,14 @@ use crate::size::SysramLimit;
 use crate::wall;
 use broker::{Broker, DESCRIPTORS_NEEDED};
 use course::Course;
-use porter::{Porter, Targets};
+use porter::Porter;
 use report::Outputs;
 pub use report::Summary;
 pub use shared::ControlPage;
 use signals::Inherited;
 use supervise::Supervisor;
+use swap::Swap;
+use targets::Targets;
 use trace::Trace;
 
 /// `spm` itself failed or refused.
@@ -91,13 +95,10 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     };
     let control = ControlPage::for_tree(sysram.bytes(ram_bytes), config.store_capacity.bytes(ram_bytes))?;
     let targets = Targets::plan(&config).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
+    let swap = Swap::make(&targets).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
+    targets.publish(&control, &config)?;
     // Before the wall: it has to reach what the program does not.
-    let porter = if targets.is_empty() {
-        None
-    } else {
-        targets.publish(&control, &config)?;
-        Some(Porter::start(targets, &control)?)
-    };
+    let porter = if targets.has_mapped() { Some(Porter::start(&targets, &control)?) } else { None };
     if options.wall.is_wanted() {
         let company = porter.as_ref().map(Porter::pid);
         wall::enter(&options.wall, &config, options.best_effort || config.run.best_effort, company)?;
@@ -111,7 +112,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Err(reason) => bail!("refused: {reason:#}; or run it unmanaged with --best-effort"),
     };
 
-    let management = management.map(|management| management.with(porter));
+    let management = management.map(|management| management.with(porter, swap));
     let job = Job { program: &program, command: &options.command, control: &control };
     let mut trace = options.trace.as_deref().map(|path| Trace::begin(path, &control)).transpose()?;
     let mut course = Course::begin(slowdown, ram);
@@ -156,10 +157,10 @@ impl Management {
         Ok(Self { broker: Broker::listen(userfaultfd, &agent)?, agent })
     }
 
-    /// With a porter, for runs that place pages on mapped nodes.
+    /// With a porter, for runs that place pages on mapped nodes, and with swap files.
     #[must_use]
-    pub fn with(mut self, porter: Option<Porter>) -> Self {
-        self.broker.employ(porter);
+    pub fn with(mut self, porter: Option<Porter>, swap: Option<Swap>) -> Self {
+        self.broker.employ(porter, swap);
         self
     }
 }

@@ -1,7 +1,6 @@
 //! The porter of a run (`spmem::porter`): a process outside of the run's wall, which has the grant for its mapped nodes.
 //!
-//! [`Targets::plan`] says which nodes and in which order, by core's tiers. [`Porter::start`] forks it before the wall is raised, as the keeper
-//! is. It has a registry with the nodes and, for each, a grant with the run's quota: every page is admitted and charged there (R6, R12). A
+//! [`Porter::start`] forks it before the wall is raised, as the keeper is. Every page is admitted and charged ([`Wicket`], R6, R12). A
 //! thread of it serves each managed process. It ends with `spm`; the programs then go on with the compressed node.
 //!
 //! Holes: what a process has is its agent's word in the control page; pages that a forked child shares are charged to its parent alone.
@@ -10,148 +9,27 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
-use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use spmem::control::Control;
 use spmem::porter::{self, Crossing, Desk};
-use spmem_core::distance::Distances;
-use spmem_core::grant::{Charge, Grant, Rights, Terms};
-use spmem_core::node::{Guard, NodeSpec, NodeType, Services};
-use spmem_core::nodemask::NodeMask;
+use spmem_core::grant::Charge;
 use spmem_core::placing::{ALLOTMENT, Allotment, MAX_TARGETS, allotment, leaves_room};
-use spmem_core::registry::Registry;
-use spmem_core::tier::{DRAM, Performance, Tiers};
-use spmem_core::units::{Bytes, DomainId, NodeId, PAGE_SIZE};
-use spmem_core::wall::Request;
-use spmem_node::machine::{Machine, Node};
+use spmem_core::units::{Bytes, PAGE_SIZE};
 use spmem_sys::fd::Fd;
 use spmem_sys::mempolicy::{MPOL_F_STATIC_NODES, MPOL_PREFERRED, mask, set_policy};
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, Result};
 
 use super::shared::{ControlPage, Shared};
+use super::targets::{Targets, Wicket};
 use crate::apart;
-use crate::config::{Capacity, Config, NumaNode};
-use crate::machine::{kernel_nodes, reachable_nodes};
-
-/// The mapped nodes of a run, best first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Targets(Vec<Target>);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Target {
-    id: u16,
-    node: NodeId,
-    spec: NodeSpec,
-    quota: Bytes,
-}
-
-impl Targets {
-    /// Those of the configuration, against this machine.
-    ///
-    /// # Errors
-    /// A node is not there, has no memory, or is not in this process's cpuset; there are too many.
-    pub fn plan(config: &Config) -> anyhow::Result<Self> {
-        if config.numa.is_empty() {
-            return Ok(Self(Vec::new()));
-        }
-        ensure!(config.numa.len() <= MAX_TARGETS, "a run uses at most {MAX_TARGETS} nodes of kind \"numa\"");
-        let machine = Machine::read(Path::new("/"), &config.classes);
-        let sysram = kernel_nodes(config)?.sysram;
-        Self::order(&machine, &config.numa, &sysram, &reachable_nodes()?)
-    }
-
-    fn order(
-        machine: &Machine,
-        wanted: &[NumaNode],
-        sysram: &NodeMask,
-        reachable: &NodeMask,
-    ) -> anyhow::Result<Self> {
-        let find = |id: u16| machine.nodes.iter().find(|node| node.id == id);
-        let is_home = |node: &&Node| NodeId::new(node.id).is_ok_and(|id| sysram.contains(id));
-        let home = machine.nodes.iter().find(|node| is_home(node) && !node.cpus.is_empty());
-        // A machine of one node may stand in for others: then its pages come back to where they were.
-        let home = home.or_else(|| machine.nodes.first()).context("this machine does not tell its nodes")?;
-        let home_id = NodeId::new(home.id)?;
-        let (mut tiers, mut distances, mut targets) = (Tiers::default(), Distances::default(), Vec::new());
-        for numa in wanted {
-            let id = NodeId::new(numa.node)?;
-            let memory = find(numa.node).and_then(|node| Some((node, node.memory?)));
-            let Some((node, memory)) = memory.filter(|(_, memory)| memory.total_bytes > 0) else {
-                bail!("node {} of the configuration: the kernel has no memory on a node {}", numa.id, numa.node);
-            };
-            ensure!(
-                reachable.contains(id),
-                "node {}: this process's cpuset lacks the kernel's node {id}",
-                numa.id
-            );
-            tiers.set(id, abstract_distance(home, node)).context("tiers of nodes")?;
-            if let Some(&distance) = home.distances.get(&node.id) {
-                distances.set(home_id, id, distance).context("distances of nodes")?;
-            }
-            let quota = Bytes(match numa.capacity {
-                Capacity::Auto => memory.total_bytes,
-                Capacity::Bytes(bytes) => bytes.min(memory.total_bytes),
-            });
-            let fence = if numa.is_fenced { Services::WRITE_FENCE } else { Services::empty() };
-            let services =
-                Services::RECLAIM | Services::MIGRATION | Services::DEMOTION | Services::PROMOTION | fence;
-            let spec = NodeSpec {
-                node_type: NodeType::Spm,
-                class: numa.class.unwrap_or(node.class.class),
-                services,
-                guard: Guard::Hard,
-                owner: "porter".into(),
-            };
-            targets.push(Target { id: numa.id, node: id, spec, quota });
-        }
-        let all: NodeMask = targets.iter().map(|target| target.node).collect();
-        let order = tiers.demotion_order(home_id, &all, &distances).map_err(|error| anyhow::anyhow!("{error}"))?;
-        // What is no slower than ordinary memory is used because the configuration says so, after what is meant for it.
-        targets.sort_by_key(|target| order.iter().position(|&node| node == target.node).unwrap_or(usize::MAX));
-        Ok(Self(targets))
-    }
-
-    /// There is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Tells the agents.
-    pub fn publish(&self, control: &Control, config: &Config) -> anyhow::Result<()> {
-        for (to, target) in control.targets.iter().zip(&self.0) {
-            to.id.store(target.id.into(), Relaxed);
-            to.node.store(target.node.get().into(), Relaxed);
-            to.class.store(target.spec.class.number().into(), Relaxed);
-            to.is_fenced.store(target.spec.services.contains(Services::WRITE_FENCE).into(), Relaxed);
-            to.quota_bytes.store(target.quota.0, Relaxed);
-        }
-        for node in kernel_nodes(config)?.sysram.iter() {
-            control.sysram[usize::from(node.get()) / 64].fetch_or(1 << (node.get() % 64), Relaxed);
-        }
-        Ok(())
-    }
-}
-
-/// What the firmware tells, else its distance, where 10 is the node's own.
-fn abstract_distance(home: &Node, node: &Node) -> u64 {
-    let performance = |node: &Node| {
-        let access = node.access.as_ref()?;
-        let (read, write) = (access.read_bandwidth_mib_s?, access.write_bandwidth_mib_s?);
-        Some(Performance { latency_ns: access.latency_ns()?, bandwidth_mib_s: u64::midpoint(read, write) })
-    };
-    match (performance(home), performance(node)) {
-        (Some(dram), Some(own)) => own.abstract_distance(&dram),
-        _ => DRAM * u64::from(home.distances.get(&node.id).copied().unwrap_or(10)) / 10,
-    }
-}
 
 /// The porter, as `spm` sees it. It ends when this is dropped.
 pub struct Porter {
@@ -185,10 +63,10 @@ impl Porter {
     ///
     /// # Errors
     /// No process, no descriptors; the wall in core refuses the grant.
-    pub fn start(targets: Targets, control: &ControlPage) -> anyhow::Result<Self> {
+    pub fn start(targets: &Targets, control: &ControlPage) -> anyhow::Result<Self> {
         let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .context("no socket for the porter")?;
-        let wicket = Wicket::new(&targets)?;
+        let wicket = Wicket::new(targets)?;
         apart::start("the porter", || {
             apart::settle(c"spm-porter", &[its.as_raw_fd()]);
             let _ = rustix::io::write(&its, &std::process::id().to_ne_bytes());
@@ -273,44 +151,6 @@ fn receive(channel: BorrowedFd<'_>) -> Option<(u32, usize, [OwnedFd; 3])> {
     }
 }
 
-/// The nodes and the grants: where the wall is asked.
-struct Wicket {
-    registry: Registry,
-    grants: Vec<(NodeId, Grant)>,
-}
-
-impl Wicket {
-    fn new(targets: &Targets) -> anyhow::Result<Self> {
-        let mut registry = Registry::new();
-        let mut grants = Vec::new();
-        let rights =
-            Rights::ALLOC | Rights::MAP_READ | Rights::MAP_WRITE | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
-        for target in &targets.0 {
-            let refused = |error: &dyn std::fmt::Display| anyhow::anyhow!("node {}: {error}", target.id);
-            let owner =
-                registry.register(target.node, target.spec.clone()).map_err(|error| refused(&error))?.owner;
-            // In whole allotments, the last one for what is left.
-            let quota = Bytes(target.quota.0.next_multiple_of(ALLOTMENT.0));
-            let grant = registry.grant(&[&owner], Terms::new(rights, quota)).map_err(|error| refused(&error))?;
-            grants.push((target.node, grant));
-        }
-        Ok(Self { registry, grants })
-    }
-
-    fn charge(&mut self, target: usize) -> Result<Charge> {
-        let (node, grant) = self.grants.get(target).ok_or(Errno::EINVAL)?;
-        let shown = [grant];
-        let refused = Errno(libc::EACCES);
-        self.registry.admit(&Request::on(DomainId::ROOT, *node, &shown)).map_err(|_| refused)?;
-        self.registry.check(*node, Rights::ALLOC | Rights::DEMOTE_TO, &shown).map_err(|_| refused)?;
-        self.registry.charge(grant, ALLOTMENT).map_err(|_| Errno(libc::EDQUOT))
-    }
-
-    fn uncharge(&mut self, charge: Charge) {
-        self.registry.uncharge(charge).expect("it is this registry's");
-    }
-}
-
 /// Where one process's pages are let through.
 struct Counter {
     pid: u32,
@@ -332,7 +172,7 @@ impl Counter {
             let Ok(mut wicket) = self.wicket.lock() else { return Err(Errno(libc::EIO)) };
             match allotment(charged, placed, wanted) {
                 Allotment::Covered => return Ok(()),
-                Allotment::Charge => charges.push(wicket.charge(target)?),
+                Allotment::Charge => charges.push(wicket.charge(target, ALLOTMENT)?),
                 Allotment::GiveBack => charges.pop().into_iter().for_each(|charge| wicket.uncharge(charge)),
             }
         }
@@ -392,18 +232,6 @@ fn parse_free(text: &str) -> Option<(Bytes, Bytes)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use spmem_core::node::Class;
-
-    fn target(id: u16, quota: Bytes) -> Target {
-        let spec = NodeSpec {
-            node_type: NodeType::Spm,
-            class: Class::Slower,
-            services: Services::RECLAIM | Services::MIGRATION | Services::DEMOTION | Services::PROMOTION,
-            guard: Guard::Hard,
-            owner: "porter".into(),
-        };
-        Target { id, node: NodeId::new(id).unwrap(), spec, quota }
-    }
 
     #[test]
     fn what_a_node_has_left_is_read_of_its_own_meminfo() {
@@ -418,14 +246,11 @@ mod tests {
         let control: &'static ControlPage = Box::leak(Box::new(ControlPage::for_tree(None, 0).unwrap()));
         let (first, _) = control.claim_slot(11).unwrap();
         control.claim_slot(12).unwrap();
-        let wicket = Wicket::new(&Targets(vec![target(2, Bytes(3 * ALLOTMENT.0))])).unwrap();
+        let wicket = Wicket::new(&Targets::one_mapped(2, Bytes(3 * ALLOTMENT.0))).unwrap();
         let wicket = Arc::new(Mutex::new(wicket));
         let counter =
             |pid| Counter { pid, control, wicket: Arc::clone(&wicket), charges: Default::default(), bound: None };
-        let used = || {
-            let wicket = wicket.lock().unwrap();
-            wicket.registry.grant_info(&wicket.grants[0].1).unwrap().used
-        };
+        let used = || wicket.lock().unwrap().used(0);
         let (mut one, mut other) = (counter(11), counter(12));
         one.settle(0, Bytes(PAGE_SIZE)).unwrap();
         assert_eq!(used(), ALLOTMENT);

@@ -203,16 +203,16 @@ struct NodeUse {
     reserve_bytes_peak: u64,
     /// 0 to 1000; 0 for RAM.
     pressure_peak: u64,
-    /// Of a node that pages are placed on.
+    /// Of a node that pages are placed on, or of a file.
     #[serde(flatten)]
     placed: Option<PlacedPages>,
 }
 
-/// What became of pages on a mapped node.
+/// What became of pages on a mapped node, or in a file.
 #[derive(Debug, Serialize)]
 struct PlacedPages {
-    /// The kernel's number.
-    kernel_node: u32,
+    /// The kernel's number; null of a file.
+    kernel_node: Option<u32>,
     demoted_pages: u64,
     promoted_pages: u64,
     /// Found elsewhere later.
@@ -323,6 +323,14 @@ impl Summary {
         }
         for (node, placed) in self.nodes.iter().filter_map(|node| Some((node.node, node.placed.as_ref()?))) {
             let PlacedPages { kernel_node, demoted_pages, promoted_pages, strayed_pages, refused_pages } = placed;
+            let Some(kernel_node) = kernel_node else {
+                writeln!(
+                    to,
+                    "  node {node} is a file: pages {demoted_pages} demoted, {promoted_pages} promoted, {refused_pages} \
+                     found no room"
+                )?;
+                continue;
+            };
             writeln!(
                 to,
                 "  node {node} is the kernel's {kernel_node}: pages {demoted_pages} demoted, {promoted_pages} promoted, \
@@ -424,7 +432,7 @@ fn placed_use(target: &Mapped) -> NodeUse {
         reserve_bytes_peak: 0,
         pressure_peak: 0,
         placed: Some(PlacedPages {
-            kernel_node: target.node.load(Relaxed),
+            kernel_node: (!target.is_swap()).then(|| target.node.load(Relaxed)),
             demoted_pages: target.demoted_pages.load(Relaxed),
             promoted_pages: target.promoted_pages.load(Relaxed),
             strayed_pages: target.strayed_pages.load(Relaxed),

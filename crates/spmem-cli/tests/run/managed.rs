@@ -1,6 +1,6 @@
 //! Which processes come under management. Skipped where userfaultfd cannot be used.
 
-use crate::harness::{can_manage, finish, spm_run, text};
+use crate::harness::{Running, can_manage, finish, spm_run, text};
 use crate::programs::{static_sleeper, static_waiter};
 
 /// Managed and unmanaged processes of `sh -c SCRIPT`; `None` and a remark where nothing can be managed.
@@ -105,4 +105,30 @@ fn a_program_whose_data_are_limited_ends_as_it_would_alone() {
     let mut managed = spm_run(&["--sysram", "6M"]);
     managed.args(["sh", "-c", script]);
     assert_eq!(text(&finish(managed).stdout), text(&finish(bare).stdout));
+}
+
+#[test]
+fn what_is_at_the_path_of_a_file_node_is_left_alone_and_two_runs_each_have_a_file() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (config, node) = (directory.path().join("spm.toml"), directory.path().join("node2"));
+    let table = format!("[[node]]\nid = 2\nkind = \"file\"\npath = {node:?}\ncapacity = \"8M\"\n");
+    std::fs::write(&config, table).unwrap();
+    std::fs::write(&node, "somebody's").unwrap();
+    let config = config.to_str().unwrap();
+    let mut first = spm_run(&["--config", config]);
+    first.args(["sh", "-c", "echo up; read line"]);
+    let mut first = Running::start(first);
+    assert_eq!(first.line(), "up");
+    let mut second = spm_run(&["--config", config]);
+    second.args(["echo", "both"]);
+    let output = finish(second);
+    assert_eq!(text(&output.stdout), "both\n", "{output:?}");
+    assert_eq!(first.finish().1, Some(1), "read(1) of sh at the end of its input");
+    let mut names: Vec<_> =
+        std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(
+        (names, std::fs::read(&node).unwrap()),
+        (vec!["node2".into(), "spm.toml".into()], b"somebody's".to_vec())
+    );
 }

@@ -147,3 +147,21 @@ fn what_can_be_managed_is_not_refused() {
     }
     assert_eq!(spm(&[], Path::new("true")).status.code(), Some(0));
 }
+
+#[test]
+fn a_file_for_cold_pages_that_would_be_ram_is_refused() {
+    if !Path::new("/dev/shm").exists() {
+        println!("skipped: no /dev/shm here");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("spm.toml");
+    std::fs::write(&config, "[[node]]\nid = 5\nkind = \"file\"\npath = \"/dev/shm/node5\"\ncapacity = \"8M\"\n")
+        .unwrap();
+    let output = spm(&["--config", config.to_str().unwrap()], Path::new("true"));
+    let remark = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{remark}");
+    for part in ["refused", "node 5", "/dev/shm", "is RAM", "a folder on a disk"] {
+        assert!(remark.contains(part), "{part}: {remark}");
+    }
+}
