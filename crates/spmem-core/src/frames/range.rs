@@ -72,6 +72,13 @@ impl Metadata {
             && self.states.iter().all(|state| state.load(Relaxed) == 0)
     }
 
+    /// Makes all of it zero, the states as well if there may be any that are not. What was never written stays so.
+    pub(super) fn clear(&self, has_states: bool) {
+        self.words.iter().filter(|word| word.load(Relaxed) != 0).for_each(|word| word.store(0, Relaxed));
+        let states = if has_states { self.states } else { &[] };
+        states.iter().filter(|state| state.load(Relaxed) != 0).for_each(|state| state.store(0, Relaxed));
+    }
+
     /// Bytes lent.
     pub const fn bytes(&self) -> usize {
         size_of_val(self.words) + size_of_val(self.states)
