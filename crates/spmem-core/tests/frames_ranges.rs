@@ -76,6 +76,23 @@ fn a_range_goes_into_the_lowest_gap_that_holds_it() {
 }
 
 #[test]
+fn metadata_is_lent_to_one_range_at_a_time_however_long_the_two_are() {
+    // The hints of more than 64 zones take more words.
+    let (long, short) = (FrameCount(65 << 18), FrameCount(1024));
+    for (first, second) in [(long, short), (short, long), (long, FrameCount(129 << 18)), (short, short)] {
+        let most = FrameCount(first.0.max(second.0));
+        let lent = Metadata::from_heap(most).unwrap();
+        let (mut one, mut other) = (Frames::new(), Frames::new());
+        let range = one.add_range(first, lent).unwrap();
+        assert_eq!(other.add_range(second, lent), Err(FramesError::MetadataInUse));
+        one.remove_range(range.first).unwrap();
+        assert!(lent.is_zero());
+        other.add_range(second, lent).unwrap();
+        assert_eq!(one.add_range(first, lent), Err(FramesError::MetadataInUse));
+    }
+}
+
+#[test]
 fn metadata_is_lent_to_one_range_at_a_time() {
     let count = FrameCount(2048);
     let lent = Metadata::from_heap(count).unwrap();

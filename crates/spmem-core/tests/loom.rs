@@ -331,6 +331,143 @@ fn a_run_of_which_a_cache_takes_a_part_back_is_freed_whole_or_stays_in_use() {
 }
 
 #[test]
+fn a_poisoned_frame_that_is_freed_twice_at_once_goes_out_of_use_once() {
+    let others: [fn(&Frames, FrameNumber) -> bool; 3] = [
+        |frames, held| frames.free_block(held, Order::ZERO).is_ok(),
+        |frames, held| frames.free_batch(&[held]).is_ok(),
+        |frames, held| {
+            let mut cache = Box::new(Cache::new());
+            cache.free(frames, held).is_ok()
+        },
+    ];
+    for free in others {
+        explore(move |[lent, _]| {
+            let frames = Arc::new(node(ROWS, lent));
+            // There have been caches: the first one makes all zones wait, which is another model's.
+            let mut cache = Box::new(Cache::new());
+            let held = cache.alloc(&frames).unwrap();
+            cache.drain(&frames);
+            frames.poison(held).unwrap();
+            let other = {
+                let frames = Arc::clone(&frames);
+                thread::spawn(move || free(&frames, held))
+            };
+            let mine = cache.free(&frames, held).is_ok();
+            assert!(mine | other.join().unwrap());
+            cache.drain(&frames);
+            assert_eq!((frames.poisoned().0, frames.free().0), (1, ROWS.frames().0 - 1));
+            assert_eq!(frames.poison(held).unwrap().hurt, Hurt::Nobody);
+            assert_eq!(frames.free_block(held, Order::ZERO), Err(FramesError::Poisoned { frame: held }));
+        });
+    }
+}
+
+/// A cache frees a frame, a zone does so at the same time: the cache, with the frame's owner gone.
+fn race_zone(frames: &Arc<Frames>, held: FrameNumber) -> Box<Cache> {
+    let other = {
+        let frames = Arc::clone(frames);
+        thread::spawn(move || frames.free_block(held, Order::ZERO).is_ok())
+    };
+    let mut cache = Box::new(Cache::new());
+    let mine = cache.free(frames, held).is_ok();
+    assert!(mine | other.join().unwrap());
+    cache
+}
+
+#[test]
+fn a_row_of_which_the_zone_had_a_frame_already_is_counted_by_what_was_in_use() {
+    explore(|[lent, _]| {
+        let frames = Arc::new(node(ROWS, lent));
+        let used = frames.used();
+        let mut row = [FrameNumber(0); 64];
+        assert_eq!(frames.alloc_batch(&mut row), 64);
+        let mut cache = race_zone(&frames, row[10]);
+        // It goes to one owner, whatever the zone knows of that; and then it has a row.
+        assert_eq!(cache.alloc(&frames), Ok(row[10]));
+        frames.free_batch(&row).unwrap();
+        cache.drain(&frames);
+        assert_eq!((frames.free(), frames.used()), (ROWS.frames(), used));
+        assert_eq!(frames.alloc(ROWS), Ok(row[0]));
+    });
+}
+
+#[test]
+fn a_block_of_which_a_frame_was_freed_under_its_owner_is_counted_by_what_was_in_use() {
+    for is_block_first in [false, true] {
+        explore(move |[lent, _]| {
+            // Two frames; the second is freed twice, and one of the frees comes so late that both are a block in use by then.
+            let frames = Arc::new(node(PAIR, lent));
+            let used = frames.used();
+            let [first, held] = [(); 2].map(|()| frames.alloc(Order::ZERO).unwrap());
+            frames.free_block(first, Order::ZERO).unwrap();
+            let other = {
+                let frames = Arc::clone(&frames);
+                thread::spawn(move || {
+                    let is_freed = frames.free_block(held, Order::ZERO).is_ok();
+                    is_freed && frames.alloc_at(first, PAIR).is_ok()
+                })
+            };
+            let mut cache = Box::new(Cache::new());
+            let is_kept = cache.free(&frames, held).is_ok();
+            let is_block = other.join().unwrap();
+            let free_block = || assert!(!is_block || frames.free_block(first, PAIR).is_ok());
+            let owned = if is_kept { cache.alloc(&frames).ok() } else { None };
+            if is_block_first {
+                free_block();
+            }
+            owned.into_iter().for_each(|frame| frames.free_block(frame, Order::ZERO).unwrap());
+            if !is_block_first {
+                free_block();
+            }
+            cache.drain(&frames);
+            assert_eq!((frames.free(), frames.used()), (PAIR.frames(), used));
+            assert_eq!(frames.alloc(PAIR), Ok(first));
+        });
+    }
+}
+
+#[test]
+fn a_range_goes_only_when_nobody_has_a_frame_of_it_and_takes_from_a_cache_what_is_free() {
+    for is_owned in [false, true] {
+        // No more than that: loom counts the steps of a thread in 16 bits.
+        let count = FrameCount(128);
+        let lent = Metadata::from_heap(count).unwrap();
+        explore(move |_| {
+            let mut frames = Frames::with_relax(thread::yield_now);
+            let range = frames.add_range(count, lent).unwrap();
+            let held = frames.alloc(Order::ZERO).unwrap();
+            let frames = Arc::new(frames);
+            let mut cache = race_zone(&frames, held);
+            let mut frames = Arc::try_unwrap(frames).unwrap();
+            let in_use = |lowest| FramesError::RangeInUse { first: range.first, used: FrameCount(1), lowest };
+            if is_owned {
+                // The cache may be filled with a row: whatever is left of that stays in the way as well.
+                let owned = cache.alloc(&frames).unwrap();
+                cache.drain(&frames);
+                assert_eq!(frames.remove_range(range.first).unwrap_err(), in_use(owned));
+                assert_eq!(frames.in_use(range).next().map(|one| one.first), Some(owned));
+                frames.free_block(owned, Order::ZERO).unwrap();
+            }
+            let (is_kept, before) = (!cache.is_empty(), cache.freed_twice());
+            let is_counted = frames.used() == FrameCount(1);
+            let removed = frames.remove_range(range.first);
+            assert_eq!(removed.is_err(), is_counted);
+            if is_counted {
+                assert_eq!(removed.unwrap_err(), in_use(held));
+                cache.drain(&frames);
+                frames.remove_range(range.first).unwrap();
+            } else {
+                // It lets go of what it has lost, and counts it.
+                cache.drain(&frames);
+                assert_eq!(cache.freed_twice() - before, u32::from(is_kept));
+            }
+            assert!(cache.is_empty());
+            assert!(lent.is_zero(), "what is lent comes back as it was");
+        });
+    }
+}
+
+#[test]
 fn a_slot_gives_no_frame_to_two() {
     explore(|[lent, _]| {
         // Two rows, so that who finds the slot taken finds frames all the same. Waiting for a slot is left to shuttle: loom

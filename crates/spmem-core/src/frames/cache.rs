@@ -8,7 +8,7 @@
 //! atomic so that a slot can be shared under a lock; whoever has a cache for himself reads and writes them plainly.
 
 use super::cached::{HAS_CACHES, KNOWS_CACHES};
-use super::poison::HAS_POISON;
+use super::poison::{HAS_POISON, Retired};
 use super::states::{Tag, Users, take_in, take_out};
 use super::zone::{ROW_FRAMES, ZONE_FRAMES};
 use super::{Frames, FramesError, Place};
@@ -266,13 +266,12 @@ impl Cache {
         let poison = self.is_of(frames)?;
         loop {
             let (frame, freed) = self.pop(frames)?;
-            if poison == Poison::Some && frames.retire_cached(frame, freed) {
-                continue;
+            let retired = if poison == Poison::Some { frames.retire_cached(frame, freed) } else { Retired::Sound };
+            match retired {
+                Retired::Now => {}
+                Retired::Sound if frames.give_out_single(frame, freed) => return Ok(frame),
+                Retired::Sound | Retired::Before | Retired::NotMine => self.lose(1),
             }
-            if frames.give_out_single(frame, freed) {
-                return Ok(frame);
-            }
-            self.lose(1);
         }
     }
 
@@ -371,8 +370,12 @@ impl Cache {
         let poison = self.is_of(frames)?;
         let tag = self.tag();
         frames.take_in_single(frame, tag, users)?;
-        if poison == Poison::Some && frames.retire_cached(frame, Some(tag)) {
-            return Ok(());
+        let retired = if poison == Poison::Some { frames.retire_cached(frame, Some(tag)) } else { Retired::Sound };
+        match retired {
+            Retired::Sound => {}
+            Retired::Now => return Ok(()),
+            Retired::Before => return Err(FramesError::Poisoned { frame }),
+            Retired::NotMine => return Err(FramesError::NotAllocated { frame }),
         }
         let mut len = self.len.load(Relaxed) as usize;
         if len == HELD {
@@ -440,8 +443,10 @@ impl Cache {
         let mut rest = [FrameNumber(0); 64];
         let mut count = 0;
         super::each_bit(bits, |bit| {
-            rest[count] = FrameNumber(first + bit as u32);
-            count += 1;
+            let frame = FrameNumber(first + bit as u32);
+            rest[count] = frame;
+            // All of them are the node's, but after a double free.
+            count += usize::from(frames.find(frame).is_ok());
         });
         frames.put_cached(&mut rest[..count]);
     }

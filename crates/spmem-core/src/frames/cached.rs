@@ -65,11 +65,11 @@ impl Frames {
     /// A cached frame gets an owner; not if it is another's by now. `freed`: what it was taken back with.
     #[inline]
     pub(super) fn give_out_single(&self, frame: FrameNumber, freed: Option<Tag>) -> bool {
-        let state = self.state(frame).expect("a cached frame is the node's");
-        match freed {
+        // Of a range that was removed since, the frame is not the cache's any more: two took it back at the same moment.
+        self.state(frame).is_some_and(|state| match freed {
             Some(tag) => take_out(state, tag, Some(Order::ZERO)),
             None => give_out(state),
-        }
+        })
     }
 
     /// Cached frames are nobody's, but for those that are another's by now: the others come to the front of `into`; how many.
@@ -93,7 +93,7 @@ impl Frames {
 
     #[inline(never)]
     fn take_out_single(&self, frame: FrameNumber, tag: Tag) -> bool {
-        take_out(self.state(frame).expect("a cached frame is the node's"), tag, None)
+        self.state(frame).is_some_and(|state| take_out(state, tag, None))
     }
 
     /// A block that its zone has just given gets an owner; not if a cache has given a frame of it one, which can be where it was
@@ -151,7 +151,6 @@ impl Frames {
         let place = self.find(frame).expect("a cached frame is the node's");
         let range = &self.ranges[place.range];
         let zone = Zone::lock(range.zone_words(place.zone()), self.relax);
-        assert!(zone.is_used(place.in_zone()), "a huge frame was freed twice at once");
         self.put(range, place.zone(), &zone, place.in_zone(), Order::HUGE.index());
         self.settle(range, place.zone(), &zone);
     }

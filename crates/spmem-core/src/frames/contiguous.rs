@@ -16,6 +16,9 @@ impl Frames {
     /// Takes `count` neighbouring frames, up to 1 GiB; from 4 MiB on they begin at a multiple of 4 MiB, below that at a
     /// multiple of the next power of two. Looks at every tree: slow.
     ///
+    /// A run lies in one range that was added, also where two of them touch, as Linux's `alloc_contig_range` stays in one zone: a
+    /// range goes as a whole, and a run across two would keep both. Whoever wants longer runs adds the memory in one piece.
+    ///
     /// # Errors
     /// [`FramesError::Contiguous`] for a length that is never given; [`FramesError::Exhausted`], with the smallest order
     /// that holds it, when no such run is free: in eight looks in a row, if others free meanwhile.

@@ -9,6 +9,7 @@ use super::zone::{
     INDEX, LEVELS, LOST, ROW, ROW_FRAMES, ROW_ORDER, ROWS, TREE, TREE_ROWS, TREE_USED, TREES, Zone,
 };
 use super::zone::{TREE_FRAMES, ZONE_FRAMES};
+use crate::sync::AtomicU64;
 use crate::sync::Ordering::Relaxed;
 use crate::units::Order;
 
@@ -185,8 +186,13 @@ impl Zone<'_> {
         self.take_rows(tree, word::mask(row, rows_order));
     }
 
-    /// Rows of a tree, all in use, are free.
+    /// Rows of a tree are free, all of whose frames were in use, but after a double free.
     pub(super) fn put_rows(&self, row: usize, rows_order: usize) {
+        let rows = &self.words()[ROW + row..ROW + row + (1 << rows_order)];
+        let is_used = rows.iter().fold(u64::MAX, |all, word| all & word.load(Relaxed)) == u64::MAX;
+        let count = |word: &AtomicU64| i64::from(word.load(Relaxed).count_ones());
+        let were_used = if is_used { (ROW_FRAMES << rows_order) as i64 } else { rows.iter().map(count).sum() };
+        self.add_used(-were_used);
         self.fill_rows(row, rows_order, 0);
         let run = word::mask(row % 64, rows_order);
         for order in 0..ROW_ORDER {

@@ -82,7 +82,7 @@ impl Frames {
             retire(range, &zone, place.offset);
             self.settle(range, place.zone(), &zone);
             Hurt::Nobody
-        } else if range.states().is_retired(place.offset) {
+        } else if zone.is_retired(place.in_zone()) && !range.states().has_owned(place.offset, 1) {
             Hurt::Nobody
         } else {
             range
@@ -138,26 +138,41 @@ impl Frames {
     /// Gives single frames of a row back, as bits, but for those that are poisoned.
     pub(super) fn put_in_row(&self, range: &Range, number: usize, zone: &Zone<'_>, first: usize, bits: u64) {
         let poisoned = if zone.has_poison() { zone.poisoned_in(first / ROW_FRAMES) & bits } else { 0 };
-        each_bit(poisoned, |bit| retire(range, zone, number * ZONE_FRAMES + first + bit));
+        each_bit(poisoned, |bit| {
+            retire(range, zone, number * ZONE_FRAMES + first + bit);
+        });
         zone.put_in_row(first, bits & !poisoned);
     }
 
-    /// Takes a frame that a cache has for itself, `freed` into it or not, out of use, if it is poisoned; whether it did.
+    /// Takes a frame that a cache has for itself, `freed` into it or not, out of use, if it is poisoned.
     #[cold]
-    pub(super) fn retire_cached(&self, frame: FrameNumber, freed: Option<Tag>) -> bool {
-        let place = self.find(frame).expect("a cached frame is the node's");
+    pub(super) fn retire_cached(&self, frame: FrameNumber, freed: Option<Tag>) -> Retired {
+        // Of a range that was removed since, the frame is another's in any case.
+        let Ok(place) = self.find(frame) else { return Retired::NotMine };
         let range = &self.ranges[place.range];
         let words = range.zone_words(place.zone());
         if !is_marked(words, place.in_zone()) {
-            return false;
+            return Retired::Sound;
         }
         let zone = Zone::lock(words, self.relax);
-        let is_mine = freed.is_none_or(|tag| range.states().has(place.offset, tag));
-        if is_mine {
-            retire(range, &zone, place.offset);
+        if freed.is_some_and(|tag| !range.states().has(place.offset, tag)) {
+            return Retired::NotMine;
         }
-        is_mine
+        if retire(range, &zone, place.offset) { Retired::Now } else { Retired::Before }
     }
+}
+
+/// What became of a frame that passes through a cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Retired {
+    /// It is not poisoned.
+    Sound,
+    /// It is out of use from now on.
+    Now,
+    /// It was out of use already: somebody else freed it at the same moment.
+    Before,
+    /// It was poisoned, and somebody else took it back at the same moment.
+    NotMine,
 }
 
 /// Whether a frame of a zone is poisoned. Once true it stays true.
@@ -165,12 +180,12 @@ fn is_marked(words: &Words, frame: usize) -> bool {
     Zone::read_poisoned_in(words, frame / ROW_FRAMES) >> (frame % ROW_FRAMES) & 1 != 0
 }
 
-/// A poisoned frame that nobody has any more goes out of use. It stays used in its zone.
-fn retire(range: &Range, zone: &Zone<'_>, offset: usize) {
-    let states = range.states();
-    assert!(!states.is_retired(offset), "frame {} was freed twice at once", range.number(offset));
-    states.set_retired(offset);
-    zone.count_retired_one();
+/// A poisoned frame that nobody has any more goes out of use; whether it was not already. It stays used in its zone.
+fn retire(range: &Range, zone: &Zone<'_>, offset: usize) -> bool {
+    let is_new = zone.mark_retired(offset % ZONE_FRAMES);
+    // Also where that is no news: a cache may have stored its tag there since, with a free that came late.
+    range.states().set_retired(offset);
+    is_new
 }
 
 impl Range {
@@ -194,13 +209,5 @@ impl Range {
             let bits = (0..ROW_FRAMES).filter(move |bit| poisoned >> bit & 1 != 0);
             bits.map(move |bit| self.number(row * ROW_FRAMES + bit)).filter(move |&frame| run.contains(frame))
         })
-    }
-
-    /// Makes the states zero again before they go back to their lender.
-    pub(super) fn forget_poison(&self) {
-        for frame in self.poisoned_frames() {
-            let offset = (frame.0 - self.span.first.0) as usize;
-            self.lent.states[offset].store(0, Relaxed);
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! Ranges: the metadata that a caller lends for a range, and where in it what lies.
 //!
-//! [`Metadata`] is words and a byte a frame, zero meaning free; [`Range`] says which of them are the hints, which a zone's.
+//! [`Metadata`] is words and a byte a frame, zero meaning free; [`Range`] says which of them are a zone's, which the hints.
 //! Takes no lock: hints are written while their zone is locked, and read at any time.
 
 use alloc::vec::Vec;
@@ -70,6 +70,13 @@ impl Metadata {
     pub fn is_zero(&self) -> bool {
         self.words.iter().all(|word| word.load(Relaxed) == 0)
             && self.states.iter().all(|state| state.load(Relaxed) == 0)
+    }
+
+    /// Makes all of it zero, the states as well if there may be any that are not. What was never written stays so.
+    pub(super) fn clear(&self, has_states: bool) {
+        self.words.iter().filter(|word| word.load(Relaxed) != 0).for_each(|word| word.store(0, Relaxed));
+        let states = if has_states { self.states } else { &[] };
+        states.iter().filter(|state| state.load(Relaxed) != 0).for_each(|state| state.store(0, Relaxed));
     }
 
     /// Bytes lent.
@@ -142,7 +149,8 @@ impl Frames {
     }
 }
 
-/// A range with its metadata: first the hints of all orders, then the zones.
+/// A range with its metadata: first the zones, so that what the first one has lies in one place whatever the range's length, then
+/// the hints of all orders.
 #[derive(Debug)]
 pub(super) struct Range {
     pub(super) span: FrameRange,
@@ -152,7 +160,7 @@ pub(super) struct Range {
 
 impl Range {
     pub(super) fn zone_words(&self, zone: usize) -> &'static Words {
-        let start = hint_words(self.zones) * Order::COUNT + zone * ZONE_WORDS;
+        let start = zone * ZONE_WORDS;
         self.lent.words[start..].first_chunk().expect("each zone has its words")
     }
 
@@ -166,7 +174,7 @@ impl Range {
 
     /// A word of 64 zones, a bit each: it has no free block of the order.
     pub(super) fn hint(&self, order: usize, word: usize) -> &AtomicU64 {
-        &self.lent.words[order * hint_words(self.zones) + word]
+        &self.lent.words[self.zones * ZONE_WORDS + order * hint_words(self.zones) + word]
     }
 
     /// The first zone from `from` on that may have a free block of the order.

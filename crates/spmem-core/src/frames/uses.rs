@@ -38,7 +38,7 @@ impl Frames {
 }
 
 impl Range {
-    fn in_use(&self, part: FrameRange) -> impl Iterator<Item = InUse> + '_ {
+    pub(super) fn in_use(&self, part: FrameRange) -> impl Iterator<Item = InUse> + '_ {
         let base = u64::from(self.span.first.0);
         let start = u64::from(part.first.0).saturating_sub(base);
         let end = u64::from(part.first.0).saturating_add(part.count.0).saturating_sub(base).min(self.span.count.0)
@@ -79,7 +79,8 @@ impl Range {
     }
 
     fn is_cached(&self, at: usize) -> bool {
-        let states = self.states();
-        self.used_from(at) & 1 != 0 && !states.is_retired(at) && states.holder(at).is_none()
+        let words = self.zone_words(at / ZONE_FRAMES);
+        let is_out = Zone::reads_retired(words, at % ZONE_FRAMES);
+        self.used_from(at) & 1 != 0 && !is_out && self.states().holder(at).is_none()
     }
 }

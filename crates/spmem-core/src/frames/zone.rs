@@ -38,7 +38,7 @@ const POISONED: usize = 3;
 const RETIRED: usize = 4;
 /// The name of the cache that was filled from here last.
 const FILLER: usize = 5;
-/// Of a range's first zone: 1 while the range has it.
+/// Of a range's first zone, and so at the same place whatever the range's length: 1 while the range has it.
 const LENT: usize = 6;
 /// A word a row, a bit a frame: it is in use.
 pub(super) const ROW: usize = 8;
@@ -50,8 +50,11 @@ pub(super) const LEVELS: usize = TREE + TREES;
 pub(super) const INDEX: usize = LEVELS + TREES;
 /// A word a row, a bit a frame: it is poisoned. Not touched as long as none is.
 const POISON: usize = INDEX + INDEX_WORDS;
-/// Words of a zone: 71 KiB.
-pub(super) const ZONE_WORDS: usize = (POISON + ROWS).next_multiple_of(8);
+/// A word a row, a bit a frame: it is poisoned and out of use. What its state says of that a cache may overwrite, with a free
+/// that comes late.
+const OUT: usize = POISON + ROWS;
+/// Words of a zone: 103 KiB.
+pub(super) const ZONE_WORDS: usize = (OUT + ROWS).next_multiple_of(8);
 
 /// All that a zone has: with a length that is known no access has to be checked.
 pub(super) type Words = [AtomicU64; ZONE_WORDS];
@@ -166,15 +169,18 @@ impl<'a> Zone<'a> {
         Some(Run { first: row * ROW_FRAMES, bits: u64::MAX, rows: 1 << order })
     }
 
-    /// Gives a block back and merges it with its free neighbours. It must be in use.
+    /// Gives a block back and merges it with its free neighbours. What of it is free already is not counted again.
     pub(super) fn put(&self, first: usize, order: usize) {
-        self.add_used(-(1 << order));
         let row = first / ROW_FRAMES;
         if order >= ROW_ORDER {
             return self.put_rows(row, order - ROW_ORDER);
         }
-        let bit = first % ROW_FRAMES;
-        let used = self.get(ROW + row) & !word::mask(bit, order);
+        let (bit, before) = (first % ROW_FRAMES, self.get(ROW + row));
+        let mask = word::mask(bit, order);
+        // All of it is in use, but after a double free.
+        let were_used = if before & mask == mask { 1 << order } else { (before & mask).count_ones() };
+        self.add_used(-i64::from(were_used));
+        let used = before & !mask;
         self.set(ROW + row, used);
         self.raise_row(row, word::merged(!used, bit, order) + 1);
     }
@@ -221,9 +227,24 @@ impl<'a> Zone<'a> {
         is_new
     }
 
-    /// One more frame is out of use.
-    pub(super) fn count_retired_one(&self) {
-        self.set(RETIRED, self.get(RETIRED) + 1);
+    /// A frame is out of use; whether that is news.
+    pub(super) fn mark_retired(&self, frame: usize) -> bool {
+        let (at, bit) = (OUT + frame / ROW_FRAMES, 1 << (frame % ROW_FRAMES));
+        let is_new = self.get(at) & bit == 0;
+        if is_new {
+            self.set(at, self.get(at) | bit);
+            self.set(RETIRED, self.get(RETIRED) + 1);
+        }
+        is_new
+    }
+
+    pub(super) fn is_retired(&self, frame: usize) -> bool {
+        Self::reads_retired(self.words, frame)
+    }
+
+    /// Without the lock: whether a frame was out of use a moment ago.
+    pub(super) fn reads_retired(words: &Words, frame: usize) -> bool {
+        words[OUT + frame / ROW_FRAMES].load(Relaxed) >> (frame % ROW_FRAMES) & 1 != 0
     }
 
     /// Without the lock: those frames of a row that were not free a moment ago.
