@@ -27,6 +27,8 @@ const CPU: &str = "max,hypervisor=off,la57=off";
 const APPEND: &str = "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr mitigations=off random.trust_cpu=on tsc=reliable \
                       cryptomgr.notests=1 memhp_default_state=online_movable";
 const POLL: Duration = Duration::from_millis(20);
+/// What the guest's kernel says of a timer that did not go off (kernel/rcu/tree_stall.h).
+const LOST_TIMER: &str = "kthread timer wakeup didn't happen";
 /// How much longer than the limit a guest runs that nobody ends.
 const GRACE_SECONDS: u64 = 30;
 const CONSOLE_LINES: usize = 30;
@@ -59,6 +61,13 @@ pub(crate) enum Ending {
     NoSetup(String),
     /// It reported nothing: a panic, a hang, the limit. What is known, and the end of the console.
     Silent(String),
+    /// The emulator lost a timer of the guest's, which then stands still: seen on a host with more to do than processors.
+    Stalled,
+}
+
+/// Whether it stands on the console so far.
+fn console_says(console: &Path, words: &str) -> bool {
+    fs::read(console).is_ok_and(|text| String::from_utf8_lossy(&text).contains(words))
 }
 
 impl<'a> Machine<'a> {
@@ -97,11 +106,13 @@ impl<'a> Machine<'a> {
         let started = Instant::now();
         let mut child = qemu.spawn().context("cannot start QEMU")?;
         let undo = Undo::new(Step::Kill(child.id()));
+        let mut is_stalled = false;
         let ended = loop {
             if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
                 break Some(status);
             }
-            if started.elapsed() > limit {
+            is_stalled = console_says(&console, LOST_TIMER);
+            if is_stalled || started.elapsed() > limit {
                 break None;
             }
             sleep(POLL);
@@ -120,6 +131,9 @@ impl<'a> Machine<'a> {
         }
         if let Some(status) = read("status").and_then(|text| text.trim().parse().ok()) {
             return Ok(Ending::Status(status));
+        }
+        if is_stalled {
+            return Ok(Ending::Stalled);
         }
         let cause = match ended {
             None => format!("it was ended after {} s", limit.as_secs()),

@@ -24,6 +24,8 @@ const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
 const WALLED: &str = "numa4";
 /// Only what hangs takes as long, on a busy machine too.
 const LIMIT: Duration = Duration::from_secs(1800);
+/// Guests that stand still because of the emulator are started again so often.
+const RETRIES: u32 = 2;
 /// Exit status when nothing could be fetched, so nothing was checked: CI counts it as a skip.
 const EXIT_SKIPPED: u8 = 77;
 
@@ -151,12 +153,21 @@ fn run_check(
     }
     let log = bed.dir.join("check.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-    let ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+    let mut ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+    for _ in 0..RETRIES {
+        if !matches!(ending, Ending::Stalled) {
+            break;
+        }
+        eprintln!("xtask: {} {} stood still, its emulator has lost a timer: once more", topology.name, mode.name);
+        let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+    }
     let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();
     Ok(match ending {
         Ending::Status(0) => Verdict::Passed(said.lines().last().unwrap_or_default().to_owned()),
         Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
         Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
         Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
+        Ending::Stalled => Verdict::Failed(format!("{said}\nthe emulator lost a timer {} times", RETRIES + 1)),
     })
 }

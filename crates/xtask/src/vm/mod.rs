@@ -73,6 +73,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             );
             NO_STATUS
         }
+        Ending::Stalled => {
+            eprintln!(
+                "xtask: the guest stood still: its emulator has lost a timer; run it again, on a machine with less to do"
+            );
+            NO_STATUS
+        }
         Ending::Silent(what) => {
             eprintln!("xtask: the guest reported no status: {what}");
             NO_STATUS
