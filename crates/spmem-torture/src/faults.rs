@@ -1,7 +1,5 @@
 //! Memory that fails: bits flip in what the pages that left are stored in (R20).
 //!
-//! Both what the store fails by, and what other failures share: a program that can do without a page, and its account.
-//!
 //! A child flips them from outside, through /proc/PID/mem, in the mapping that is the store: it lies in front of the room that
 //! it may still grow into, reserved address space, far more than anything else reserves. Where there is none, nothing flips and nothing may be lost. The program answers SIGBUS as one would that can do without a page: by a new one in its
 //! place. Each loss is printed as `lost PID ADDRESS`; the suite looks whether `spm` has told of that one, and of no other.
@@ -79,8 +77,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Between two flipped bits, ms, at least.
 const REST_MS: i32 = 2;
 /// What the child is told.
-const HURT: u8 = 1;
-pub const END: u8 = 2;
+const FLIP: u8 = 1;
+const END: u8 = 2;
 const PRESENT: u64 = 1 << 63;
 
 static BASE: AtomicUsize = AtomicUsize::new(0);
@@ -103,38 +101,23 @@ extern "C" fn replace(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) 
     unsafe { libc::mmap((address & !(PAGE - 1)) as *mut libc::c_void, PAGE, prot, flags, -1, 0) };
 }
 
+/// Works while a child damages what this process's pages are stored in.
 fn bits(ctx: &Ctx, place: Where) -> Outcome {
-    let is_hurt = || Target::find(std::process::id(), place).is_some();
-    hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| {
-        flip(ctx, (program.cast_unsigned(), place), told)
-    })
-}
-
-/// What is done to a program.
-pub struct Injury<'a> {
-    /// Whether there is anything to hurt.
-    pub is_possible: &'a dyn Fn() -> bool,
-    /// Pages lost that are enough.
-    pub enough: usize,
-}
-
-/// Works while a child, by `injure`, hurts this process: it is given its id and what it is [told](heard).
-pub fn hurt(ctx: &Ctx, injury: Injury<'_>, injure: impl FnOnce(i32, i32) -> Outcome) -> Outcome {
-    let program = std::process::id() as i32;
+    let program = std::process::id();
     let (read, write) = sys::pipe()?;
     let child = process::fork(|| {
         sys::close(write);
-        injure(program, read)
+        flip(ctx, (program, place), read)
     })?;
     sys::close(read);
     // The child sees the end of the pipe where this fails early.
-    let outcome = work(ctx, &injury, write, child);
+    let outcome = work(ctx, place, write, child);
     sys::close(write);
     outcome
 }
 
-/// Reads and writes an area all over while it is hurt, until enough is lost; then all of it once more.
-fn work(ctx: &Ctx, injury: &Injury<'_>, tell: i32, child: i32) -> Outcome {
+/// Reads and writes an area all over while bits flip, until enough is lost; then all of it once more.
+fn work(ctx: &Ctx, place: Where, tell: i32, child: i32) -> Outcome {
     let pages = ctx.pages() * 2;
     let mut area = Area::at(0, ctx.seed, pages);
     println!("losses of process {}:", std::process::id());
@@ -148,12 +131,12 @@ fn work(ctx: &Ctx, injury: &Injury<'_>, tell: i32, child: i32) -> Outcome {
     PAGES.store(pages, Relaxed);
     sys::on_signal(libc::SIGBUS, replace, 0)?;
     area.write_all();
-    let is_hurt = (injury.is_possible)();
-    if is_hurt {
-        say(tell, HURT)?;
+    let is_stored = Target::find(std::process::id(), place).is_some();
+    if is_stored {
+        say(tell, FLIP)?;
     }
     let (mut rng, mut lost, begin) = (ctx.rng(0), 0, Instant::now());
-    while !ctx.is_over() || is_hurt && lost < injury.enough && begin.elapsed() < LIMIT {
+    while !ctx.is_over() || is_stored && lost < ENOUGH && begin.elapsed() < LIMIT {
         let page = rng.below(pages);
         lost += visit(&mut area, page)?;
         if rng.one_in(3) {
@@ -161,10 +144,10 @@ fn work(ctx: &Ctx, injury: &Injury<'_>, tell: i32, child: i32) -> Outcome {
             lost += usize::from(take(&area, page)?);
         }
     }
-    ensure!(!is_hurt || lost > 0, "no page was lost in {LIMIT:?}: nothing was damaged");
-    ensure!(is_hurt || lost == 0, "{lost} pages were lost, and there was nothing to hurt");
+    ensure!(!is_stored || lost > 0, "no page was lost in {LIMIT:?}: nothing was damaged");
+    ensure!(is_stored || lost == 0, "{lost} pages were lost, and there is no store");
     say(tell, END)?;
-    process::succeed("process beside one that is hurt", child)?;
+    process::succeed("process beside one whose store is damaged", child)?;
     for page in 0..pages {
         visit(&mut area, page)?;
     }

@@ -8,7 +8,7 @@
 //! spoiled, which fails.
 
 use crate::area::{Area, Ballast};
-use crate::faults::{self, END, Injury};
+use crate::faults;
 use crate::fork_traced::{seize, wait_stopped};
 use crate::harness::{Case, Ctx, Outcome, Res, ensure};
 use crate::model::{PAGE, Rng};
@@ -16,11 +16,12 @@ use crate::process;
 use crate::sys;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 pub const CASES: &[Case] = &[
     Case::new(
         "faults-codec",
-        "where the encoder fails or answers with garbage a page has its bytes or is lost, with SIGBUS",
+        "where the encoder fails, answers with garbage, or for another page, no byte is wrong or lost",
         codec,
     ),
     Case::new("faults-slow", "where the encoder answers late no byte is wrong, and nobody waits for ever", slow),
@@ -48,8 +49,10 @@ const NOT_REPRODUCED: u32 = 3;
 
 /// One answer of so many is spoiled.
 const SPOILED_SHARE: usize = 2;
-/// Losses that are enough.
+/// Of each kind, so many are enough.
 const ENOUGH: usize = 8;
+/// After this it is too late for them.
+const LIMIT: Duration = Duration::from_secs(120);
 /// Between two interruptions, ms.
 const REST_MS: i32 = 20;
 /// How long a question is waited for, ms.
@@ -58,28 +61,42 @@ const MOST_WAIT_MS: u64 = 10;
 const DELAYS_MS: [u64; 5] = [1, 3, 10, 30, 120];
 
 fn codec(ctx: &Ctx) -> Outcome {
-    let is_hurt = || Exchange::of(std::process::id() as i32).is_some();
-    // SAFETY: no memory is involved.
-    let encoding = unsafe { libc::getppid() };
-    faults::hurt(ctx, Injury { is_possible: &is_hurt, enough: ENOUGH }, |program, told| {
+    beside(ctx, |program, encoding, told| {
         let mut area = Area::filled(ctx.seed ^ 1, ctx.pages() / 2)?;
         let (mut rng, mut at, mut spoiler) = (ctx.rng(99), 0, None);
-        let mut errors = 0;
-        loop {
-            match faults::heard(told, REST_MS)? {
-                Some(END) => break,
-                Some(_) => spoiler = Spoiler::of(program, encoding)?,
-                None => {}
-            }
-            if let Some(spoiler) = &mut spoiler {
-                errors += spoiler.spoil(&mut rng)?;
+        let (mut spoiled, begin) = (Spoiled::default(), Instant::now());
+        let mut is_over = false;
+        while !is_over || spoiler.is_some() && !spoiled.is_enough() && begin.elapsed() < LIMIT {
+            is_over = is_over || faults::heard(told, REST_MS)?.is_some();
+            match &mut spoiler {
+                None => spoiler = Spoiler::of(program, encoding)?,
+                Some(spoiler) => spoiler.spoil(&mut rng, &mut spoiled)?,
             }
             faults::go_on(&mut area, &mut rng, &mut at)?;
         }
+        drop(spoiler);
         // The suite holds it against what was told.
-        println!("encoding errors at most: {errors}");
+        println!("encoding errors at most: {}", spoiled.errors);
+        println!("wrong answers at most: {}", spoiled.answers);
         area.check_all("process beside one whose answers are spoiled")
     })
+}
+
+/// How many answers the agent was given that are not what the encoder had made of the page.
+#[derive(Default)]
+struct Spoiled {
+    /// The encoder is said to have failed.
+    errors: usize,
+    /// What it is said to have made is something else.
+    answers: usize,
+    /// Of these, such as are right of another page.
+    exchanged: usize,
+}
+
+impl Spoiled {
+    fn is_enough(&self) -> bool {
+        self.errors >= ENOUGH && self.answers >= ENOUGH && self.exchanged >= ENOUGH
+    }
 }
 
 /// Memory that a process shares with who encodes for it.
@@ -129,9 +146,7 @@ impl Spoiler {
         Ok(Some(Self { exchange, monitor, encoders: Encoders { encoding, traced: Vec::new() } }))
     }
 
-    /// How many pages the encoder has failed to read back, by this.
-    fn spoil(&mut self, rng: &mut Rng) -> Res<usize> {
-        let mut errors = 0;
+    fn spoil(&mut self, rng: &mut Rng, spoiled: &mut Spoiled) -> Outcome {
         // Nothing is answered until there is a question.
         self.encoders.stop()?;
         for _ in 0..MOST_WAIT_MS {
@@ -142,36 +157,62 @@ impl Spoiler {
         }
         interrupt(self.monitor)?;
         let were_posted = [self.exchange.read(LANES[0])? == POSTED, self.exchange.read(LANES[1])? == POSTED];
+        let posted = || LANES.into_iter().zip(were_posted).filter_map(|(lane, was)| was.then_some(lane));
+        let mut exchanged = [None; LANES.len()];
+        for (lane, exchanged) in posted().zip(&mut exchanged) {
+            if rng.one_in(SPOILED_SHARE) {
+                *exchanged = self.exchange_questions(lane, rng)?;
+            }
+        }
         self.encoders.resume();
         // What was posted will be looked at; of what was done already that is not known.
-        for lane in LANES.into_iter().zip(were_posted).filter_map(|(lane, was)| was.then_some(lane)) {
+        for (lane, exchanged) in posted().zip(exchanged) {
             for _ in 0..50 {
                 if self.exchange.read(lane)? != POSTED {
                     break;
                 }
                 process::nap(1);
             }
-            if self.exchange.read(lane)? == DONE {
+            let is_done = self.exchange.read(lane)? == DONE;
+            if let Some(two) = exchanged {
+                spoiled.answers += two;
+                spoiled.exchanged += if is_done { two } else { 0 };
+            }
+            if is_done && exchanged.is_none() {
                 for item in 0..self.exchange.read(lane + COUNT)?.min(LANE_PAGES) {
                     if rng.one_in(SPOILED_SHARE) {
-                        errors += self.spoil_answer(lane, u64::from(item), rng)?;
+                        self.spoil_answer(lane, u64::from(item), rng, spoiled)?;
                     }
                 }
             }
         }
-        resume(self.monitor)?;
-        Ok(errors)
+        resume(self.monitor)
     }
 
-    fn spoil_answer(&self, lane: u64, number: u64, rng: &mut Rng) -> Res<usize> {
+    /// Two pages of a question change places: each answer is right, of the other page. How many, where there are two.
+    fn exchange_questions(&self, lane: u64, rng: &mut Rng) -> Res<Option<usize>> {
+        let count = self.exchange.read(lane + COUNT)?.min(LANE_PAGES) as usize;
+        if count < 2 {
+            return Ok(None);
+        }
+        let first = rng.below(count);
+        let second = (first + 1 + rng.below(count - 1)) % count;
+        let [one, other] = [first, second].map(|number| lane + ITEMS + number as u64 * ITEM_BYTES);
+        let (mut of_one, mut of_other) = ([0; 8], [0; 8]);
+        self.exchange.memory.read_exact_at(&mut of_one, self.exchange.start + one)?;
+        self.exchange.memory.read_exact_at(&mut of_other, self.exchange.start + other)?;
+        self.exchange.write(one, &of_other)?;
+        self.exchange.write(other, &of_one)?;
+        Ok(Some(2))
+    }
+
+    fn spoil_answer(&self, lane: u64, number: u64, rng: &mut Rng, spoiled: &mut Spoiled) -> Outcome {
         let (item, bytes) = (lane + ITEMS + number * ITEM_BYTES, lane + BYTES + number * PAGE as u64);
         let bit = |rng: &mut Rng| 1_u32 << rng.below(32);
-        match rng.below(8) {
+        let kind = rng.below(8);
+        match kind {
             // An error.
-            0 | 1 => {
-                self.exchange.write(item + KIND, &NOT_REPRODUCED.to_ne_bytes())?;
-                return Ok(1);
-            }
+            0 | 1 => self.exchange.write(item + KIND, &NOT_REPRODUCED.to_ne_bytes())?,
             // No answer, or one of no kind.
             2 => {
                 let kind = if rng.one_in(2) { UNREAD } else { rng.next() as u32 | 4 };
@@ -202,36 +243,47 @@ impl Spoiler {
             }
             _ => self.exchange.write(bytes, &rng.next().to_ne_bytes().repeat(PAGE / 8))?,
         }
-        Ok(0)
+        spoiled.errors += usize::from(kind < 2);
+        spoiled.answers += usize::from(kind > 2);
+        Ok(())
     }
 }
 
-/// One thread works; another process makes the encoders late.
+/// Another process makes the encoders late.
 fn slow(ctx: &Ctx) -> Outcome {
+    beside(ctx, |program, encoding, told| delay(ctx, program, encoding, told))
+}
+
+/// One thread works, and forks, beside a child that is given its id, who encodes for it, and the end of a pipe that is closed in the end; and as
+/// long as that child goes on.
+fn beside(ctx: &Ctx, injure: impl FnOnce(i32, i32, i32) -> Outcome) -> Outcome {
     let (read, write) = sys::pipe()?;
     let program = std::process::id() as i32;
     // SAFETY: no memory is involved.
     let encoding = unsafe { libc::getppid() };
     let child = process::fork(|| {
         sys::close(write);
-        delay(ctx, program, encoding, read)
+        injure(program, encoding, read)
     })?;
     sys::close(read);
-    let outcome = (|| -> Outcome {
-        let mut area = Area::filled(ctx.seed, ctx.pages())?;
-        let mut ballast = Ballast::new(ctx)?;
-        for round in ctx.rounds(4) {
-            ballast.sweep()?;
-            area.scribble(&mut ctx.rng(round), 3);
-            area.check_all("program whose encoder is slow")?;
-            let child = process::fork(|| area.check_all("child of a program whose encoder is slow"))?;
-            process::succeed("child of a program whose encoder is slow", child)?;
-        }
-        Ok(())
-    })();
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    let mut round = 0;
+    let mut work = || -> Outcome {
+        ballast.sweep()?;
+        area.scribble(&mut ctx.rng(round), 3);
+        area.check_all("program whose encoder is hurt")?;
+        let child = process::fork(|| area.check_all("child of a program whose encoder is hurt"))?;
+        round += 1;
+        process::succeed("child of a program whose encoder is hurt", child)
+    };
+    let outcome = ctx.rounds(4).try_for_each(|_| work());
     sys::close(write);
     outcome?;
-    process::succeed("process that makes encoders late", child)
+    while process::is_running(child)? {
+        work()?;
+    }
+    process::succeed("process that hurts an encoder", child)
 }
 
 /// Until the program closes its end.

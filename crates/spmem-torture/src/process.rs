@@ -59,6 +59,17 @@ pub fn wait(pid: i32) -> Res<End> {
     }
 }
 
+/// Whether a child has not ended yet; it is still to be waited for.
+pub fn is_running(pid: i32) -> Res<bool> {
+    // SAFETY: a siginfo_t of zeros is one.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` is a siginfo_t.
+    sys::ok("waitid", unsafe { libc::waitid(libc::P_PID, pid.cast_unsigned(), &raw mut info, flags) }.into())?;
+    // SAFETY: waitid filled it in, or left zeros.
+    Ok(unsafe { info.si_pid() } == 0)
+}
+
 /// Waits for any child; `None` when there is none.
 pub fn wait_any() -> Option<End> {
     let mut status = 0;

@@ -47,9 +47,9 @@ const EXIT_SKIPPED: i32 = 77;
 const KEEPS_BUDGET: &str = "store-read";
 /// The case whose pages stay away for so long that they are recompressed, where a second processor is there for it.
 const GOES_COLD: &str = "store-cold";
-/// The cases that lose pages, to damage of the store or of what the encoder answers: each of them is told of.
-const LOSES_PAGES: [&str; 2] = ["faults-bits", FAILS_TO_ENCODE];
-/// The case whose encoder fails, too.
+/// The case whose store is damaged: each page that it loses is told of.
+const LOSES_PAGES: &str = "faults-bits";
+/// The case whose encoder fails and answers wrongly: all of it is told of, and nothing is lost.
 const FAILS_TO_ENCODE: &str = "faults-codec";
 /// Cases that are tried with a swap file, too, and those of them that are tried with one that is soon full.
 const WITH_SWAP: &[&str] = &[
@@ -292,11 +292,10 @@ fn run_managed(
     let watched = watch::run(command, &place.path("output"), settings.limit);
     let watched_output = watched.output.clone();
     match judge(watched)? {
-        Completion::Completed if LOSES_PAGES.contains(&case.name.as_str()) => {
-            if case.name == FAILS_TO_ENCODE {
-                judge_errors(&watched_output)?;
-            }
-            judge_losses(&watched_output, &report, 1)
+        Completion::Completed if case.name == LOSES_PAGES => judge_losses(&watched_output, &report, 1),
+        Completion::Completed if case.name == FAILS_TO_ENCODE && has_encoder() => {
+            judge_errors(&watched_output)?;
+            judge_report(case, &report, settings.budget_bytes(per_cent))
         }
         Completion::Completed if case.name == SWAP_LOSES_PAGES && swap_mib.is_some() => {
             judge_losses(&watched_output, &report, 2)
@@ -386,18 +385,27 @@ fn judge_losses(output: &str, report: &Path, node: u32) -> Result<Completion, Fa
     }
 }
 
-/// R19: what the encoder has failed at is told of, as often as that was and no more.
+/// R19: what the encoder has failed at, and what it has answered wrongly, is told of, as often as that was and no more.
 fn judge_errors(output: &str) -> Result<(), Failed> {
-    let most = output.lines().find_map(|line| line.strip_prefix("encoding errors at most: ")?.parse().ok());
-    let told = output
-        .lines()
-        .filter(|line| line.contains("did not read back after encoding for node 1; it stays"))
-        .count();
-    // Answers that come too late are not looked at.
-    if told == 0 || most.is_none_or(|most: usize| told > most) {
-        return Err(format!("{told} errors were told of, of {most:?}\n{output}").into());
+    for (what, words) in [
+        ("encoding errors", "did not read back after encoding for node 1; it stays"),
+        ("wrong answers", "spm has encoded something else; the process encodes it itself"),
+    ] {
+        let most = output
+            .lines()
+            .find_map(|line| line.strip_prefix(what)?.strip_prefix(" at most: ")?.parse::<usize>().ok());
+        let told = output.lines().filter(|line| line.contains(words)).count();
+        // Answers that come too late are not looked at.
+        if told == 0 || most.is_none_or(|most| told > most) {
+            return Err(format!("{told} {what} were told of, of {most:?}\n{output}").into());
+        }
     }
     Ok(())
+}
+
+/// Pages are encoded in another process where there is a processor for it.
+fn has_encoder() -> bool {
+    std::thread::available_parallelism().is_ok_and(|count| count.get() > 1)
 }
 
 /// That pages went to the swap file, and that it was full if it is small.
@@ -428,8 +436,10 @@ fn judge_report(case: &Case, path: &Path, budget_bytes: u64) -> Result<Completio
     if case.is_cold && demoted == 0 {
         return Err(format!("no page was demoted: the case proved nothing\n{text}").into());
     }
-    let has_encoder = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
-    if case.name == GOES_COLD && has_encoder && field(&text, "dense_pages").unwrap_or(0) == 0 {
+    if field(&text, "lost_pages") != Some(0) {
+        return Err(format!("pages were lost\n{text}").into());
+    }
+    if case.name == GOES_COLD && has_encoder() && field(&text, "dense_pages").unwrap_or(0) == 0 {
         return Err(format!("no page was recompressed: the case proved nothing\n{text}").into());
     }
     let most = budget_bytes + (32 << 20) + budget_bytes / 20;

@@ -178,16 +178,21 @@ impl Demoter {
                     };
                     match staged {
                         Some(staged) => freed += usize::from(Self::store(self.runtime, space, slot, &staged)),
-                        None => *unsettled = Some(answer),
+                        None => *unsettled = Some((answer, space.holding.get(slot).owner)),
                     }
                 }
             }
-            for (index, answer) in indices.zip(unsettled) {
-                let slot = span.first + index as u32;
+            for (index, unsettled) in indices.zip(unsettled) {
+                let (slot, Some((answer, owner))) = (span.first + index as u32, unsettled) else { continue };
+                if let Answer::Encoded(_) = answer {
+                    crate::complain(format_args!(
+                        "spm: process {}: page {owner:#x}: spm has encoded something else; the process encodes it itself\n",
+                        process::pid()
+                    ));
+                }
                 freed += usize::from(match answer {
-                    None => false,
-                    Some(Answer::Unfit(unfit)) => self.give_back(slot, unfit),
-                    Some(_) => self.demote(slot),
+                    Answer::Unfit(unfit) => self.give_back(slot, unfit),
+                    _ => self.demote(slot),
                 });
             }
         }

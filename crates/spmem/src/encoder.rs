@@ -6,7 +6,8 @@
 //!
 //! An [`Exchange`] is memory that both map. It has lanes; each goes round: the agent fills in addresses and posts it
 //! ([`Client::post`]), the encoder reads the pages (/proc/PID/mem, which the agent has opened: nobody gets more by it than he has), writes what became of them and says so
-//! ([`serve`]), the agent takes it ([`Client::take`]). An answer that is wrong costs that page at most, and is noticed. The pages are in slots of the holding area that are `Busy`, so
+//! ([`serve`]), the agent takes it ([`Client::take`]). An answer is held against the page before that page's RAM is
+//! given up (R19). The pages are in slots of the holding area that are `Busy`, so
 //! they do not change meanwhile. Nothing depends on an answer: a lane whose answer does not come stays out of use, and
 //! the agent encodes by itself.
 
@@ -334,6 +335,8 @@ pub(crate) mod tests {
                 let parcel = codec.stage(page, &mut workspace).expect("it compresses").to_parcel();
                 let taken = client.take(&codec, (lane, index), label, page).expect("of this codec");
                 assert_eq!(taken.to_parcel(), parcel);
+                // R19: right of another page is wrong.
+                assert!(client.take(&codec, (lane, index), label, &pages[2]).is_none(), "round {round}");
             }
             assert!(matches!(client.answer(lane, 3), Answer::Unfit(Unfit::Incompressible { .. })));
             assert_eq!((client.answer(lane, 1), client.answer(lane, 4)), (Answer::Unread, Answer::Unread));

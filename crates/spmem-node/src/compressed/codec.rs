@@ -220,13 +220,18 @@ impl<'a> Verified<'a> {
         }
     }
 
-    /// What [`Verified::to_parcel`] of a codec with the same seed sent of `page`. `None` if it cannot have. An encoding carries its
-    /// checksum: that it did not change on its way is checked when the page is loaded (R20). A value that fills a page does
-    /// not, so the page is looked at.
+    /// What [`Verified::to_parcel`] of a codec with the same seed sent of `page`. `None` if it was something else: the
+    /// checksum, or the value that fills a page, is held against the page itself (R19).
     pub fn from_parcel(codec: &Codec, label: Label, bytes: &'a [u8], page: &Page) -> Option<Self> {
         let storable = match label.len {
             0 => Storable::Fill(Fill::from_value(label.word).filter(|fill| fill.is(page))?),
-            len if len <= MAX_PAYLOAD_BYTES => Storable::Object { bytes: bytes.get(..len)?, checksum: label.word },
+            len if len <= MAX_PAYLOAD_BYTES => {
+                let bytes = bytes.get(..len)?;
+                Storable::Object {
+                    bytes,
+                    checksum: Some(label.word).filter(|&word| word == codec.checksum(page, bytes))?,
+                }
+            }
             _ => return None,
         };
         Some(Self { storable, seed: codec.seed })
