@@ -181,7 +181,8 @@ pub struct ExplainArguments {
     #[arg(long, value_name = "LIST")]
     pub nodes: Option<String>,
     /// How strongly it names them, as mpol= of tmpfs(5) has it: bind, preferred, preferred-many, interleave,
-    /// weighted-interleave, local or default, with =static or =relative, =balancing or =static|balancing behind [default: bind where nodes are named]
+    /// weighted-interleave, local or default, with =static, =relative or =balancing behind, or one of the first two
+    /// and the last as =static|balancing [default: bind where nodes are named]
     #[arg(long, value_name = "MODE[=FLAG]")]
     pub policy: Option<PolicyName>,
     /// The home node of the policy, bind or preferred-many, as set_mempolicy_home_node(2) sets it: what is nearest to it

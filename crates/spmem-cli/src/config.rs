@@ -313,6 +313,9 @@ impl Node {
             Some(Capacity::Auto) | None => bail!("node {id} is of kind \"file\": it needs a capacity, a size"),
         };
         let path = self.path.with_context(|| format!("node {id} is of kind \"file\": it needs a path"))?;
+        if path.get_ref().file_name().is_none() {
+            bail!("{}: this path names no file; /var/tmp/node{id} would", line(text, &path));
+        }
         let id = u16::try_from(id).context("an id is below 1024")?;
         let is_fenced = self.write_fence.is_some_and(Spanned::into_inner);
         Ok(FileNode { id, path: path.into_inner(), bytes, class, is_fenced })
@@ -439,6 +442,11 @@ mod tests {
             is_fenced,
         };
         assert_eq!(config.files, [file(2, Class::Shared, false), file(7, Class::Slow, true)]);
+        for path in ["", "/", "/var/.."] {
+            let text = format!("[[node]]\nid = 2\nkind = \"file\"\ncapacity = \"8M\"\npath = \"{path}\"\n");
+            let error = Config::parse(&text).unwrap_err().to_string();
+            assert!(error.contains("line 5") && error.contains("names no file"), "{path:?}: {error}");
+        }
     }
 
     #[test]

@@ -267,10 +267,12 @@ impl SwapFiles {
         for (number, file) in
             files.iter_mut().enumerate().filter_map(|(number, file)| Some((number, file.as_mut()?)))
         {
-            let empty = |(&at, cluster): (&u32, &Cluster)| (cluster.live == 0).then_some(at);
-            while let Some(at) = file.held.iter().find_map(empty) {
-                file.let_go(number, at, ledger);
-            }
+            file.held.retain(|&at, cluster| {
+                if cluster.live == 0 {
+                    release(number, at, ledger);
+                }
+                cluster.live > 0
+            });
         }
     }
 
@@ -337,9 +339,13 @@ impl SwapFile {
 
     fn let_go(&mut self, number: usize, at: u32, ledger: &Fd) {
         self.held.remove(&at);
-        // If that fails it is held in vain, and had again when it is tried.
-        let _ = ledger.hold(byte(number, at), 1, Hold::None);
+        release(number, at, ledger);
     }
+}
+
+/// Gives up the hold on a cluster. If that fails it is held in vain, and had again when it is tried.
+fn release(number: usize, at: u32, ledger: &Fd) {
+    let _ = ledger.hold(byte(number, at), 1, Hold::None);
 }
 
 /// Writes pages to frames in a row, and reads them back (R19); how many of them, from the first on, are there as they were.

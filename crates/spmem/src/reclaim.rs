@@ -238,6 +238,8 @@ impl Monitor {
         match result {
             Ok(tools) => self.tools = Some(tools),
             Err(errno) => {
+                // Nobody makes room: nothing waits for it, whatever the process had left when it was forked.
+                runtime.room_pages.store(i64::MAX, Relaxed);
                 if !core::mem::replace(&mut self.is_unfit, true) {
                     runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
                     crate::complain(format_args!(

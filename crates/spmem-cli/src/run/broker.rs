@@ -569,6 +569,7 @@ fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags).map(drop)
 }
+
 /// Gives up the slot of a process that is gone. Memory under its node 1 that has failed is told of: it ends the process where its
 /// agent reads it.
 fn bury(control: &Control, process: &Process) {

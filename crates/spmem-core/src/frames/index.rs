@@ -186,7 +186,7 @@ impl Zone<'_> {
         self.take_rows(tree, word::mask(row, rows_order));
     }
 
-    /// Rows of a tree are free, all of whose frames were in use, but after a double free.
+    /// Rows of a tree are free, all of whose frames were in use, but after a double free: then their bits are counted, which takes longer.
     pub(super) fn put_rows(&self, row: usize, rows_order: usize) {
         let rows = &self.words()[ROW + row..ROW + row + (1 << rows_order)];
         let is_used = rows.iter().fold(u64::MAX, |all, word| all & word.load(Relaxed)) == u64::MAX;

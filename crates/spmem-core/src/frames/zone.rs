@@ -177,7 +177,7 @@ impl<'a> Zone<'a> {
         }
         let (bit, before) = (first % ROW_FRAMES, self.get(ROW + row));
         let mask = word::mask(bit, order);
-        // All of it is in use, but after a double free.
+        // All of it is in use, but after a double free: then its bits are counted, which takes longer.
         let were_used = if before & mask == mask { 1 << order } else { (before & mask).count_ones() };
         self.add_used(-i64::from(were_used));
         let used = before & !mask;
