@@ -497,6 +497,7 @@ fn happening(entry: Entry) -> Happening {
     match entry.copy() {
         Copy::Stored(_) | Copy::Swapped(_) if entry.is_away() => Happening::FaultNode,
         Copy::Holding(_) if entry.is_away() => Happening::FaultHolding,
+        _ if entry.target().is_some() => Happening::FaultMapped,
         _ => Happening::FaultNowhere,
     }
 }

@@ -13,6 +13,7 @@
 use crate::demote::Demoter;
 use crate::holding::{Span, State};
 use crate::porter::{Client, STAGING_LEN};
+use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{CHUNK, Copy, Entry, Table};
@@ -172,7 +173,9 @@ impl Demoter {
             space.forget(kept);
         }
         space.holding.kill(slot);
-        runtime.shared().targets[target].demoted_pages.fetch_add(1, Relaxed);
+        let counters = &runtime.shared().targets[target];
+        counters.demoted_pages.fetch_add(1, Relaxed);
+        runtime.record(Happening::Place, held.owner, u64::from(counters.id.load(Relaxed)));
         true
     }
 

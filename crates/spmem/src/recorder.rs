@@ -24,7 +24,7 @@ pub enum Happening {
     FaultNowhere = 1,
     /// A page of the holding area was touched.
     FaultHolding = 2,
-    /// A page of node 1 was touched; more may have come along.
+    /// A page of node 1, or of a node that is a file, was touched; more may have come along.
     FaultNode = 3,
     /// A page left for node 1 and takes `value` bytes there.
     Demote = 4,
@@ -36,11 +36,15 @@ pub enum Happening {
     RefuseShared = 7,
     /// `value` pages were unmapped or discarded.
     Drop = 8,
+    /// A page left for the node whose number is `value`, where it is mapped, or copied to its file.
+    Place = 9,
+    /// A page on a mapped node was written, behind a fence.
+    FaultMapped = 10,
 }
 
 impl Happening {
     fn from_raw(raw: u32) -> Option<Self> {
-        const ALL: [Happening; 8] = [
+        const ALL: [Happening; 10] = [
             Happening::FaultNowhere,
             Happening::FaultHolding,
             Happening::FaultNode,
@@ -49,6 +53,8 @@ impl Happening {
             Happening::RefusePinned,
             Happening::RefuseShared,
             Happening::Drop,
+            Happening::Place,
+            Happening::FaultMapped,
         ];
         ALL.into_iter().find(|&known| known as u32 == raw)
     }

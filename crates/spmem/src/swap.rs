@@ -22,6 +22,7 @@ use spmem_sys::{Errno, PAGE, Result, clock, process};
 use crate::demote::Demoter;
 use crate::holding::State;
 use crate::protocol::Kind;
+use crate::recorder::Happening;
 use crate::runtime::Runtime;
 use crate::table::{Copy, Entry};
 
@@ -103,6 +104,7 @@ impl Demoter {
             _ => Ok(()),
         };
         let mut freed = 0;
+        let counters = &runtime.shared().targets[target];
         if let Some(space) = runtime.space.lock().as_mut() {
             for at in 0..count {
                 let Some(handle) = handles[at] else { break };
@@ -122,10 +124,10 @@ impl Demoter {
                 }
                 space.table.set(held.owner, Entry::away(Copy::Swapped(handle.raw()), entry.age()));
                 space.holding.kill(slot);
+                runtime.record(Happening::Place, held.owner, u64::from(counters.id.load(Relaxed)));
                 freed += 1;
             }
         }
-        let counters = &runtime.shared().targets[target];
         counters.demoted_pages.fetch_add(freed as u64, Relaxed);
         if count < slots.len() || written.is_err() {
             self.targets.note_full(target, clock::now_ns());

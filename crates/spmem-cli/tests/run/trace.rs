@@ -46,6 +46,33 @@ fn a_trace_agrees_with_the_report_and_can_be_run_again() {
 }
 
 #[test]
+fn pages_that_leave_for_a_file_are_in_the_trace_and_come_back_in_a_replay() {
+    if !can_manage() {
+        println!("skipped: userfaultfd cannot be used here");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let [trace, json, config, file] =
+        ["run.trace", "report.json", "spmem.toml", "node2"].map(|name| directory.path().join(name));
+    let table = format!("[[node]]\nid = 2\nkind = \"file\"\npath = {file:?}\ncapacity = \"64M\"\n");
+    std::fs::write(&config, table).unwrap();
+    let paths = [&config, &trace, &json].map(|path| path.to_str().unwrap());
+    let mut spm = spm_run(&["--config", paths[0], "--sysram", "24M", "--trace", paths[1], "--json", paths[2]]);
+    spm.args([env!("CARGO_BIN_EXE_spm"), "tour-load", "--mebibytes", "64", "--touch-ms", "300"]);
+    let output = finish(spm);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+
+    let recording = Recording::read(&std::fs::read_to_string(&trace).unwrap()).unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let demoted = report["nodes"][2]["demoted_pages"].as_u64().unwrap_or_else(|| panic!("{report}"));
+    let left = recording.records.iter().filter(|record| matches!(record, Record::Place { node: 2, .. })).count();
+    assert!(demoted > 1000 && left as u64 <= demoted, "{left} of {demoted}");
+    assert!(left as u64 + recording.lost() >= demoted, "{left} of {demoted}");
+    let again = run(recording.setup(Bytes::mib(24))).unwrap();
+    assert!(again.promoted > 0, "{again:?}");
+}
+
+#[test]
 fn a_trace_that_cannot_be_written_is_refused_before_anything_starts() {
     let directory = tempfile::tempdir().unwrap();
     let mut spm = spm_run(&["--trace", directory.path().to_str().unwrap()]);

@@ -56,6 +56,17 @@ pub enum Record {
         /// What it takes there; 0 for one filled with a value.
         bytes: u64,
     },
+    /// A page left for a node that the configuration names: it is mapped there, or was copied to its file.
+    Place {
+        /// When.
+        ns: u64,
+        /// The process id.
+        process: u32,
+        /// The page.
+        page: u64,
+        /// The node's number.
+        node: u64,
+    },
     /// A page could not leave.
     Refuse {
         /// When.
@@ -93,8 +104,10 @@ pub enum From {
     Nowhere,
     /// In the holding area.
     Holding,
-    /// On node 1.
+    /// On node 1, or in the file of a node that is one.
     Node,
+    /// On a node where it is mapped, in its place: it was written there, behind a fence.
+    Mapped,
 }
 
 /// Why a page could not leave.
@@ -178,6 +191,7 @@ impl Record {
         match self {
             Self::Fault { process, .. }
             | Self::Demote { process, .. }
+            | Self::Place { process, .. }
             | Self::Refuse { process, .. }
             | Self::Drop { process, .. } => Some(*process),
             Self::Budget { .. } | Self::Lost { .. } => None,
@@ -215,6 +229,11 @@ impl Seen {
             Record::Demote { page, bytes, .. } => {
                 self.note_there(page);
                 self.sizes.insert(page, Some(u16::try_from(bytes).unwrap_or(u16::MAX)));
+            }
+            Record::Place { page, .. } => {
+                self.note_there(page);
+                // It took none of the budget. What it would take on node 1 nobody has seen.
+                self.sizes.entry(page).or_insert(Some(0));
             }
             Record::Refuse { page, why, .. } => {
                 self.note_there(page);
