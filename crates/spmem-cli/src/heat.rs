@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::bail;
-use spmem_core::heat::{Facts, Lack, Source, Standing, Wish, choose, standing};
+use spmem_core::heat::{Asker, Facts, Source, Standing, Wish, choose, standing};
 
 /// A source, and how it stands.
 pub struct HeatLine {
@@ -31,8 +31,11 @@ pub fn check(wish: Wish) -> anyhow::Result<()> {
     }
 }
 
+/// Whether the kernel is to tell a program which of its placed pages are used.
+pub fn is_tracked(wish: Wish) -> bool {
+    choose(wish, &facts(), Asker::Within) == Ok(Source::Rwp)
+}
+
 fn facts() -> Facts {
-    let facts = spmem_node::heat::facts(Path::new("/"));
-    // The runtime knows the holding area only.
-    Facts { rwp: facts.rwp.or(Some(Lack::Unserved)), ..facts }
+    spmem_node::heat::facts(Path::new("/"))
 }

@@ -104,8 +104,6 @@ pub enum Lack {
         /// By whom.
         by: &'static str,
     },
-    /// The kernel has it, and nothing here asks it.
-    Unserved,
 }
 
 impl fmt::Display for Lack {
@@ -114,7 +112,6 @@ impl fmt::Display for Lack {
             Self::Kernel { needs } => write!(f, "this kernel is without it: it takes {needs}"),
             Self::Forbidden { needs } => write!(f, "not for this user: it takes {needs}"),
             Self::Taken { by } => write!(f, "there is one of it, used by {by}"),
-            Self::Unserved => f.write_str("this kernel has it, but spm run does not use it yet"),
         }
     }
 }

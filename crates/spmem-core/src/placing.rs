@@ -16,10 +16,13 @@ pub const PLACE_PAGES: usize = 16;
 pub const LOOK_PAGES: usize = 64;
 /// ... and how often, ns: 64 MiB in 26 seconds.
 const LOOK_NS: u64 = 100_000_000;
-/// Of those, so many are taken out on trial.
+/// Where the kernel tells of accesses, each is watched for so many looks: 0.8 s, about what is hot at first
+/// ([`Promotion::threshold_ns`](crate::tier::Promotion::threshold_ns)).
+pub const WATCHED_LOOKS: usize = 8;
+/// Elsewhere so many of those are taken out on trial.
 pub const TRIAL_PAGES: usize = 8;
 /// At most so many at a time.
-pub const TRIALS_MAX: u32 = 64;
+pub const TRIALS_MAX: usize = 64;
 /// A page that is not touched on trial for so long is cold, ms.
 pub const TRIAL_MS: u32 = 2_000;
 /// What may come up in a second: the bandwidth of a slow link, of which programs need the rest.

@@ -79,6 +79,10 @@ pub enum Watch {
     Missing,
     /// Also writes to pages behind a [fence](Uffd::fence).
     MissingAndFenced,
+    /// On missing pages; the kernel tells of accesses to those that are there ([`Uffd::begin_tracking`], [`feature::TRACKED`]).
+    MissingAndTracked,
+    /// None: accesses are told, no more.
+    Tracked,
 }
 
 /// What a call on a run of pages did: `done` bytes from its start, then `stopped` by an error unless all were done.
@@ -216,6 +220,8 @@ impl Uffd {
         let mode = match watch {
             Watch::Missing => MODE_MISSING,
             Watch::MissingAndFenced => MODE_MISSING | MODE_WP,
+            Watch::MissingAndTracked => MODE_MISSING | MODE_RWP,
+            Watch::Tracked => MODE_RWP,
         };
         self.ioctl(REGISTER, &mut [start as u64, len as u64, mode, 0])
     }
@@ -236,19 +242,10 @@ impl Uffd {
         self.ioctl(WRITEPROTECT, &mut [start as u64, len as u64, 0])
     }
 
-    /// Accesses to pages of the range can be told from now on ([`feature::TRACKED`]): [`Uffd::begin_tracking`]. Faults on
-    /// missing pages stay the kernel's.
+    /// Present pages of the range count as not accessed from now on, until they are: `Pagemap::scan_accessed`.
     ///
     /// # Errors
-    /// As UFFDIO_REGISTER: `EINVAL` for a kernel without, or a range that cannot be.
-    pub fn register_tracked(&self, start: usize, len: usize) -> Result<()> {
-        self.ioctl(REGISTER, &mut [start as u64, len as u64, MODE_RWP, 0])
-    }
-
-    /// Present pages of a range registered so count as not accessed from now on, until they are.
-    ///
-    /// # Errors
-    /// As UFFDIO_RWPROTECT: `ENOENT` for a range that is not registered so.
+    /// As UFFDIO_RWPROTECT (7.3+): `ENOENT` for a range whose accesses are not told ([`Watch`]); `EAGAIN` while [`Uffd::is_changing`].
     pub fn begin_tracking(&self, start: usize, len: usize) -> Result<()> {
         self.ioctl(RWPROTECT, &mut [start as u64, len as u64, RWPROTECT_ON])
     }

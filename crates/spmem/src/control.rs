@@ -47,6 +47,8 @@ pub struct Control {
     pub store_pressure_peak: AtomicU64,
     /// Mapped nodes that pages are placed on, best first; those after the first without a quota are none.
     pub targets: [Target; MAX_TARGETS],
+    /// Whether the kernel tells which placed pages are used, so that none is taken out to see (0 or 1).
+    pub is_tracked: AtomicU32,
     /// The kernel's nodes that pages come back to: bit n of word n / 64.
     pub sysram: [AtomicU64; 16],
     /// Slots from this one on were never taken.

@@ -213,7 +213,7 @@ impl Demoter {
     /// One slot; whether its page's RAM becomes free.
     pub(crate) fn demote(&mut self, slot: u32) -> bool {
         let runtime = self.runtime;
-        if self.end_trial(slot) {
+        if self.end_trial(slot, State::Busy) {
             return false;
         }
         let (page, kept) = {

@@ -6,7 +6,7 @@
 
 use alloc::vec::Vec;
 use core::num::NonZeroU8;
-use spmem_core::placing::MAX_TARGETS;
+use spmem_core::placing::{MAX_TARGETS, TRIAL_MS};
 use spmem_sys::PAGE;
 
 /// What a slot holds.
@@ -118,9 +118,16 @@ impl Holding {
         self.trials
     }
 
-    /// The slot that is claimed next, if any.
-    pub fn next(&self) -> Option<Slot> {
-        (self.unclaimed > 0).then(|| self.slots[self.cursor as usize])
+    /// Pages whose trial has taken too long, wherever in the ring, and that nobody works on: fills `into` from the front; how many.
+    pub fn overdue(&self, now_ms: u32, into: &mut [u32]) -> usize {
+        let trials: u32 = self.trials.iter().sum();
+        let used = if trials > 0 { self.used } else { 0 };
+        let slots = (0..used).map(|at| (self.tail + at) % self.capacity());
+        let is_overdue = |slot: &u32| {
+            let held = self.get(*slot);
+            held.state == State::Held && held.target().is_some() && held.trial_ms(now_ms) > TRIAL_MS
+        };
+        into.iter_mut().zip(slots.filter(is_overdue)).map(|(to, slot)| *to = slot).count()
     }
 
     /// Slots.
@@ -355,6 +362,23 @@ mod tests {
             (0, State::BusyDead),
             "its page is still to be given back"
         );
+    }
+
+    #[test]
+    fn a_trial_that_takes_too_long_is_found_behind_pages_that_nobody_claims() {
+        let mut holding = filled(10);
+        let (first, later) = (holding.push(77 * PAGE, None), holding.push(78 * PAGE, None));
+        holding.begin_trial(first, 1, 100);
+        holding.begin_trial(later, 2, 101);
+        let mut slots = [0; 4];
+        assert_eq!(holding.overdue(100 + TRIAL_MS, &mut slots), 0);
+        assert_eq!((holding.overdue(101 + TRIAL_MS, &mut slots), slots[0]), (1, first));
+        assert_eq!((holding.overdue(102 + TRIAL_MS, &mut slots), slots[1]), (2, later));
+        // It goes back to its place: the slot is empty, those before and behind it are as they were.
+        holding.vacate(first);
+        assert_eq!((holding.overdue(102 + TRIAL_MS, &mut slots), slots[0], holding.held()), (1, later, 11));
+        assert_eq!(holding.claim(20).map(|span| span.len), Some(12));
+        assert_eq!(holding.overdue(102 + TRIAL_MS, &mut slots), 0, "it is busy");
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub mod space;
 mod swap;
 mod sweep;
 pub mod table;
+mod tracking;
 
 use core::fmt::{self, Write};
 

@@ -6,6 +6,7 @@
 //!
 //! Out, behind a fence (R17): the write's fault takes the page into the holding area and copies it back from there, to ordinary memory.
 //! Out, by heat: a few placed pages at a time are taken out on *trial*. One that is touched soon comes up; what is not goes back as it is.
+//! Where the kernel tells which are used, none is taken out ([`crate::tracking`]).
 //! Contents never depend on where a page is: what the table says of placed pages is a count, put right by [`Checker`].
 //!
 //! Holes: a page that a fork shares counts as the parent's; a write in the microsecond between the move and the fence lands on the node.
@@ -17,8 +18,9 @@ use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use crate::table::{CHUNK, Copy, Entry, Table};
+use crate::tracking::Tracker;
 use core::sync::atomic::Ordering::Relaxed;
-use spmem_core::placing::{LOOK_PAGES, Looks, MAX_TARGETS, PLACE_PAGES, TRIAL_MS, TRIAL_PAGES, Target, Targets};
+use spmem_core::placing::{LOOK_PAGES, Looks, MAX_TARGETS, PLACE_PAGES, TRIAL_PAGES, TRIALS_MAX, Target, Targets};
 use spmem_core::tier::{Promotion, Verdict};
 use spmem_core::units::{Order, Time};
 use spmem_sys::mapping::discard;
@@ -181,41 +183,30 @@ impl Demoter {
 
     /// Ends the trials that have gone on for too long.
     pub(crate) fn end_trials(&self) {
-        loop {
-            let span = {
-                let Some(space) = &mut *self.runtime.space.lock() else { return };
-                let now_ms = now_ms();
-                match space.holding.next() {
-                    Some(held) if held.target().is_some() && held.trial_ms(now_ms) > TRIAL_MS => {
-                        space.holding.claim(1)
-                    }
-                    _ => None,
-                }
-            };
-            let Some(span) = span else { return };
-            if !self.end_trial(span.first)
-                && let Some(space) = &mut *self.runtime.space.lock()
-                && space.holding.get(span.first).state == State::Busy
-            {
-                space.holding.release(span.first);
-            }
-            self.discard(span);
+        let mut slots = [0; TRIALS_MAX];
+        let space = self.runtime.space.lock();
+        let count = space.as_ref().map_or(0, |space| space.holding.overdue(now_ms(), &mut slots));
+        drop(space);
+        for &slot in &slots[..count] {
+            self.end_trial(slot, State::Held);
         }
     }
 
-    /// A page that was on trial and is cold goes back to its place as it is; whether it did.
-    pub(crate) fn end_trial(&self, slot: u32) -> bool {
+    /// A page that was on trial and is cold goes back to its place as it is; whether it did. `state`: busy by the caller's claim, or held.
+    pub(crate) fn end_trial(&self, slot: u32, state: State) -> bool {
         let runtime = self.runtime;
         let Some(space) = &mut *runtime.space.lock() else { return false };
         let held = space.holding.get(slot);
         let (Some(target), Some(pagemap)) = (held.target(), self.pagemap.as_deref()) else { return false };
-        if held.state != State::Busy || !space.table.get(held.owner).is_away() {
+        if held.state != state || !space.table.get(held.owner).is_away() {
             return false;
         }
         let from = space.holding.address(slot);
         let is_back = put(runtime, space, &self.uffd, pagemap, (held.owner, from), target);
-        if is_back {
-            space.holding.kill(slot);
+        match state {
+            State::Held if is_back => space.holding.vacate(slot),
+            _ if is_back => space.holding.kill(slot),
+            _ => {}
         }
         is_back
     }
@@ -280,18 +271,25 @@ pub(crate) struct Checker {
     /// Chunk to look at next, and the address in it.
     chunk: usize,
     at: usize,
+    /// Looks that gave pages for a trial.
+    turn: usize,
+    /// `None` where pages are tried out.
+    tracker: Option<Tracker>,
 }
 
 impl Checker {
-    pub(crate) const fn new() -> Self {
-        Self { looks: Looks::new(), chunk: 0, at: 0 }
+    pub(crate) fn new(runtime: &Runtime) -> Self {
+        Self { looks: Looks::new(), chunk: 0, at: 0, turn: 0, tracker: Tracker::new(runtime) }
     }
 
-    /// Puts right what is known of some placed pages, if it is time, and gives some of them for a trial: how many.
+    /// Whether it is time for another look.
+    pub(crate) fn is_due(&mut self) -> bool {
+        self.looks.is_due(clock::now_ns())
+    }
+
+    /// Puts right what is known of some placed pages, and brings up what the kernel says is used; else gives some of them
+    /// for a trial: how many.
     pub(crate) fn check(&mut self, runtime: &Runtime, trial: &mut [usize; TRIAL_PAGES]) -> usize {
-        if runtime.staging_start.load(Relaxed) == 0 || !self.looks.is_due(clock::now_ns()) {
-            return 0;
-        }
         let (mut pages, mut nodes) = ([0; LOOK_PAGES], [-1; LOOK_PAGES]);
         let count = runtime.space.lock().as_mut().map_or(0, |space| self.collect(&mut space.table, &mut pages));
         if count == 0 || mempolicy::nodes_of(&pages[..count], &mut nodes[..count]).is_err() {
@@ -318,8 +316,15 @@ impl Checker {
             runtime.publish_placed();
             return 0;
         }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.raise_used(runtime);
+            tracker.watch(&pages[..count]);
+            return 0;
+        }
+        // Not the same ones again when the hand comes round.
         let step = count.div_ceil(TRIAL_PAGES).max(1);
-        let chosen = pages[..count].iter().step_by(step).take(TRIAL_PAGES);
+        self.turn = self.turn.wrapping_add(1);
+        let chosen = pages[..count].iter().skip(self.turn % step).step_by(step).take(TRIAL_PAGES);
         trial.iter_mut().zip(chosen).map(|(to, page)| *to = *page).count()
     }
 

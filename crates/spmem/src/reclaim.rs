@@ -154,15 +154,15 @@ struct Tools {
 impl Tools {
     /// Looks whether placed pages are where they were put, and whether they are used.
     fn look_at_placed(&mut self, runtime: &'static Runtime, gate: Gate) {
-        if runtime.staging_start.load(Relaxed) == 0 {
+        if runtime.staging_start.load(Relaxed) == 0 || !self.checker.is_due() {
             return;
         }
+        self.demoter.end_trials();
         let mut trial = [0; TRIAL_PAGES];
         let count = self.checker.check(runtime, &mut trial);
         if count > 0 && gate != Gate::Closed {
             self.sweeper.try_out(&trial[..count]);
         }
-        self.demoter.end_trials();
     }
 }
 
@@ -229,7 +229,7 @@ impl Monitor {
                 demoter: Demoter::new(runtime, 0),
                 gate: GateKeeper::new(runtime)?,
                 densifier: Densifier::new(runtime),
-                checker: Checker::new(),
+                checker: Checker::new(runtime),
             })
         });
         if let Some(limit) = limit_before {

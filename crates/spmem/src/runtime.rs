@@ -81,6 +81,8 @@ pub struct Runtime {
     pub(crate) device: AtomicI32,
     pub(crate) socket: AtomicI32,
     pub(crate) uffd: AtomicI32,
+    /// Whether its ranges are registered so that the kernel tells of accesses.
+    pub(crate) is_tracked: AtomicBool,
     pub(crate) scratch: AtomicI32,
     pub(crate) listener: AtomicI32,
     /// One pagemap for all agent threads; without it nothing is swept.
@@ -157,6 +159,7 @@ impl Runtime {
             device: AtomicI32::new(-1),
             socket: AtomicI32::new(-1),
             uffd: AtomicI32::new(-1),
+            is_tracked: AtomicBool::new(false),
             scratch: AtomicI32::new(-1),
             listener: AtomicI32::new(-1),
             pagemap: AtomicI32::new(-1),
@@ -324,11 +327,17 @@ impl Runtime {
     pub(crate) fn make_userfaultfd(&self) -> Result<Uffd> {
         let device = self.device.load(Ordering::Relaxed);
         let uffd = new_userfaultfd(device)?;
-        match self.enlist(&uffd, feature::MANAGED) {
-            Ok(()) => Ok(uffd),
-            // `spm` is gone or may not: perhaps this process may.
-            Err(_) => uffd.enable(feature::MANAGED).map(|_| uffd),
+        let wanted = self.shared().is_tracked.load(Ordering::Relaxed) != 0;
+        for is_tracked in [true, false].into_iter().filter(|&is_tracked| wanted || !is_tracked) {
+            let features = feature::MANAGED | if is_tracked { feature::TRACKED } else { 0 };
+            // Where `spm` is gone or may not, perhaps this process may.
+            let enabled = self.enlist(&uffd, features).or_else(|_| uffd.enable(features).map(|_| ()));
+            self.is_tracked.store(is_tracked, Ordering::Relaxed);
+            if enabled.is_ok() || !is_tracked {
+                return enabled.map(|()| uffd);
+            }
         }
+        Err(Errno::EINVAL)
     }
 
     /// A userfaultfd for scratch areas.
@@ -467,7 +476,13 @@ impl Runtime {
     /// What faults are to come of the program's ranges.
     pub(crate) fn watch(&self) -> Watch {
         let is_fenced = |target: &control::Target| target.is_fenced.load(Ordering::Relaxed) != 0;
-        if self.shared().targets().any(is_fenced) { Watch::MissingAndFenced } else { Watch::Missing }
+        if self.is_tracked.load(Ordering::Relaxed) {
+            Watch::MissingAndTracked
+        } else if self.shared().targets().any(is_fenced) {
+            Watch::MissingAndFenced
+        } else {
+            Watch::Missing
+        }
     }
 
     /// What this process shares with its porter; `None` where it has none.

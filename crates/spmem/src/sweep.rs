@@ -358,7 +358,7 @@ impl Sweeper {
             let (Some(target), Some((slot, 1))) = (entry.target(), space.holding.room(1)) else { return };
             // Behind a fence any touch would bring it up.
             let is_fenced = self.runtime.shared().targets[target].is_fenced.load(Relaxed) != 0;
-            if !may_leave || is_fenced || space.holding.trials().iter().sum::<u32>() >= TRIALS_MAX {
+            if !may_leave || is_fenced || space.holding.trials().iter().sum::<u32>() as usize >= TRIALS_MAX {
                 return;
             }
             self.runtime.leaving.fetch_add(1, Ordering::SeqCst);

@@ -23,6 +23,7 @@ use spmem_node::swapfile::CLUSTER_BYTES;
 use spmem_sys::{Errno, Result};
 
 use crate::config::{Capacity, Config, FileNode, NumaNode};
+use crate::heat;
 use crate::machine::{kernel_nodes, reachable_nodes};
 
 /// The nodes of a run, best first.
@@ -101,6 +102,11 @@ impl Targets {
             to.quota_bytes.store(target.quota.0, Relaxed);
         }
         if self.has_mapped() {
+            let fenced = Services::WRITE_FENCE;
+            // The kernel has one bit for both.
+            let is_tracked = !self.0.iter().any(|target| target.spec.services.contains(fenced))
+                && heat::is_tracked(config.run.heat);
+            control.is_tracked.store(is_tracked.into(), Relaxed);
             for node in kernel_nodes(config)?.sysram.iter() {
                 control.sysram[usize::from(node.get()) / 64].fetch_or(1 << (node.get() % 64), Relaxed);
             }

@@ -7,7 +7,7 @@ use std::vec::Vec;
 use spmem_core::heat::{Accessed, Lack, Source};
 use spmem_sys::Errno;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
-use spmem_sys::uffd::{Uffd, feature};
+use spmem_sys::uffd::{Uffd, Watch, feature};
 
 use super::{HeatError, HeatSource, push_page};
 
@@ -73,7 +73,7 @@ impl HeatSource for Rwp {
             } else {
                 let doing = "registering pages for tracking";
                 self.uffd
-                    .register_tracked(range.start, range.len())
+                    .register_for(range.start, range.len(), Watch::Tracked)
                     .map_err(|cause| HeatError::Call { doing, cause })?;
             }
             self.begin(range)?;

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::vm_facts::Facts;
+use super::vm_runs_probe::HOT;
 
 /// What to hold against.
 #[derive(Clone, clap::Args)]
@@ -28,9 +29,10 @@ pub(crate) struct Options {
     only: Option<String>,
 }
 
-/// Nodes by name: open, fenced, small, two.
-const CONFIGS: [(&str, &str); 4] = [
+/// Nodes by name: open, tried (out, whatever else the kernel tells of heat), fenced, small, two.
+const CONFIGS: [(&str, &str); 5] = [
     ("open", "[[node]]\nid = 2\nkind = \"numa\"\n"),
+    ("tried", "[run]\nheat = \"holding\"\n[[node]]\nid = 2\nkind = \"numa\"\n"),
     ("fenced", "[[node]]\nid = 7\nkind = \"numa\"\nnode = 2\nwrite_fence = true\n"),
     ("small", "[[node]]\nid = 2\nkind = \"numa\"\ncapacity = \"4M\"\n"),
     (
@@ -41,11 +43,13 @@ const CONFIGS: [(&str, &str); 4] = [
 ];
 
 /// The words of the probe, the node, the flags of the wall, and whether it is one of the few.
-const ROWS: [(&str, &str, &[&str], bool); 11] = [
+const ROWS: [(&str, &str, &[&str], bool); 13] = [
     ("write", "fenced", &["--guard", "hard"], true),
     ("fork", "open", &["--guard", "hard"], true),
     ("unmap", "open", &["--guard", "hard"], true),
     ("read", "open", &["--guard", "hard"], false),
+    ("hot", "open", &["--guard", "hard"], true),
+    ("hot", "tried", &[], false),
     ("write", "open", &[], false),
     ("fork", "fenced", &["--mems", "0-1"], false),
     ("threads", "fenced", &["--sysram-nodes", "0"], false),
@@ -125,6 +129,10 @@ fn check(facts: &mut Facts, spm: &Path, words: &str, config: &str, wall: &[&str]
     }
     if config == "fenced" && words != "unmap" {
         facts.note(sum("promoted_pages") > 0, format!("{name}: writes have promoted {}", sum("promoted_pages")));
+    }
+    if words == "hot" {
+        let promoted = sum("promoted_pages");
+        facts.note(promoted >= u64::from(HOT / 4 * 3), format!("{name}: reads have promoted {promoted}"));
     }
     Ok(())
 }

@@ -15,11 +15,13 @@ use spmem_sys::{PAGE, mempolicy};
 const PATIENCE: Duration = Duration::from_secs(90);
 /// So many are enough.
 const ENOUGH: usize = 128;
+/// Placed pages that are read all the time.
+pub(super) const HOT: u32 = 32;
 
 /// What to do.
 #[derive(Clone, clap::Args)]
 pub(crate) struct Options {
-    /// read, write, threads, fork, unmap or wait
+    /// read, hot, write, threads, fork, unmap or wait
     what: String,
     #[arg(long, default_value_t = 6)]
     mib: usize,
@@ -140,6 +142,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let placed = area.wait_placed(options.node)?;
     match options.what.as_str() {
         "read" => read(&area, &placed, options.node)?,
+        "hot" => hot(&area, &placed, options.node)?,
         "write" => write(&mut area, &placed, options)?,
         "threads" => threads(area, options.node)?,
         "fork" => fork(&mut area, options.node)?,
@@ -171,6 +174,31 @@ fn read(area: &Area, placed: &[usize], node: u16) -> anyhow::Result<()> {
         placed.len() - stayed,
         placed.len()
     );
+    area.check(area.all())
+}
+
+/// Pages that are read all the time come up, though none is written.
+fn hot(area: &Area, placed: &[usize], node: u16) -> anyhow::Result<()> {
+    let (start, mut rounds) = (Instant::now(), 0_u64);
+    loop {
+        let hot = placed.iter().copied().take(HOT as usize);
+        area.check(hot.clone())?;
+        rounds += 1;
+        if rounds.is_multiple_of(16) {
+            let now = area.placed(node)?;
+            let up = hot.filter(|page| now.binary_search(page).is_err()).count();
+            if up >= HOT as usize / 4 * 3 {
+                println!(
+                    "{up} of {HOT} came up after {:.1} s, {} on the node",
+                    start.elapsed().as_secs_f64(),
+                    now.len()
+                );
+                break;
+            }
+            ensure!(start.elapsed() < PATIENCE, "only {up} of {HOT} came up, {} on the node", now.len());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
     area.check(area.all())
 }
 
