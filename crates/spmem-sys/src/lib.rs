@@ -77,6 +77,10 @@ impl Errno {
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
     /// The device failed.
     pub const EIO: Self = Self(libc::EIO);
+    /// Not to be read or written at that address.
+    pub const EFAULT: Self = Self(libc::EFAULT);
+    /// The memory has failed.
+    pub const EHWPOISON: Self = Self(libc::EHWPOISON);
     /// Memory is somewhere else than it was asked for.
     pub const EXDEV: Self = Self(libc::EXDEV);
 }

@@ -284,7 +284,7 @@ pub fn populate_write(start: usize, len: usize) -> Result<()> {
 /// lock that the fault handler needs.
 ///
 /// # Errors
-/// As madvise(2): `EFAULT` where the program may not read.
+/// As madvise(2): `EFAULT` where the program may not read; `EHWPOISON` where memory has failed.
 pub fn populate_read(start: usize, len: usize) -> Result<()> {
     // SAFETY: populating changes no byte.
     unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_POPULATE_READ) }?;

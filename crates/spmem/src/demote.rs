@@ -7,6 +7,7 @@
 //! What cannot be stored goes back to the program (R19); when node 1 is full, demotion stops (R18).
 
 use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
+use crate::fault::lose_held;
 use crate::holding::{Span, State};
 use crate::place::Placer;
 use crate::recorder::Happening;
@@ -213,7 +214,7 @@ impl Demoter {
     /// One slot; whether its page's RAM becomes free.
     pub(crate) fn demote(&mut self, slot: u32) -> bool {
         let runtime = self.runtime;
-        if self.end_trial(slot, State::Busy) {
+        if self.end_trial(slot, State::Busy) || self.has_failed(slot) {
             return false;
         }
         let (page, kept) = {
@@ -232,6 +233,34 @@ impl Demoter {
             }
             Err(unfit) => self.give_back(slot, unfit),
         }
+    }
+
+    /// Whether the memory of a busy slot's page has failed: to read it would end the process. Then the page is lost.
+    fn has_failed(&self, slot: u32) -> bool {
+        let runtime = self.runtime;
+        let address = runtime.space.lock().as_ref().map(|space| space.holding.address(slot));
+        if !address.is_some_and(|at| mapping::populate_read(at, PAGE) == Err(Errno::EHWPOISON)) {
+            return false;
+        }
+        let Some(space) = &mut *runtime.space.lock() else { return true };
+        let held = space.holding.get(slot);
+        if held.state != State::Busy {
+            return true; // dropped meanwhile
+        }
+        let entry = space.table.get(held.owner);
+        if entry.is_away() {
+            if !space.is_settled() || !lose_held(runtime, space, &self.uffd, slot) {
+                space.holding.release(slot);
+            }
+            return true;
+        }
+        // It came back before: what has failed is a copy.
+        if let Some(kept) = space.holding.forget_kept(slot) {
+            space.forget(kept);
+        }
+        space.table.set(held.owner, Entry::present(Copy::None, entry.age()));
+        space.holding.kill(slot);
+        true
     }
 
     /// The page of a slot that is busy, by who has claimed it: to be read until he discards it.

@@ -393,6 +393,9 @@ impl Server {
         }
         let progress = progress.unwrap_or_else(|| uffd.copy_from(page, from, PAGE));
         let is_there = progress.stopped.is_none() || progress.stopped == Some(Errno::EEXIST);
+        if progress.stopped == Some(Errno::EFAULT) {
+            return if lose_held(self.runtime, space, uffd, slot) { wake(uffd, page) } else { Served::Later };
+        }
         if !is_there {
             return self.refused(uffd, page, progress.stopped);
         }
@@ -490,6 +493,28 @@ impl Server {
     fn account(&self, pages: usize) {
         self.runtime.room_pages.fetch_sub(pages as i64, Relaxed);
     }
+}
+
+/// The memory of a page in the holding area has failed (R20): its user gets SIGBUS where it was, once; the slot is given back. False if an
+/// event has to be read first.
+pub(crate) fn lose_held(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, slot: u32) -> bool {
+    let page = space.holding.get(slot).owner;
+    if uffd.poison(page).stopped == Some(Errno::EAGAIN) {
+        return false;
+    }
+    runtime.shared().counters.corrupt_pages.fetch_add(1, Relaxed);
+    crate::complain(format_args!(
+        "spm: process {}: page {page:#x} is lost: the memory it was in has failed on its way out; its user gets SIGBUS\n",
+        process::pid()
+    ));
+    if space.mode != Mode::Quiet {
+        if let Some(kept) = space.holding.forget_kept(slot) {
+            space.forget(kept);
+        }
+        space.table.set(page, Entry::default());
+        space.holding.kill(slot);
+    }
+    true
 }
 
 /// What a fault for the page of an entry is to a trace.

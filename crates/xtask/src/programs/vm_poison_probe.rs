@@ -19,7 +19,7 @@ use super::vm_runs_probe::Area;
 /// What to poison.
 #[derive(Clone, clap::Args)]
 pub(crate) struct Options {
-    /// resident or node1
+    /// resident, held or node1
     what: String,
     #[arg(long, default_value_t = 10)]
     mib: usize,
@@ -136,6 +136,7 @@ fn hurt(area: &mut Area, options: &Options) -> anyhow::Result<()> {
             area.write(7, 1);
             area.address(7)
         }
+        "held" => present_in_holding(area)?,
         "node1" => present_in_store()?,
         other => anyhow::bail!("nothing is called {other}"),
     };
@@ -170,26 +171,55 @@ fn check(area: &mut Area, page: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The addresses of a line of /proc/PID/maps.
+fn range(line: &str) -> Option<(usize, usize)> {
+    let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+    Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+}
+
+/// The first page that is there.
+fn present_in(pagemap: &fs::File, start: usize, end: usize) -> anyhow::Result<Option<usize>> {
+    let mut entries = vec![0; (end - start) / PAGE * 8];
+    let read = pagemap.read_at(&mut entries, (start / PAGE * 8) as u64)?;
+    let (entries, _) = entries[..read].as_chunks::<8>();
+    let found = entries.iter().position(|entry| u64::from_ne_bytes(*entry) & PRESENT != 0);
+    Ok(found.map(|found| start + found * PAGE))
+}
+
+/// A page of the holding area that is there, while pages are written, so that others leave. The area begins at a multiple of 2 MiB, and is a
+/// page longer than a power of two: that one stays empty.
+fn present_in_holding(area: &mut Area) -> anyhow::Result<usize> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let pagemap = fs::File::open("/proc/self/pagemap")?;
+    let is_one = |&(start, end): &(usize, usize)| {
+        start.is_multiple_of(2 << 20) && (end - start - PAGE).is_power_of_two() && end - start > PAGE
+    };
+    let areas: Vec<_> =
+        maps.lines().filter(|line| line.contains(" rw-p ")).filter_map(range).filter(is_one).collect();
+    for page in std::iter::repeat_n(area.all(), 20).flatten() {
+        area.write(page, 1);
+        for &(start, end) in &areas {
+            if let Some(at) = present_in(&pagemap, start, end)? {
+                return Ok(at);
+            }
+        }
+    }
+    anyhow::bail!("nothing was in a holding area:\n{maps}")
+}
+
 /// A page of the store that is there. The store lies in front of the room that it may grow into.
 fn present_in_store() -> anyhow::Result<usize> {
     const LEAST_ROOM: usize = 64 << 20;
     let maps = fs::read_to_string("/proc/self/maps")?;
     let pagemap = fs::File::open("/proc/self/pagemap")?;
-    let range = |line: &str| -> Option<(usize, usize)> {
-        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
-        Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
-    };
     let lines: Vec<&str> = maps.lines().collect();
     for pair in lines.windows(2).filter(|pair| pair[0].contains(" rw-p ") && pair[1].contains(" ---p ")) {
         let (Some((start, end)), Some((next, room))) = (range(pair[0]), range(pair[1])) else { continue };
         if end != next || room - next < LEAST_ROOM {
             continue;
         }
-        let mut entries = vec![0; (end - start) / PAGE * 8];
-        let read = pagemap.read_at(&mut entries, (start / PAGE * 8) as u64)?;
-        let (entries, _) = entries[..read].as_chunks::<8>();
-        if let Some(found) = entries.iter().position(|entry| u64::from_ne_bytes(*entry) & PRESENT != 0) {
-            return Ok(start + found * PAGE);
+        if let Some(at) = present_in(&pagemap, start, end)? {
+            return Ok(at);
         }
     }
     anyhow::bail!("there is no store:\n{maps}")

@@ -168,7 +168,7 @@ fn check_killed(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
 /// Memory that the machine reports as failed costs the page that is in it, or, under node 1, the process: nobody else, and both
 /// are told of. See [`vm_poison_probe`](super::vm_poison_probe).
 fn check_failed_memory(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
-    for what in ["resident", "node1"] {
+    for what in ["resident", "held", "node1"] {
         let mut command = Command::new(spm);
         command.args(["run", "--sysram", "5M", "--"]).arg(std::env::current_exe()?);
         let output = command.args(["program", "vm-poison-probe", what]).stdin(Stdio::null()).output()?;
@@ -179,10 +179,17 @@ fn check_failed_memory(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
         let lost: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("lost ")).collect();
         let told: Vec<_> = errors.lines().filter(|line| line.contains(" is lost")).collect();
         let (at, process) = poisoned.with_context(|| format!("nothing was poisoned: {both}"))?;
+        let start = format!("spm: process {process}: page 0x");
         let is_right = if what == "resident" {
             output.status.success() && said.contains("done") && lost == [at] && told.is_empty()
+        } else if what == "held" {
+            // Whose page it was `spm` says, and the signal.
+            output.status.success()
+                && said.contains("done")
+                && lost.len() == 1
+                && told.len() == 1
+                && told[0].starts_with(&format!("spm: process {process}: page {} is lost", lost[0]))
         } else {
-            let start = format!("spm: process {process}: page 0x");
             output.status.code() == Some(128 + libc::SIGBUS)
                 && lost.is_empty()
                 && told.len() == 1
