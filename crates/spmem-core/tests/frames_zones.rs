@@ -47,6 +47,22 @@ fn a_run_across_two_zones_leaves_both_with_what_they_have_left() {
 }
 
 #[test]
+fn a_run_across_two_zones_is_given_only_where_both_parts_are_free() {
+    let zone = 1_u64 << 18;
+    let mut frames = Frames::new();
+    frames.add_range(FrameCount(zone + 1024), lent(zone + 1024)).unwrap();
+    // A run of a zone's length begins at frame 0 or, across the border, at frame 1024.
+    frames.alloc_at(FrameNumber(0), Order::ZERO).unwrap();
+    for used in [1024, zone - 1, zone, zone + 1023].map(|frame| FrameNumber(frame as u32)) {
+        frames.alloc_at(used, Order::ZERO).unwrap();
+        let refused = frames.alloc_contiguous(FrameCount(zone));
+        assert!(matches!(refused, Err(FramesError::Exhausted { .. })), "frame {used} is in use: {refused:?}");
+        frames.free_block(used, Order::ZERO).unwrap();
+    }
+    assert_eq!(frames.alloc_contiguous(FrameCount(zone)).unwrap().first, FrameNumber(1024));
+}
+
+#[test]
 fn a_cache_that_was_sent_to_another_zone_comes_back_when_that_is_full() {
     let zone = 1_u64 << 18;
     let mut frames = Frames::new();

@@ -56,6 +56,7 @@ struct Model {
 enum Op {
     Grant(Vec<u16>, Terms),
     Narrow(prop::sample::Index, Vec<u16>, Terms),
+    HandOn(prop::sample::Index),
     Advance(u64),
     Alloc(prop::sample::Index, u16, u8),
     Charge(prop::sample::Index, u64),
@@ -70,6 +71,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         1 => (nodes(), terms()).prop_map(|(n, t)| Op::Grant(n, t)),
         2 => (at(), nodes(), terms()).prop_map(|(g, n, t)| Op::Narrow(g, n, t)),
+        1 => at().prop_map(Op::HandOn),
         1 => (0u64..100).prop_map(Op::Advance),
         4 => (at(), 0..NODES, 0u8..4).prop_map(|(g, n, o)| Op::Alloc(g, n, o)),
         2 => (at(), 0u64..20_000).prop_map(|(g, b)| Op::Charge(g, b)),
@@ -307,6 +309,14 @@ proptest! {
                 Op::Narrow(at, nodes, terms) => {
                     model.pick(at).into_iter().for_each(|g| model.narrow(g, &nodes, terms));
                 }
+                Op::HandOn(at) => {
+                    let whole = |known: &Known| (known.nodes.iter().map(NodeId::get).collect::<Vec<_>>(),
+                        Terms::new(known.rights, Bytes(known.quota)).until(Time(known.expires)));
+                    if let Some(grant) = model.pick(at) {
+                        let (nodes, terms) = whole(&model.grants[grant]);
+                        model.narrow(grant, &nodes, terms);
+                    }
+                }
                 Op::Alloc(at, node, order) => {
                     model.pick(at).into_iter().for_each(|g| model.alloc(g, node, order));
                 }
@@ -317,6 +327,32 @@ proptest! {
             model.check();
         }
     }
+}
+
+#[test]
+fn grants_narrowed_from_one_share_its_quota_however_far_they_were_handed_on() {
+    let mut model = Model::new();
+    let registry = model.mm.registry_mut();
+    let (quota, node) = (4 * 4096, NodeId::ZERO);
+    let whole = registry.grant(&[&model.owners[0]], all(quota)).unwrap();
+    let one = registry.narrow(&whole, node.into(), all(quota)).unwrap();
+    let other = registry.narrow(&whole, node.into(), all(quota)).unwrap();
+    let below = registry.narrow(&other, node.into(), all(quota)).unwrap();
+    let of_one = registry.charge(&one, Bytes(3 * 4096)).unwrap();
+    for grant in [&whole, &one, &other, &below] {
+        let (wanted, left) = (Bytes(4097), Bytes(4096));
+        assert_eq!(registry.charge(grant, wanted), Err(GrantError::OverQuota { wanted, left }));
+    }
+    let of_below = registry.charge(&below, Bytes(4096)).unwrap();
+    assert_eq!(registry.grant_info(&whole).unwrap().used, Bytes(quota));
+    let grants = [&whole, &one, &other, &below];
+    let cause = GrantError::OverQuota { wanted: Bytes(4096), left: Bytes(0) };
+    let refused = model.mm.alloc(&Request::on(DomainId::ROOT, node, &grants), Order::ZERO);
+    assert_eq!(refused, Err(AllocError::Grant { node, cause }));
+    let registry = model.mm.registry_mut();
+    registry.uncharge(of_one).unwrap();
+    registry.uncharge(of_below).unwrap();
+    assert_eq!(registry.charge(&below, Bytes(quota)).map(|_| ()), Ok(()));
 }
 
 #[test]
