@@ -5,6 +5,7 @@
 use rand::seq::IteratorRandom;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64Mcg;
+use spmem_core::frames::MAX_CONTIGUOUS;
 use spmem_core::node::Services;
 use spmem_core::units::PAGE_SIZE;
 
@@ -13,7 +14,29 @@ use crate::step::{Ask, GateName, Mode, Step, Telemetry, Terms};
 use crate::world::World;
 
 /// Nodes that come and go.
-const NODES: u16 = 8;
+const NODES: usize = 8;
+
+/// How large a machine gets.
+#[derive(Debug)]
+struct Extent {
+    /// Numbers of its nodes, rising.
+    nodes: [u16; NODES],
+    /// The most frames of a range.
+    range: u64,
+    /// The most frames of a run, ...
+    run: u32,
+    /// ... which most are shorter than, by a power of two below this one.
+    shorter: u32,
+}
+
+/// Most seeds: nodes that fill up at once.
+const SMALL: Extent = Extent { nodes: [0, 1, 2, 3, 4, 5, 6, 7], range: 1200, run: 1200, shorter: 8 };
+/// One seed of [`WIDE_SHARE`]: node numbers at the edges of a mask's words, ranges of several zones, and runs that reach across
+/// two of them, or are longer than any may be.
+const WIDE: Extent =
+    Extent { nodes: [0, 1, 63, 64, 511, 512, 1022, 1023], range: 600_000, run: (1 << 18) + (1 << 14), shorter: 3 };
+const WIDE_SHARE: u64 = 4;
+
 /// The most blocks at a time; beyond, more are freed than taken.
 const BLOCKS: usize = 200;
 /// The most domains at a time.
@@ -50,6 +73,9 @@ const TELEMETRY: [Telemetry; 8] = [
     Telemetry::Stuck,
     Telemetry::Silent,
 ];
+/// What no domain can be called.
+const NO_NAMES: [&str; 4] = ["", ".", "..", "a\nb"];
+
 const GATES: [GateName; 3] = [GateName::Allocation, GateName::Converging, GateName::TearingDown];
 
 /// None, static, relative, both, which is an error, and balancing, which is one with most modes.
@@ -63,6 +89,7 @@ const SERVICES: [Services; 6] =
 #[derive(Debug)]
 pub struct Generator {
     random: Pcg64Mcg,
+    extent: &'static Extent,
     next_grant: u32,
     next_block: u32,
 }
@@ -70,7 +97,8 @@ pub struct Generator {
 impl Generator {
     /// Steps from a seed.
     pub fn new(seed: u64) -> Self {
-        Self { random: Pcg64Mcg::seed_from_u64(seed), next_grant: 0, next_block: 0 }
+        let extent = if seed % WIDE_SHARE == WIDE_SHARE - 1 { &WIDE } else { &SMALL };
+        Self { random: Pcg64Mcg::seed_from_u64(seed), extent, next_grant: 0, next_block: 0 }
     }
 
     /// What happens next.
@@ -83,26 +111,21 @@ impl Generator {
             0..3 => self.add_node(),
             100..105 => self.add_range(world),
             105..108 => self.remove_range(world),
-            108 | 188 => Step::FormerOwner { node: self.random.random_range(0..NODES) },
-            109..111 => Step::SetDistance {
-                from: self.random.random_range(0..NODES),
-                to: self.random.random_range(0..NODES),
-                distance: self.random.random_range(9..30),
-            },
-            111 => Step::SetWeight {
-                node: self.random.random_range(0..NODES),
-                weight: self.random.random_range(0..4),
-            },
+            108 | 188 => Step::FormerOwner { node: self.node() },
+            109..111 => {
+                Step::SetDistance { from: self.node(), to: self.node(), distance: self.random.random_range(9..30) }
+            }
+            111 => Step::SetWeight { node: self.node(), weight: self.random.random_range(0..4) },
             112..116 => Step::SetPolicy { task: self.random.random_range(0..TASKS), ask: self.ask(world) },
             116..124 => Step::AllocBy {
                 task: self.random.random_range(0..TASKS),
                 block: self.new_block(),
                 order: self.order(),
             },
-            124..128 => Step::Explain { node: self.random.random_range(0..NODES), ask: self.ask(world) },
+            124..128 => Step::Explain { node: self.node(), ask: self.ask(world) },
             128..134 => Step::Promote {
                 block: self.promotable(world),
-                used_at: self.random.random_range(0..NODES),
+                used_at: self.node(),
                 since_use_ns: u64::from(self.random.next_u32()) >> self.random.random_range(0..32),
                 grants: (0..4).map(|_| self.grant(world)).collect(),
                 is_completed: self.random.random_bool(0.8),
@@ -114,16 +137,12 @@ impl Generator {
             182..185 => self.alloc_batch(world),
             189..192 => self.alloc_contiguous(world),
             185..188 => self.move_target(world),
-            140..142 => Step::SetReserve {
-                node: self.random.random_range(0..NODES),
-                frames: self.random.random_range(0..200),
-            },
-            142..182 => self.compressed(),
-            3..5 => Step::RemoveNode { node: self.random.random_range(0..NODES) },
-            5..8 if model.domains.len() < DOMAINS => {
-                let above = self.path(world);
-                Step::MakeDomain { path: format!("{above}/{}", self.random.random_range(0..4)) }
+            140..142 => {
+                Step::SetReserve { node: self.node(), frames: self.random.random_range(0..self.extent.range / 6) }
             }
+            142..182 => self.compressed(),
+            3..5 => Step::RemoveNode { node: self.node() },
+            5..8 if model.domains.len() < DOMAINS => self.make_domain(world),
             5..9 => Step::DropDomain { path: self.path(world) },
             9..13 => Step::SetMems { path: self.path(world), nodes: self.nodes() },
             13..16 => Step::SetSysram { path: self.path(world), nodes: self.nodes() },
@@ -138,32 +157,48 @@ impl Generator {
             27..29 => Step::Release { grant: self.grant(world) },
             32..36 => Step::Use { block: self.block(world) },
             36..40 => Step::Demote {
-                node: self.random.random_range(0..NODES),
+                node: self.node(),
                 wanted: self.random.random_range(1..40),
                 grants: (0..4).map(|_| self.grant(world)).collect(),
                 is_completed: self.random.random_bool(0.8),
             },
-            42..44 => Step::Reclaim {
-                node: self.random.random_range(0..NODES),
-                grants: (0..4).map(|_| self.grant(world)).collect(),
-            },
+            42..44 => Step::Reclaim { node: self.node(), grants: (0..4).map(|_| self.grant(world)).collect() },
             44..46 => Step::Compact {
-                node: self.random.random_range(0..NODES),
+                node: self.node(),
                 order: self.random.random_range(1..=10),
                 is_completed: self.random.random_bool(0.8),
             },
-            46..47 if self.random.random_bool(0.9) => Step::Oom { node: self.random.random_range(0..NODES) },
+            46..47 if self.random.random_bool(0.9) => Step::Oom { node: self.node() },
             47..48 => self.poison(world),
             40..42 => Step::Gather { path: self.path(world), grants: (0..4).map(|_| self.grant(world)).collect() },
-            29..32 => {
-                // Seldom long, or no grant that ends would live to be used.
-                let is_long = self.random.random_bool(0.1);
-                Step::Advance { ns: self.random.random_range(0..if is_long { 12_000_000_000 } else { 1000 }) }
-            }
+            29..32 => Step::Advance { ns: self.advance(world) },
             _ if self.random.random_range(0..2 * BLOCKS) < model.blocks.len() => {
                 Step::Free { block: self.block(world), is_zeroed: self.random.random_bool(0.3) }
             }
             _ => self.alloc(world),
+        }
+    }
+
+    /// Now and then one below the deepest, or with a name that cannot be.
+    fn make_domain(&mut self, world: &World) -> Step {
+        let deepest = world.model.domains.keys().max_by_key(|path| path.len()).cloned();
+        let above = deepest.filter(|_| self.random.random_bool(0.3)).unwrap_or_else(|| self.path(world));
+        let name = match self.random.random_range(0..20) {
+            0 => NO_NAMES[self.random.random_range(0..NO_NAMES.len())].to_owned(),
+            number => (number % 4).to_string(),
+        };
+        Step::MakeDomain { path: format!("{above}/{name}") }
+    }
+
+    /// Seldom long, or no grant that ends would live to be used; now and then to the very moment at which one ends, or just
+    /// before.
+    fn advance(&mut self, world: &World) -> u64 {
+        let (now, grants) = (world.model.now, world.model.grants.values());
+        let end = grants.filter_map(|grant| grant.terms.expires).filter(|&end| end > now).min();
+        match (end, self.random.random_range(0..10)) {
+            (Some(end), 0..3) => end - now - self.random.random_range(0..2),
+            (_, 9) => self.random.random_range(0..12_000_000_000),
+            _ => self.random.random_range(0..1000),
         }
     }
 
@@ -193,10 +228,10 @@ impl Generator {
 
     fn add_node(&mut self) -> Step {
         Step::AddNode {
-            node: self.random.random_range(0..NODES),
+            node: self.node(),
             is_spm: self.random.random(),
             is_easy: self.random.random(),
-            frames: self.random.random_range(1..1200),
+            frames: self.frames().max(1),
             is_zero: self.random.random(),
             services: self.services(),
             tier: self.random.random_range(0..3),
@@ -217,8 +252,8 @@ impl Generator {
 
     /// Mostly one that is what the node is; else it differs in something.
     fn add_range(&mut self, world: &World) -> Step {
-        let node = self.random.random_range(0..NODES);
-        let (frames, is_zero) = (self.random.random_range(0..1200), self.random.random());
+        let node = self.node();
+        let (frames, is_zero) = (self.frames(), self.random.random());
         let known = world.model.nodes.get(&node).map(|known| known.spec);
         let (mut is_spm, mut is_easy) = known.map_or((false, false), |spec| (spec.is_spm, spec.is_easy));
         let mut class = known.map_or(1, |spec| spec.class);
@@ -238,7 +273,7 @@ impl Generator {
         let ranges =
             world.model.nodes.iter().flat_map(|(&node, known)| known.ranges.keys().map(move |&at| (node, at)));
         let some = ranges.choose(&mut self.random).filter(|_| self.random.random_bool(0.9));
-        let (node, first) = some.unwrap_or((self.random.random_range(0..NODES), 1024));
+        let (node, first) = some.unwrap_or((self.node(), 1024));
         Step::RemoveRange { node, first, is_completed: self.random.random_bool(0.8) }
     }
 
@@ -251,7 +286,8 @@ impl Generator {
                 Step::Poison { node: block.node, frame: block.first + at }
             }
             _ => {
-                Step::Poison { node: self.random.random_range(0..NODES), frame: self.random.random_range(0..1200) }
+                let frame = self.random.random_range(0..self.extent.range);
+                Step::Poison { node: self.node(), frame: u32::try_from(frame).unwrap_or_default() }
             }
         }
     }
@@ -275,7 +311,8 @@ impl Generator {
     fn alloc_contiguous(&mut self, world: &World) -> Step {
         Step::AllocContiguous {
             block: self.new_block(),
-            frames: 1 + ((self.random.next_u32() % 1200) >> self.random.random_range(0..8)),
+            frames: 1
+                + ((self.random.next_u32() % self.extent.run) >> self.random.random_range(0..self.extent.shorter)),
             ask: self.ask(world),
         }
     }
@@ -283,7 +320,7 @@ impl Generator {
     fn move_target(&mut self, world: &World) -> Step {
         Step::MoveTarget {
             path: self.path(world),
-            node: self.random.random_range(0..NODES),
+            node: self.node(),
             grants: (0..2).map(|_| self.grant(world)).collect(),
         }
     }
@@ -299,11 +336,8 @@ impl Generator {
             asked: self.random.random_bool(if takes_none { 0.05 } else { 0.8 }).then(|| self.nodes()),
             mode,
             flags: FLAGS[self.random.random_range(0..FLAGS.len())],
-            home: self
-                .random
-                .random_bool(if has_home { 0.2 } else { 0.03 })
-                .then(|| self.random.random_range(0..NODES)),
-            at: self.random.random_bool(0.5).then(|| self.random.random_range(0..NODES)),
+            home: self.random.random_bool(if has_home { 0.2 } else { 0.03 }).then(|| self.node()),
+            at: self.random.random_bool(0.5).then(|| self.node()),
             grants: (0..shown).map(|_| self.grant(world)).collect(),
             is_movable: self.random.random_bool(0.7),
             uses_reserve: self.random.random_bool(0.1),
@@ -325,6 +359,11 @@ impl Generator {
         let mut nodes = self.nodes();
         // Mostly something that can be: less of what there is.
         if let Some(whole) = world.model.grants.get(&from)
+            && self.random.random_bool(0.3)
+        {
+            // All of it: so its children, and it, race for its quota.
+            (terms, nodes) = (whole.terms, whole.nodes.iter().copied().collect());
+        } else if let Some(whole) = world.model.grants.get(&from)
             && self.random.random_bool(0.8)
         {
             terms.rights &= whole.terms.rights;
@@ -382,6 +421,21 @@ impl Generator {
 
     fn nodes(&mut self) -> Vec<u16> {
         let bits = self.random.next_u32();
-        (0..NODES).filter(|node| bits >> node & 1 == 1).collect()
+        let nodes = self.extent.nodes.into_iter().zip(0..);
+        nodes.filter(|(_, at)| bits >> at & 1 == 1).map(|(node, _)| node).collect()
+    }
+
+    /// Frames of a range; where it can have several zones, mostly a little more than one.
+    fn frames(&mut self) -> u64 {
+        let frames = self.random.random_range(0..self.extent.range);
+        if self.extent.range > MAX_CONTIGUOUS && self.random.random_bool(0.6) {
+            MAX_CONTIGUOUS + frames % 32_768
+        } else {
+            frames
+        }
+    }
+
+    fn node(&mut self) -> u16 {
+        self.extent.nodes[self.random.random_range(0..NODES)]
     }
 }

@@ -20,6 +20,6 @@ mod world;
 
 pub use self::check::Violation;
 pub use self::generate::Generator;
-pub use self::machine::{Shape, lend};
+pub use self::machine::Shape;
 pub use self::step::{Ask, GateName, Mode, Step, Telemetry, Terms};
 pub use self::world::{Checks, Outcome, World};

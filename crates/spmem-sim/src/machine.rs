@@ -1,8 +1,8 @@
 //! Machines to simulate: shapes from a handful of frames to terabytes.
 
-use bytemuck::allocation::zeroed_slice_box;
+use bytemuck::allocation::try_zeroed_slice_box;
 use core::sync::atomic::{AtomicU8, AtomicU64};
-use spmem_core::frames::Metadata;
+use spmem_core::frames::{MAX_FRAMES, Metadata};
 use spmem_core::units::FrameCount;
 
 use crate::step::{Step, Terms};
@@ -56,10 +56,14 @@ impl Shape {
     }
 }
 
-/// Metadata for so many frames: zero pages that are not touched before the frames are. It is never given back.
-pub fn lend(count: FrameCount) -> Metadata {
+/// Metadata for so many frames, if there is memory for it: zero pages that are not touched before the frames are. It is never
+/// given back.
+pub(crate) fn lend(count: FrameCount) -> Option<Metadata> {
+    if count.0 > MAX_FRAMES {
+        return None;
+    }
     let (words, states) = Metadata::size(count);
-    let words: &'static [AtomicU64] = Box::leak(zeroed_slice_box(words));
-    let states: &'static [AtomicU8] = Box::leak(zeroed_slice_box(states));
-    Metadata::new(words, states)
+    let words: Box<[AtomicU64]> = try_zeroed_slice_box(words).ok()?;
+    let states: Box<[AtomicU8]> = try_zeroed_slice_box(states).ok()?;
+    Some(Metadata::new(Box::leak(words), Box::leak(states)))
 }

@@ -38,6 +38,14 @@ pub(crate) struct Node {
     pub(crate) ranges: BTreeMap<u32, u64>,
 }
 
+impl Node {
+    /// Where a range behind all others would begin.
+    pub(crate) fn end(&self) -> u64 {
+        let last = self.ranges.last_key_value();
+        last.map_or(0, |(&first, &count)| (u64::from(first) + count).next_multiple_of(1024))
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Domain {
     pub(crate) mems: Set,
@@ -120,7 +128,7 @@ impl Model {
     pub(crate) fn is_live(&self, grant: u32) -> bool {
         self.grants
             .get(&grant)
-            .is_some_and(|grant| grant.is_held && !grant.is_revoked && grant.terms.ends() > self.now)
+            .is_some_and(|grant| grant.is_held && !grant.is_revoked && !grant.terms.is_over(self.now))
     }
 
     /// The nodes on which a grant carries a right.

@@ -196,7 +196,8 @@ impl Tree {
         };
         let registry = mm.registry_mut();
         let owner = registry.register(NodeId::ONE, spec.clone()).expect("the node is the first").owner;
-        registry.add_range(&owner, &spec, setup.node, lend(setup.node), Initial::Zero).expect("a range that fits");
+        let lent = lend(setup.node).expect("memory for what is kept of node 1");
+        registry.add_range(&owner, &spec, setup.node, lent, Initial::Zero).expect("a range that fits");
         let process = |(number, program): (usize, Program)| {
             let terms = Terms::new(Rights::ALLOC, setup.node.bytes());
             let grant = registry.grant(&[&owner], terms).expect("by the owner");
@@ -285,7 +286,7 @@ impl Tree {
         if self.report.full > 0 {
             return Ok(()); // what is full may be full for a while
         }
-        let allowed = self.limit.0.max(unavoidable) + self.limit.0 / OVERRUN_SHARE + OVERRUN.0;
+        let allowed = self.limit.0.max(unavoidable).saturating_add(self.limit.0 / OVERRUN_SHARE + OVERRUN.0);
         hold("budget", used <= allowed, || {
             format!(
                 "process {process}: {} in use, {} allowed of a limit of {}",

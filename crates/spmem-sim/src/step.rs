@@ -423,6 +423,11 @@ impl Terms {
     pub(crate) fn ends(self) -> u64 {
         self.expires.unwrap_or(u64::MAX)
     }
+
+    /// Whether they have ended. The last moment that can be told is no end.
+    pub(crate) fn is_over(self, now: u64) -> bool {
+        self.ends() <= now && self.ends() != u64::MAX
+    }
 }
 
 /// How strongly nodes are named: mempolicy(7), by number.

@@ -47,7 +47,7 @@ impl fmt::Display for TraceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Header { name } => write!(f, "such a trace begins with the line {{\"{name}\":{VERSION}}}"),
-            Self::Line { line, cause } => write!(f, "line {line} is no step: {cause}"),
+            Self::Line { line, .. } => write!(f, "line {line} is no step"),
         }
     }
 }

@@ -263,7 +263,7 @@ impl Model {
     /// Whether a node keeps its reserve when it gives a block of an order.
     pub(crate) fn keeps_reserve(&self, node: u16, order: u8) -> bool {
         let reserve = self.nodes[&node].reserve;
-        reserve == 0 || self.frames_free(node) >= reserve + (1 << order)
+        reserve == 0 || self.frames_free(node) >= reserve.saturating_add(1 << order)
     }
 
     /// Whether a node has a free block of an order, and somebody can pay for it.

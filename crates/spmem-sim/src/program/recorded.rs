@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
 use spmem_core::units::{Bytes, FrameCount};
 
@@ -16,6 +17,10 @@ use crate::trace::{TraceError, read_lines};
 
 /// In the header.
 const NAME: &str = "spmem_program_trace";
+/// Pages of an address space of 57 bits.
+const PAGES: u64 = 1 << (57 - 12);
+/// More pages never come at once: what the kernel maps by one entry, 1 GiB.
+const CAME_MAX: u64 = 1 << (30 - 12);
 /// A first touch that was not seen takes so long, ns.
 const UNSEEN_NS: u64 = 500;
 /// A thread that was away longer did something else, ns.
@@ -149,7 +154,14 @@ impl Recording {
     /// # Errors
     /// [`TraceError`] names the line.
     pub fn read(text: &str) -> Result<Self, TraceError> {
-        Ok(Self { records: read_lines(text, NAME)? })
+        let records: Vec<Record> = read_lines(text, NAME)?;
+        match records.iter().zip(2..).find(|(record, _)| !record.can_be()) {
+            Some((record, line)) => {
+                let cause = serde_json::Error::custom(format!("no run has such pages: {record:?}"));
+                Err(TraceError::Line { line, cause })
+            }
+            None => Ok(Self { records }),
+        }
     }
 
     /// Whether a text begins as a recording does.
@@ -169,7 +181,7 @@ impl Recording {
     pub fn lost(&self) -> u64 {
         let lost =
             self.records.iter().map(|record| if let Record::Lost { records } = record { *records } else { 0 });
-        lost.sum()
+        lost.fold(0, u64::saturating_add)
     }
 
     /// The tree that did this, within a budget.
@@ -187,6 +199,18 @@ impl Recording {
 }
 
 impl Record {
+    /// Whether a process has such pages, and as many came at once.
+    fn can_be(&self) -> bool {
+        match *self {
+            Self::Fault { page, pages, .. } => page < PAGES && pages <= CAME_MAX,
+            Self::Demote { page, .. }
+            | Self::Place { page, .. }
+            | Self::Refuse { page, .. }
+            | Self::Drop { page, .. } => page < PAGES,
+            Self::Budget { .. } | Self::Lost { .. } => true,
+        }
+    }
+
     const fn process(&self) -> Option<u32> {
         match self {
             Self::Fault { process, .. }

@@ -5,6 +5,7 @@ use spmem_core::compressed::{
     Allocation, Burst, Change, Converging, Gate, Health, Key, NotAdmitted, Ratio, Reading, STALE_NS, Settings,
     Supply, TearingDown,
 };
+use spmem_core::frames::MAX_FRAMES;
 use spmem_core::units::{Bytes, FrameCount, PAGE_SIZE, Time};
 use spmem_core::watermark::Watermarks;
 
@@ -94,8 +95,8 @@ impl Device {
 impl World {
     /// A compressing device appears; one of that number before is gone.
     pub(super) fn add_device(&mut self, number: u8, frames: u64, waiting: u64) -> Applied {
-        if frames == 0 {
-            return refused("no memory");
+        if frames == 0 || frames > MAX_FRAMES || waiting > MAX_FRAMES {
+            return refused("a device has 1 to 2^32 frames, of which no more wait");
         }
         let burst = Burst::Device { dirty_lines: waiting, granule: Bytes(PAGE_SIZE) };
         let settings = Settings { balloon_step: FrameCount(STEP), ..Settings::new(Ratio(ADVERTISED), burst) };

@@ -1,6 +1,7 @@
 //! Domains: made, dropped, and their masks (R4, R5).
 
-use spmem_core::domain::{DomainError, Outside};
+use spmem_core::domain::{DomainError, MAX_DEPTH, MAX_NAME, Outside};
+use spmem_core::units::MAX_DOMAINS;
 
 use super::{Applied, Outcome, World, mask, refused};
 use crate::check::{Violation, hold};
@@ -19,7 +20,13 @@ impl World {
                 self.check_step()
             }
             Err(error) => {
-                let is_true = matches!(error, DomainError::Exists { domain } if self.domain(path) == Some(domain));
+                let is_true = match error {
+                    DomainError::Exists { domain } => self.domain(path) == Some(domain),
+                    DomainError::BadName => !is_name(name),
+                    DomainError::TooDeep => path.matches('/').count() > MAX_DEPTH,
+                    DomainError::TooMany => self.model.domains.len() == usize::from(MAX_DOMAINS),
+                    _ => false,
+                };
                 hold("R11", is_true, || format!("domain {path} cannot be made: {error}"))?;
                 refused(error)
             }
@@ -88,4 +95,9 @@ impl World {
         }
         self.check_step()
     }
+}
+
+/// Whether a domain can have the name, which has no `/`: as a directory of cgroup(7).
+fn is_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && name.len() <= MAX_NAME && !name.contains('\n')
 }

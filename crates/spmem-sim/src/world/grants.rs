@@ -32,7 +32,7 @@ impl World {
         };
         match self.mm.registry_mut().grant(&owners, terms.core()) {
             Ok(grant) => {
-                hold("R12", terms.ends() > self.model.now, || {
+                hold("R12", !terms.is_over(self.model.now), || {
                     format!("grant {number} was over when it was made")
                 })?;
                 self.note_grant(number, grant, nodes, terms, None);

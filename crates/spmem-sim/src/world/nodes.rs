@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use spmem_core::frames::{FrameRange, FramesError};
+use spmem_core::frames::{FrameRange, FramesError, MAX_FRAMES};
 use spmem_core::grant::{GrantError, Rights, Terms};
 use spmem_core::migrate::Stay;
 use spmem_core::node::{Class, NodeError, NodeSpec, Services};
@@ -56,8 +56,8 @@ impl World {
     /// R1, R3: a node has one owner, one type, and services that can be.
     pub(super) fn add_node(&mut self, node: u16, spec: Spec, tier: u8, frames: u64, initial: Initial) -> Applied {
         let (Ok(id), Some(core)) = (NodeId::new(node), core_spec(&spec)) else { return refused("no such node") };
-        if frames == 0 {
-            return refused("a node without frames");
+        if frames == 0 || frames > MAX_FRAMES {
+            return refused("a node has 1 to 2^32 frames");
         }
         let is_known = self.model.nodes.contains_key(&node);
         let can_be = spec.can_be();
@@ -94,12 +94,16 @@ impl World {
         let known = &self.model.nodes[&node];
         let conflict = known.spec.conflict(&spec);
         let count = FrameCount(frames);
-        let range = match self.mm.registry_mut().add_range(owner, &core, count, lend(count), initial) {
+        let Some(lent) = lend(count) else { return refused("no memory for what is kept of the frames") };
+        let range = match self.mm.registry_mut().add_range(owner, &core, count, lent, initial) {
             Ok(range) => range,
             Err(error) => {
                 let is_true = match error {
                     NodeError::Conflict { node: of, property } => of.get() == node && Some(property) == conflict,
                     NodeError::Frames(FramesError::EmptyRange) => frames == 0,
+                    NodeError::Frames(FramesError::TooMany { count: told, frames: behind }) => {
+                        told == count && behind == known.end() && behind + frames > MAX_FRAMES
+                    }
                     _ => false,
                 };
                 hold("R11", is_true, || {
@@ -286,7 +290,8 @@ impl World {
         let Some(spec) = core_spec(&spec) else { return refused("no such class") };
         let first = self.model.nodes.get(&node).and_then(|known| known.ranges.keys().next().copied()).unwrap_or(0);
         let registry = self.mm.registry_mut();
-        let added = registry.add_range(former, &spec, FrameCount(64), lend(FrameCount(64)), Initial::Zero);
+        let Some(lent) = lend(FrameCount(64)) else { return refused("no memory for what is kept of the frames") };
+        let added = registry.add_range(former, &spec, FrameCount(64), lent, Initial::Zero);
         hold("R3", added.map(|_| ()) == stays, || format!("a former owner of node {node} adds {added:?}"))?;
         let removed = registry.remove_range(former, FrameNumber(first)).map(|_| ());
         hold("R3", removed == stays, || format!("a former owner of node {node} removes a range: {removed:?}"))?;

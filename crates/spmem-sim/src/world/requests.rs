@@ -166,6 +166,19 @@ impl World {
         hold("R6", asks.is_ok() == is_open && asks.is_err() == (asks == Err(Errno::Eperm)), || {
             format!("{path} migrates unprivileged to node {node}: {asks:?}, open: {is_open}")
         })?;
+        // With all that is open beside it: who may not name more loses nothing, who may gets what is open.
+        let mut open: Set = self.model.effective(path);
+        open.retain(|node| !self.model.nodes[node].spec.is_spm || granted.contains(node));
+        let (mut wide, open) = (mask_of(&open), mask_of(&open));
+        wide.insert(id);
+        let narrowed = if open.is_empty() { Err(Errno::Einval) } else { Ok(open) };
+        let expected = if is_open { Ok(wide) } else { Err(Errno::Eperm) };
+        for (is_privileged, expected) in [(true, narrowed), (false, expected)] {
+            let told = policy::migrate_targets(&context, &wide, is_privileged);
+            hold("R8", told == expected, || {
+                format!("{path} migrates to {wide}, privileged: {is_privileged}: {told:?}, not {expected:?}")
+            })?;
+        }
         match told {
             Ok(()) => Ok(Outcome::Done),
             Err(errno) => refused(format!("{errno:?}")),

@@ -1,6 +1,6 @@
 //! Runs: neighbouring frames, which are asked for and given back as one and never move (R6, R12, R20, R21).
 
-use spmem_core::frames::FramesError;
+use spmem_core::frames::{FramesError, MAX_CONTIGUOUS};
 use spmem_core::grant::{GrantError, Rights};
 use spmem_core::mm::{AllocError, Contiguous};
 use spmem_core::units::{FrameCount, Order, PAGE_SIZE};
@@ -60,7 +60,7 @@ impl World {
     fn lack_of_run(&self, request: &model::Request, node: u16, frames: u64) -> Option<AllocError> {
         let id = spmem_core::units::NodeId::new(node).ok()?;
         let (known, free) = (&self.model.nodes[&node], self.model.frames_free(node));
-        if !request.uses_reserve && known.reserve > 0 && free < known.reserve + frames {
+        if !request.uses_reserve && known.reserve > 0 && free < known.reserve.saturating_add(frames) {
             let (free, min) = (FrameCount(free), FrameCount(known.reserve));
             return Some(AllocError::ReserveOnly { node: id, free, min });
         }
@@ -72,6 +72,10 @@ impl World {
             let left = request.grants.iter().find(opens).map_or(0, |&grant| self.model.left(grant));
             let (wanted, left) = (FrameCount(frames).bytes(), spmem_core::units::Bytes(left));
             return Some(AllocError::Grant { node: id, cause: GrantError::OverQuota { wanted, left } });
+        }
+        if frames > MAX_CONTIGUOUS {
+            let cause = FramesError::Contiguous { count: FrameCount(frames) };
+            return Some(AllocError::Exhausted { node: id, cause });
         }
         if self.model.free_runs(node, frames).next().is_some() {
             return None;
