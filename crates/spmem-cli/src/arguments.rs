@@ -199,6 +199,16 @@ pub struct ExplainArguments {
     /// The machine, described in a TOML file [default: that of spm run]
     #[arg(long, value_name = "FILE")]
     pub machine: Option<PathBuf>,
+    /// This machine's own nodes, by the kernel's numbers, behind a wall as spm wall makes it; the domain / is this process's
+    /// cpuset
+    #[arg(long, conflicts_with = "machine")]
+    pub here: bool,
+    /// How hard the wall around this machine's special-purpose nodes is: hard or easy [default: hard]
+    #[arg(long, value_name = "GUARD", requires = "here")]
+    pub guard: Option<GuardName>,
+    /// Read classes and types of this machine's nodes from a TOML file
+    #[arg(long, value_name = "FILE", requires = "here")]
+    pub config: Option<PathBuf>,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
@@ -307,6 +317,7 @@ Exit status: 0 when at least one node is allowed, 1 when none is, 2 for a wrong 
 Examples:
   spm explain --nodes 0-1 --policy interleave
   spm explain --nodes 1 --grant cram
+  spm explain --here --nodes 0-3 --policy interleave
   spm explain --machine host.toml --nodes 0,2 --policy preferred-many --home 2 --local 0
   spm explain --machine host.toml --domain /batch/job --nodes 3 --grant 3:alloc";
 

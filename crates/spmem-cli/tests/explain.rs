@@ -250,3 +250,37 @@ fn a_local_node_that_there_is_not_is_a_wrong_command_line() {
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}");
     }
 }
+
+#[test]
+fn this_machines_own_nodes_can_be_asked_for() {
+    let (answer, status) = json(&["--here"]);
+    assert!(
+        answer["nodes"].as_array().unwrap().iter().any(|node| node["reason"] == "ordinary memory"),
+        "{answer}"
+    );
+    assert_eq!((answer["domain"].as_str(), status), (Some("/"), Some(0)));
+    for wrong in [&["--here", "--machine", MACHINE][..], &["--guard", "easy"], &["--config", "spm.toml"]] {
+        assert_eq!(explain(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_wrong_grant_is_named_with_what_there_is() {
+    let said = |grant| String::from_utf8(explain(&["--grant", grant]).stderr).unwrap();
+    assert!(
+        said("5:alloc").contains("--grant 5:alloc: node 5 is not registered; there are 0-1"),
+        "{}",
+        said("5:alloc")
+    );
+    assert!(
+        said("1:fly").contains("--grant 1:fly: there is no right `fly`; there are alloc"),
+        "{}",
+        said("1:fly")
+    );
+}
+
+#[test]
+fn flags_that_exclude_each_other_are_both_named() {
+    let (answer, status) = json(&["--nodes", "0", "--policy", "bind=static|relative"]);
+    assert_eq!((answer["policy"].as_str(), status), (Some("bind=static|relative"), Some(1)));
+}

@@ -117,8 +117,10 @@ impl Flags {
         match (self.is_static(), self.is_relative(), self.contains(Self::NUMA_BALANCING)) {
             (false, false, false) => "",
             (false, false, true) => "=balancing",
-            (true, _, false) => "=static",
-            (true, _, true) => "=static|balancing",
+            (true, false, false) => "=static",
+            (true, false, true) => "=static|balancing",
+            (true, true, false) => "=static|relative",
+            (true, true, true) => "=static|relative|balancing",
             (false, true, false) => "=relative",
             (false, true, true) => "=relative|balancing",
         }

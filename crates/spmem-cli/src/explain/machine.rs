@@ -1,4 +1,4 @@
-//! A machine to explain: the one that `spm run` sets up here, or one that a TOML file describes.
+//! A machine to explain: the one that `spm run` sets up here, this one's own nodes, or one that a TOML file describes.
 //!
 //! The file has `[[node]]`, `[[distance]]`, `[[domain]]` and `[[grant]]` entries ([`EXAMPLE`] has every key). Keys and values that are not
 //! known are errors that name the line; what does not fit together is refused by the memory manager, in its words.
@@ -14,8 +14,10 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_node::compressed::{cram_spec, sysram_spec};
+use spmem_node::machine::Node as KernelNode;
 
-use crate::config::read_description;
+use crate::config::{Config, read_description};
+use crate::machine::{reachable_nodes, type_of};
 use crate::size;
 
 /// A described machine, with every key.
@@ -40,6 +42,40 @@ impl Machine {
         machine.register(NodeId::ONE, cram_spec())?;
         let rights = Rights::ALLOC | Rights::DEMOTE_TO | Rights::MIGRATE_FROM;
         machine.add_grant("cram", NodeId::ONE.into(), Terms::new(rights, Bytes(u64::MAX)))?;
+        Ok(machine)
+    }
+
+    /// This machine's own nodes with memory, by the kernel's numbers, and their distances. The root's `mems` is this process's cpuset.
+    ///
+    /// # Errors
+    /// /proc does not tell which nodes this process may use.
+    pub fn here(config: &Config, guard: Guard) -> anyhow::Result<Self> {
+        let machine = spmem_node::machine::Machine::read(Path::new("/"), &config.classes);
+        Self::of_kernel(&machine.nodes, config, guard, reachable_nodes()?)
+    }
+
+    fn of_kernel(nodes: &[KernelNode], config: &Config, guard: Guard, mems: NodeMask) -> anyhow::Result<Self> {
+        let mut machine = Self { registry: Registry::new(), grants: BTreeMap::new(), owners: BTreeMap::new() };
+        let has_memory = |node: &&KernelNode| node.memory.is_some_and(|memory| memory.total_bytes > 0);
+        for node in nodes.iter().filter(has_memory) {
+            let (node_type, class) = (type_of(config, node), node.class.class);
+            let services = if guard == Guard::Easy { Services::USER_NUMA } else { Services::empty() };
+            let spec = NodeSpec { node_type, class, services, guard, owner: "kernel".into() };
+            machine.register(NodeId::new(node.id)?, spec)?;
+        }
+        if machine.registry.present().is_empty() {
+            // A kernel without NUMA has node 0.
+            machine.register(NodeId::ZERO, sysram_spec())?;
+        }
+        for node in nodes {
+            for (&to, &distance) in &node.distances {
+                let [from, to] = [NodeId::new(node.id)?, NodeId::new(to)?];
+                let is_known = [from, to].iter().all(|&node| machine.registry.present().contains(node));
+                // A firmware that calls a node unreachable, or farther than itself, leaves the order as it would be without.
+                let _ = is_known.then(|| machine.registry.set_distance(from, to, distance));
+            }
+        }
+        machine.registry.set_mems(DomainId::ROOT, mems)?;
         Ok(machine)
     }
 
@@ -119,7 +155,10 @@ impl Machine {
     }
 
     fn add_grant(&mut self, name: &str, nodes: NodeMask, terms: Terms) -> anyhow::Result<()> {
-        let owner = |node| self.owners.get(&node).with_context(|| format!("node {node} is not registered"));
+        let owner = |node| {
+            let present = self.registry.present();
+            self.owners.get(&node).with_context(|| format!("node {node} is not registered; there are {present}"))
+        };
         let owners = nodes.iter().map(owner).collect::<anyhow::Result<Vec<_>>>()?;
         let grant = self.registry.grant(&owners, terms)?;
         if self.grants.insert(name.to_owned(), grant).is_some() {
@@ -145,8 +184,9 @@ impl Machine {
             );
         };
         let nodes = parse_mask("--grant", nodes, *self.registry.sysram())?;
-        let terms = Terms::new(parse_rights(rights.split(','))?, Bytes(u64::MAX));
-        self.add_grant(text, nodes, terms)
+        let rights = parse_rights(rights.split(','));
+        let granted = rights.and_then(|rights| self.add_grant(text, nodes, Terms::new(rights, Bytes(u64::MAX))));
+        granted.with_context(|| format!("--grant {text}"))
     }
 
     /// A grant that is known.
@@ -267,6 +307,9 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use spmem_core::class::{Reason as ClassReason, Verdict};
+    use spmem_node::machine::Memory;
+
     use super::*;
 
     #[test]
@@ -274,6 +317,50 @@ mod tests {
         let machine = Machine::parse(EXAMPLE).unwrap();
         assert!(machine.registry.present().count() > 1 && machine.registry.domains().count() > 1);
         assert!(machine.grant("staging").is_some());
+    }
+
+    /// A node of the kernel's, with so much memory of a class, as far from node 0 as said.
+    fn kernel_node(id: u16, total_bytes: u64, class: Class, far: u8) -> KernelNode {
+        let memory = Memory { total_bytes, free_bytes: 0, available_bytes: 0 };
+        KernelNode {
+            id,
+            cpus: Vec::new(),
+            memory: Some(memory),
+            distances: BTreeMap::from([(0, far), (id, 10)]),
+            access: None,
+            any_initiator: None,
+            tier: None,
+            has_generic_initiator: false,
+            caches: Vec::new(),
+            class: Verdict { class, reason: ClassReason::Configured },
+        }
+    }
+
+    #[test]
+    fn this_machines_nodes_are_the_kernels_with_their_classes_distances_and_the_cpuset_of_the_asker() {
+        let nodes = [
+            kernel_node(0, 1 << 30, Class::Plain, 10),
+            kernel_node(1, 0, Class::Plain, 20), // processors alone
+            kernel_node(2, 1 << 30, Class::Slower, 17),
+            kernel_node(5, 1 << 30, Class::Accelerator, 255), // cannot be reached, says the firmware
+        ];
+        let mems = NodeMask::parse("0,5", NodeMask::EMPTY).unwrap();
+        for guard in [Guard::Hard, Guard::Easy] {
+            let Machine { registry, .. } = Machine::of_kernel(&nodes, &Config::default(), guard, mems).unwrap();
+            assert_eq!(registry.present().to_string(), "0,2,5");
+            let number = |node| NodeId::new(node).unwrap();
+            assert_eq!(registry.spm(), &number(5).into(), "by its class, as spm wall has it");
+            assert_eq!(registry.easy().contains(number(5)), guard == Guard::Easy);
+            assert_eq!(registry.effective(DomainId::ROOT), Some(&mems));
+            let far = |node| registry.distances().get(number(node), NodeId::ZERO);
+            assert_eq!((far(2), far(5)), (17, 20));
+        }
+        let mut config = Config::default();
+        config.types.insert("node2".to_owned(), NodeType::Spm);
+        let machine = Machine::of_kernel(&nodes, &config, Guard::Hard, NodeMask::ALL).unwrap();
+        assert_eq!(machine.registry.spm().to_string(), "2,5");
+        let none = Machine::of_kernel(&[], &config, Guard::Hard, NodeMask::ALL).unwrap();
+        assert_eq!(none.registry.sysram(), &NodeId::ZERO.into());
     }
 
     #[test]

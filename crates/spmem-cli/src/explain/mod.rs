@@ -1,6 +1,7 @@
 //! `spm explain`: what would be allowed, and who or what stands in the way (R11).
 //!
-//! Asks the same function as an allocation does ([`Registry::admit`]), of the machine of `spm run` or of a described one.
+//! Asks the same function as an allocation does ([`Registry::admit`]), of the machine of `spm run`, of this one's own nodes, or of a
+//! described one.
 //! What the calls that set a policy refuse is an answer too, with their errno.
 //! Exit status: 0 when at least one node is allowed, 1 when none is, 2 for a wrong command line or machine.
 
@@ -22,6 +23,7 @@ use spmem_core::wall::{Pass, Reason, Refusal, Request};
 pub use self::machine::EXAMPLE;
 use self::machine::{Machine, parse_mask};
 use crate::arguments::{ExplainArguments, PolicyName};
+use crate::config::Config;
 
 /// No node is allowed.
 const REFUSED: i32 = 1;
@@ -73,6 +75,10 @@ struct NodeAnswer {
 pub fn explain(options: &ExplainArguments) -> anyhow::Result<i32> {
     let mut machine = match &options.machine {
         Some(path) => Machine::read(path)?,
+        None if options.here => {
+            let config = Config::read(options.config.as_deref())?;
+            Machine::here(&config, options.guard.map_or(Guard::Hard, |guard| guard.0))?
+        }
         None => Machine::embedded()?,
     };
     options.grant.iter().try_for_each(|grant| machine.note_grant(grant))?;
