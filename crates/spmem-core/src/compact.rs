@@ -16,7 +16,7 @@ use crate::frames::{FrameRange, FramesError};
 use crate::migrate::{Move, Stay};
 use crate::mm::{AllocError, MemoryManager};
 use crate::node::Services;
-use crate::units::{FrameCount, FrameNumber, NodeId, Order};
+use crate::units::{FrameNumber, NodeId, Order};
 
 pub use self::deferral::Deferral;
 
@@ -213,17 +213,4 @@ impl MemoryManager {
 enum Above {
     Yes,
     No,
-}
-
-/// Frames that are free in whole blocks of an order.
-///
-/// ```
-/// use spmem_core::{compact::free_in_blocks, units::{FrameCount, Order}};
-/// let mut counts = [0; Order::COUNT];
-/// (counts[0], counts[9], counts[10]) = (100, 2, 1);
-/// assert_eq!(free_in_blocks(&counts, Order::HUGE), FrameCount(2048));
-/// ```
-pub fn free_in_blocks(free_blocks: &[u64; Order::COUNT], order: Order) -> FrameCount {
-    let large = Order::all().filter(|&of| of >= order);
-    FrameCount(large.map(|of| free_blocks[of.index()] * of.frames().0).sum())
 }

@@ -329,8 +329,9 @@ impl MemoryManager {
                 Ok(block)
             }
             Err(cause) => {
-                // Enough frames, but none of that size together: more must be freed than the marks ask for.
-                if matches!(cause, FramesError::Exhausted { free, .. } if free >= order.frames()) {
+                // Enough frames, but none of that size together: more must be freed than the marks ask for, where anything is (R15).
+                let is_reclaimed = entry.spec.services.contains(Services::RECLAIM);
+                if is_reclaimed && matches!(cause, FramesError::Exhausted { free, .. } if free >= order.frames()) {
                     entry.watermarks.boost(order.frames());
                 }
                 self.uncharge(charged, order.frames());

@@ -15,9 +15,8 @@ use alloc::vec::Vec;
 use crate::frames::{FrameRange, FramesError};
 use crate::units::{FrameNumber, Order};
 
-/// Frames that a piece of the bits is for: 1 GiB.
+/// Frames that a piece of the bits is for: 1 GiB, or what is left of the range.
 const PIECE_FRAMES: usize = 1 << 18;
-const PIECE_WORDS: usize = PIECE_FRAMES / 64;
 
 /// What the frames of a range hold when it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +84,8 @@ impl Contents {
             bits.changed.resize_with(piece + 1, || None);
         }
         if bits.changed[piece].is_none() && bits.initial == making {
-            bits.changed[piece] = Some(zeros(PIECE_WORDS)?);
+            let left = bits.span.count.0 as usize - piece * PIECE_FRAMES;
+            bits.changed[piece] = Some(zeros(left.min(PIECE_FRAMES).div_ceil(64))?);
         }
         Ok(())
     }
@@ -187,6 +187,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_short_range_has_bits_for_its_frames_only() {
+        let mut contents = Contents::default();
+        let count = FrameCount((1 << 18) + 100);
+        contents.add_range(FrameRange { first: FrameNumber(0), count }, Initial::Zero);
+        for first in [(1 << 18) + 99, (1 << 18) + 64] {
+            contents.prepare(FrameNumber(first)).unwrap();
+            assert!(contents.give_out(FrameNumber(first), Order::ZERO));
+        }
+        assert_eq!(contents.bytes(), 16, "a hundred bits, in words");
     }
 
     #[test]

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use spmem_core::compact::free_in_blocks;
 use spmem_core::frames::{FrameRange, Metadata};
 use spmem_core::grant::{Grant, Rights, Terms};
 use spmem_core::migrate::{Move, Stay};
@@ -75,7 +74,8 @@ impl Machine {
     }
 
     fn free_huge(&self) -> u64 {
-        free_in_blocks(&self.mm.stats(NodeId::ONE).unwrap().free_blocks, Order::HUGE).0 / 512
+        let counts = self.mm.stats(NodeId::ONE).unwrap().free_blocks;
+        counts[Order::HUGE.index()] + 2 * counts[Order::MAX.index()]
     }
 
     fn compact(&mut self) -> u64 {

@@ -12,7 +12,7 @@ use spmem_core::policy::Policy;
 use spmem_core::tier::DRAM;
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order};
 use spmem_core::wall::{Mobility, Request};
-use spmem_core::watermark::Watermarks;
+use spmem_core::watermark::{Pressure, Watermarks};
 use spmem_core::zero::Initial;
 
 const FRAMES: FrameCount = FrameCount(64);
@@ -138,6 +138,24 @@ fn a_service_works_on_a_node_that_offers_it_and_never_touches_one_that_does_not(
         let before = machine.mm.stats(NodeId::ONE);
         assert!(!is_touched(&mut machine), "{service} works without being offered");
         assert_eq!(machine.mm.stats(NodeId::ONE), before, "{service} changed a node that does not offer it");
+    }
+}
+
+/// A boost asks reclaim for more, and only what reclaim frees pays it off.
+#[test]
+fn marks_are_boosted_on_a_node_that_is_reclaimed_and_on_no_other() {
+    for (services, after) in [(Services::all(), Pressure::Easing), (all_but(Services::RECLAIM), Pressure::None)] {
+        let Machine { mut mm, grant, held, .. } = Machine::new(services);
+        let mut kept = Vec::new();
+        for (at, block) in held.into_iter().enumerate() {
+            if at % 4 == 0 { kept.push(block) } else { mm.free(block).unwrap() }
+        }
+        // Of each eight frames seven are free: enough for a larger block, which there is none of.
+        assert_eq!(mm.pressure(NodeId::ONE, Order::ZERO), Some(Pressure::None));
+        let grants = [&grant];
+        let request = Request::on(DomainId::ROOT, NodeId::ONE, &grants);
+        assert!(mm.alloc(&request, Order::new(4).unwrap()).is_err());
+        assert_eq!(mm.pressure(NodeId::ONE, Order::ZERO), Some(after), "{services}");
     }
 }
 
