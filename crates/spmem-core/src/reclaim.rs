@@ -17,6 +17,7 @@
 mod density;
 mod encoding;
 mod floor;
+mod following;
 mod helpers;
 mod managed;
 mod progress;
@@ -29,6 +30,7 @@ pub use self::density::{
 };
 pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
+pub use self::following::{Follow, Following};
 pub use self::helpers::{HELPER_REST_NS, MAX_RECLAIMERS, Needs, reclaimers};
 pub use self::managed::{Mapping, Origin};
 pub use self::progress::Progress;

@@ -84,8 +84,9 @@ impl Contents {
             bits.changed.resize_with(piece + 1, || None);
         }
         if bits.changed[piece].is_none() && bits.initial == making {
-            let left = bits.span.count.0 as usize - piece * PIECE_FRAMES;
-            bits.changed[piece] = Some(zeros(left.min(PIECE_FRAMES).div_ceil(64))?);
+            let count = usize::try_from(bits.span.count.0).unwrap_or(usize::MAX);
+            let left = count.saturating_sub(piece * PIECE_FRAMES).min(PIECE_FRAMES);
+            bits.changed[piece] = Some(zeros(left.div_ceil(64))?);
         }
         Ok(())
     }
