@@ -34,6 +34,8 @@ pub struct Config {
     pub numa: Vec<NumaNode>,
     /// Nodes of kind "file", by id.
     pub files: Vec<FileNode>,
+    /// Nodes of kind "dax", by id.
+    pub dax: Vec<DaxNode>,
     /// Section `[class]`: what this machine's nodes and devices are taken for, whatever else speaks for or against it.
     pub classes: Overrides,
 }
@@ -83,6 +85,19 @@ pub struct FileNode {
     pub is_fenced: bool,
 }
 
+/// A `[[node]]` of kind "dax".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DaxNode {
+    /// Key `id`.
+    pub id: u16,
+    /// Key `path`: of the device.
+    pub path: PathBuf,
+    /// Key `capacity`: what a run may have there.
+    pub capacity: Capacity,
+    /// Key `class`; what the machine tells if it is not given.
+    pub class: Option<Class>,
+}
+
 /// A `[[node]]` of kind "numa".
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NumaNode {
@@ -125,6 +140,7 @@ impl Default for Config {
             types: BTreeMap::new(),
             numa: Vec::new(),
             files: Vec::new(),
+            dax: Vec::new(),
             classes: Overrides::new(),
         }
     }
@@ -178,17 +194,20 @@ impl Config {
                     config.declare(&node)?;
                     config.numa.push(node);
                 }
+                (Kind::Dax, 2..) if id < u32::from(MAX_NODES) => config.dax.push(node.dax(text)?),
                 (Kind::Ram, _) => bail!("node {id} is of kind \"ram\", which is node 0's and no other's"),
                 (Kind::Compressed, _) => {
                     bail!("node {id} is of kind \"compressed\", which is node 1's and no other's")
                 }
-                (Kind::File | Kind::Numa, _) => {
-                    bail!("node {id} is of kind \"file\" or \"numa\", expected an id of 2 to {}", MAX_NODES - 1)
+                (Kind::File | Kind::Numa | Kind::Dax, _) => {
+                    let most = MAX_NODES - 1;
+                    bail!("node {id} is of kind \"file\", \"numa\" or \"dax\", expected an id of 2 to {most}")
                 }
             }
         }
         config.files.sort_by_key(|file| file.id);
         config.numa.sort_by_key(|numa| numa.id);
+        config.dax.sort_by_key(|dax| dax.id);
         Ok(config)
     }
 
@@ -258,6 +277,7 @@ struct Node {
     path: Option<Spanned<PathBuf>>,
     write_fence: Option<Spanned<bool>>,
     node: Option<Spanned<u16>>,
+    overwrite: Option<Spanned<bool>>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -267,12 +287,14 @@ enum Kind {
     Compressed,
     File,
     Numa,
+    Dax,
 }
 
 impl Node {
     const fn has_only_a_kind(&self) -> bool {
         let has_limits = self.class.is_some() || self.guard.is_some() || self.capacity.is_some();
-        !has_limits && self.path.is_none() && self.write_fence.is_none() && self.node.is_none()
+        let is_elsewhere = self.path.is_some() || self.node.is_some() || self.overwrite.is_some();
+        !has_limits && !is_elsewhere && self.write_fence.is_none()
     }
 
     /// A compressed node is of class 4 and its guard is hard (R17: entered by demotion only): there is nothing to keep.
@@ -285,6 +307,7 @@ impl Node {
             bail!("{}: a path does not fit kind \"compressed\"", line(text, path));
         }
         self.check_no_kernel_node(text, "compressed")?;
+        self.check_no_overwrite(text, "compressed")?;
         if let Some(fence) = &self.write_fence {
             bail!("{}: kind \"compressed\" is always write-fenced", line(text, fence));
         }
@@ -295,6 +318,7 @@ impl Node {
         let id = self.id;
         self.check_guard(text, "file")?;
         self.check_no_kernel_node(text, "file")?;
+        self.check_no_overwrite(text, "file")?;
         let class = match &self.class {
             None => Class::Shared,
             Some(number) => {
@@ -324,6 +348,7 @@ impl Node {
     /// A node that the kernel has: what is asked for here is for runs.
     fn numa(self, text: &str) -> anyhow::Result<NumaNode> {
         self.check_guard(text, "numa")?;
+        self.check_no_overwrite(text, "numa")?;
         if let Some(path) = &self.path {
             bail!("{}: a path does not fit kind \"numa\"", line(text, path));
         }
@@ -339,6 +364,38 @@ impl Node {
             class: class.transpose()?,
             is_fenced: self.write_fence.is_some_and(Spanned::into_inner),
         })
+    }
+
+    /// A device that runs copy pages to: what is on it is lost, so that is to be said.
+    fn dax(self, text: &str) -> anyhow::Result<DaxNode> {
+        let id = u16::try_from(self.id).context("an id is below 1024")?;
+        self.check_guard(text, "dax")?;
+        self.check_no_kernel_node(text, "dax")?;
+        if let Some(fence) = &self.write_fence {
+            bail!("{}: kind \"dax\" is always write-fenced", line(text, fence));
+        }
+        let class = self.class.as_ref().map(|number| {
+            let fits = class_of(number).filter(|class| *class != Class::Featured);
+            fits.with_context(|| {
+                let (line, number) = (line(text, number), number.get_ref());
+                format!("{line}: class {number} does not fit kind \"dax\", expected 1, 2, 3, 5 or 6")
+            })
+        });
+        let class = class.transpose()?;
+        let path = self.path.with_context(|| format!("node {id} is of kind \"dax\": it needs a path"))?;
+        if !self.overwrite.is_some_and(Spanned::into_inner) {
+            let device = path.get_ref().display();
+            bail!("node {id} is of kind \"dax\": runs write over what is on {device}; overwrite = true lets them");
+        }
+        let capacity = self.capacity.map_or(Capacity::Auto, Spanned::into_inner);
+        Ok(DaxNode { id, path: path.into_inner(), capacity, class })
+    }
+
+    fn check_no_overwrite(&self, text: &str, kind: &str) -> anyhow::Result<()> {
+        match &self.overwrite {
+            None => Ok(()),
+            Some(overwrite) => bail!("{}: kind \"{kind}\" overwrites nothing", line(text, overwrite)),
+        }
     }
 
     fn check_no_kernel_node(&self, text: &str, kind: &str) -> anyhow::Result<()> {
@@ -405,118 +462,4 @@ fn refusal<E: serde::de::Error>(reason: impl fmt::Display) -> E {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn reason(text: &str) -> String {
-        format!("{:#}", Config::parse(text).unwrap_err())
-    }
-
-    #[test]
-    fn the_documented_example_is_the_default() {
-        assert_eq!(Config::parse(EXAMPLE).unwrap(), Config::default());
-        assert_eq!(Config::parse("").unwrap(), Config::default());
-    }
-
-    #[test]
-    fn values_of_the_file_are_taken() {
-        let text = "[run]\nsysram = \"25%\"\nheat = \"idle\"\n[[node]]\nid = 1\nkind = \"compressed\"\ncapacity = \"2G\"\n";
-        let config = Config::parse(text).unwrap();
-        assert_eq!(config.run.sysram, SysramLimit::Percent(25));
-        assert_eq!(config.run.heat, heat::Wish::Only(Source::Idle));
-        assert_eq!(config.store_capacity, Capacity::Bytes(2 << 30));
-    }
-
-    #[test]
-    fn nodes_of_files_are_listed_by_id_with_what_they_leave_out() {
-        let node = |id: u32, more: &str| {
-            format!("[[node]]\nid = {id}\nkind = \"file\"\npath = \"/f{id}\"\ncapacity = \"8M\"\n{more}")
-        };
-        let text = node(7, "class = 3\nwrite_fence = true\n") + &node(2, "guard = \"hard\"\n");
-        let config = Config::parse(&text).unwrap();
-        let file = |id: u16, class, is_fenced| FileNode {
-            id,
-            path: format!("/f{id}").into(),
-            bytes: 8 << 20,
-            class,
-            is_fenced,
-        };
-        assert_eq!(config.files, [file(2, Class::Shared, false), file(7, Class::Slow, true)]);
-        for path in ["", "/", "/var/.."] {
-            let text = format!("[[node]]\nid = 2\nkind = \"file\"\ncapacity = \"8M\"\npath = \"{path}\"\n");
-            let error = Config::parse(&text).unwrap_err().to_string();
-            assert!(error.contains("line 5") && error.contains("names no file"), "{path:?}: {error}");
-        }
-    }
-
-    #[test]
-    fn nodes_of_the_kernel_s_are_spm_and_listed_by_id_with_what_they_leave_out() {
-        let text = "[[node]]\nid = 5\nkind = \"numa\"\nnode = 2\ncapacity = \"64M\"\nwrite_fence = true\n\
-                    [[node]]\nid = 3\nkind = \"numa\"\nclass = 3\n";
-        let config = Config::parse(text).unwrap();
-        let auto = Capacity::Auto;
-        let plain = NumaNode { id: 3, node: 3, capacity: auto, class: Some(Class::Slow), is_fenced: false };
-        let fenced =
-            NumaNode { id: 5, node: 2, capacity: Capacity::Bytes(64 << 20), class: None, is_fenced: true };
-        assert_eq!(config.numa, [plain, fenced]);
-        assert_eq!(
-            config.types,
-            [("node2", NodeType::Spm), ("node3", NodeType::Spm)]
-                .map(|(name, kind)| (name.to_owned(), kind))
-                .into()
-        );
-    }
-
-    #[test]
-    fn classes_are_given_by_number_and_others_than_1_to_6_refused_with_their_line() {
-        let config = Config::parse("[class]\nnode2 = 3\n\"dax0.0\" = 6\n").unwrap();
-        let classes: Vec<(&str, u8)> =
-            config.classes.iter().map(|(name, class)| (name.as_str(), class.number())).collect();
-        assert_eq!(classes, [("dax0.0", 6), ("node2", 3)]);
-        let reason = reason("[class]\nnode2 = 7\n");
-        assert!(reason.contains("line 2") && reason.contains("no class 7"), "{reason}");
-    }
-
-    #[test]
-    fn an_unknown_key_is_an_error_that_names_it_its_line_and_the_valid_ones() {
-        let reason = reason("[run]\nsysram = \"1G\"\nsysrma = \"1G\"\n");
-        for part in ["line 3", "sysrma", "sysram", "best_effort"] {
-            assert!(reason.contains(part), "{part}: {reason}");
-        }
-    }
-
-    #[test]
-    fn wrong_values_are_errors_that_name_the_line() {
-        for (text, parts) in [
-            ("[run]\nsysram = \"1Q\"\n", ["line 2", "1Q"]),
-            ("[runs]\n", ["line 1", "runs"]),
-            ("[run]\nheat = \"warm\"\n", ["line 2", "\"holding\", \"damon\""]),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\nclass = 3\n", ["line 4", "class 3"]),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\nguard = \"easy\"\n", ["line 4", "guard \"easy\""]),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\ncolour = 1\n", ["line 4", "colour"]),
-            ("[[node]]\nid = 1\nkind = \"gold\"\n", ["line 3", "gold"]),
-            ("[[node]]\nid = 2\nkind = \"compressed\"\n", ["node 2", "node 1"]),
-            ("[[node]]\nid = 2\nkind = \"file\"\npath = \"x\"\n", ["node 2", "capacity"]),
-            ("[[node]]\nid = 2\nkind = \"file\"\ncapacity = \"8M\"\n", ["node 2", "path"]),
-            ("[[node]]\nid = 1\nkind = \"file\"\n", ["node 1", "2 to 1023"]),
-            (
-                "[[node]]\nid = 2\nkind = \"file\"\npath = \"x\"\ncapacity = \"8M\"\nclass = 4\n",
-                ["line 6", "class 4"],
-            ),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\npath = \"x\"\n", ["line 4", "path"]),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\nwrite_fence = false\n", ["line 4", "fenced"]),
-            ("[[node]]\nid = 2\nkind = \"numa\"\npath = \"x\"\n", ["line 4", "path"]),
-            ("[[node]]\nid = 2\nkind = \"numa\"\nclass = 7\n", ["line 4", "class 7"]),
-            ("[[node]]\nid = 1\nkind = \"compressed\"\nnode = 2\n", ["line 4", "kernel"]),
-            ("[type]\nnode2 = \"sysram\"\n[[node]]\nid = 2\nkind = \"numa\"\n", ["node2", "sysram"]),
-            (
-                "[[node]]\nid = 2\nkind = \"numa\"\n[[node]]\nid = 3\nkind = \"numa\"\nnode = 2\n",
-                ["node 3", "node2"],
-            ),
-            ("[[node]]\nid = 0\nkind = \"ram\"\n[[node]]\nid = 0\nkind = \"ram\"\n", ["node 0", "twice"]),
-        ] {
-            let reason = reason(text);
-            assert!(parts.iter().all(|part| reason.contains(part)), "{text}: {reason}");
-        }
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 //! [`Backend`] is what the runtime needs from any node. [`compressed`] keeps pages in the memory that its caller lends
 //! ([`compressed::FrameBytes`]). [`mapped`] is every byte-addressable kind: pages lie at addresses, in a
 //! [`mapped::Medium`]; [`numa`], [`dax`] and [`mod@file`] are the kinds that this machine may have, through the calls of
-//! `spmem-sys`. [`swapfile`] is a file that processes divide and reach by copy. [`cram`] keeps byte-addressable memory that compresses from being overrun. The crate decides nothing about *which* page goes *where*: that is `spmem-core`.
+//! `spmem-sys`. [`swapfile`] is files and dax devices that processes divide and reach by copy. [`cram`] keeps byte-addressable memory that compresses from being overrun. The crate decides nothing about *which* page goes *where*: that is `spmem-core`.
 //!
 //! It takes no lock and keeps no global state. It runs inside other people's programs, so it is
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a

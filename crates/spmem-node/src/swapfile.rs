@@ -1,4 +1,5 @@
-//! Swap files: nodes that are reached by copy. Pages are written to frames of a file, and read back when they are touched.
+//! Swap files: nodes that are reached by copy. Pages are written to frames of a file, or of a dax device ([`Medium`]), and read back when they are
+//! touched.
 //!
 //! Several processes use one file at a time, and fork. What keeps them apart are *holds* of the kernel's (fcntl(2), `F_OFD_SETLK`) on a
 //! second file, the *ledger*, of which each byte stands for a *cluster* of [`CLUSTER_FRAMES`] frames. A process has the ledger open
@@ -19,10 +20,14 @@ use core::mem;
 
 use spmem_core::units::{FrameNumber, NodeId, PAGE_SIZE};
 use spmem_sys::fd::{Fd, Hold};
-use spmem_sys::{Errno, PAGE, Result};
+use spmem_sys::{Errno, Result};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::backend::{Corrupt, Damage, Handle, Page};
+
+mod medium;
+
+pub use medium::{Medium, Outlet, Writer};
 
 /// Frames of a cluster: 2 MiB.
 pub const CLUSTER_FRAMES: u32 = 512;
@@ -55,7 +60,7 @@ pub struct SwapFiles {
 #[derive(Debug)]
 struct SwapFile {
     node: NodeId,
-    data: Fd,
+    medium: Medium,
     /// Clusters of the file.
     count: u32,
     held: BTreeMap<u32, Cluster>,
@@ -133,18 +138,23 @@ impl SwapFiles {
     }
 
     /// Adds file number `number`, node `node` of the run, of so many clusters. Looking for free ones begins at `from`.
-    pub fn add(&mut self, number: usize, node: NodeId, data: Fd, count: u32, from: u32) {
+    pub fn add(&mut self, number: usize, node: NodeId, medium: Medium, count: u32, from: u32) {
         if self.files.len() <= number {
             self.files.resize_with(number + 1, || None);
         }
         let cursor = from.checked_rem(count).unwrap_or(0);
         let held = BTreeMap::new();
-        self.files[number] = Some(SwapFile { node, data, count, held, filling: None, cursor, pages: 0 });
+        self.files[number] = Some(SwapFile { node, medium, count, held, filling: None, cursor, pages: 0 });
     }
 
-    /// Descriptors of the files, by number.
-    pub fn data(&self) -> impl Iterator<Item = (usize, i32)> + '_ {
-        self.files.iter().enumerate().filter_map(|(number, file)| Some((number, file.as_ref()?.data.raw())))
+    /// Descriptors of the files, in order.
+    pub fn data(&self) -> impl Iterator<Item = i32> + '_ {
+        self.files.iter().flatten().map(|file| file.medium.fd().raw())
+    }
+
+    /// Where pages of file `number` are written.
+    pub fn outlet(&self, number: usize) -> Option<Outlet> {
+        Some(self.files.get(number)?.as_ref()?.medium.outlet())
     }
 
     /// Pages of this process in file `number`. Those that came with a fork are its parent's.
@@ -205,11 +215,11 @@ impl SwapFiles {
         let Some((file, cluster)) = known.filter(|(_, cluster)| cluster.is_used(at)) else {
             return Err(lost(Damage::UnknownHandle));
         };
-        match file.data.read_at(page, u64::from(frame(handle).0) * PAGE_SIZE) {
-            Ok(PAGE) => {}
+        match file.medium.load(frame(handle), page) {
+            Ok(()) => {}
             Err(Errno::EAGAIN | Errno::ENOMEM | Errno::EINTR) => return Err(Unloaded::Later),
-            // It was cut short, or the device is broken.
-            Ok(_) | Err(_) => return Err(lost(Damage::Unreadable)),
+            // It was cut short, or the device is broken, or gone.
+            Err(_) => return Err(lost(Damage::Unreadable)),
         }
         let (stored, found) = (cluster.checksums[at as usize], xxh3_64_with_seed(page, self.seed));
         if stored == found { Ok(()) } else { Err(lost(Damage::Checksum { stored, found })) }
@@ -238,17 +248,21 @@ impl SwapFiles {
     }
 
     /// This is the forked child, with what its parent's handler has given it: the ledger, and the files in order.
-    pub fn adopt(&mut self, ledger: Fd, data: impl Iterator<Item = Fd>) {
+    ///
+    /// # Errors
+    /// As pipe2(2), where there is a device; then nothing can be read.
+    pub fn adopt(&mut self, ledger: Fd, data: impl Iterator<Item = Fd>) -> Result<()> {
         // The numbers are of the parent's table of descriptors.
         mem::forget(mem::replace(&mut self.ledger, ledger));
         for (file, data) in self.files.iter_mut().flatten().zip(data) {
-            mem::forget(mem::replace(&mut file.data, data));
+            file.medium.adopt(data)?;
             file.filling = None;
             file.pages = 0;
             for cluster in file.held.values_mut() {
                 (cluster.is_frozen, cluster.is_inherited) = (true, true);
             }
         }
+        Ok(())
     }
 
     /// In a forked child: these are all the pages that it has, whatever its copy of the frames says.
@@ -346,18 +360,6 @@ impl SwapFile {
 /// Gives up the hold on a cluster. If that fails it is held in vain, and had again when it is tried.
 fn release(number: usize, at: u32, ledger: &Fd) {
     let _ = ledger.hold(byte(number, at), 1, Hold::None);
-}
-
-/// Writes pages to frames in a row, and reads them back (R19); how many of them, from the first on, are there as they were.
-///
-/// # Errors
-/// As pwrite(2) and pread(2): the file has no room, or is broken.
-pub fn write(data: &Fd, first: FrameNumber, pages: &[u8], readback: &mut [u8]) -> Result<usize> {
-    let offset = u64::from(first.0) * PAGE_SIZE;
-    let written = data.write_at(pages, offset)? / PAGE;
-    let read = data.read_at(&mut readback[..written * PAGE], offset)? / PAGE;
-    let both = pages.chunks_exact(PAGE).zip(readback.chunks_exact(PAGE)).take(written.min(read));
-    Ok(both.take_while(|(page, readback)| page == readback).count())
 }
 
 #[cfg(test)]

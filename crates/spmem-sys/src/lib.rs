@@ -14,6 +14,7 @@
 //! | [`mempolicy`] | mbind(2), set_mempolicy(2), move_pages(2), migrate_pages(2): policies, memory on one node, where pages are |
 //! | [`node_file`] | memfd_create(2): a file whose pages are on one node |
 //! | [`region`] | mmap(2), msync(2), clwb: memory of a node, a file or a dax device, mapped shared |
+//! | [`device`] | pipe(2): a dax device, mapped, that the kernel copies from and to |
 //! | [`seccomp`] | seccomp(2): calls that another process answers |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
@@ -32,6 +33,7 @@
 compile_error!("spmem-sys speaks the x86-64 Linux ABI only");
 
 pub mod clock;
+pub mod device;
 pub mod fd;
 pub mod futex;
 pub mod mapping;
@@ -55,6 +57,8 @@ pub struct Errno(pub i32);
 impl Errno {
     /// No memory, or too many mappings.
     pub const ENOMEM: Self = Self(libc::ENOMEM);
+    /// Not to be read or written at that address.
+    pub const EFAULT: Self = Self(libc::EFAULT);
     /// Try again.
     pub const EAGAIN: Self = Self(libc::EAGAIN);
     /// Exists already.
@@ -77,8 +81,6 @@ impl Errno {
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
     /// The device failed.
     pub const EIO: Self = Self(libc::EIO);
-    /// Not to be read or written at that address.
-    pub const EFAULT: Self = Self(libc::EFAULT);
     /// The memory has failed.
     pub const EHWPOISON: Self = Self(libc::EHWPOISON);
     /// Memory is somewhere else than it was asked for.

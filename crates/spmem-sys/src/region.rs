@@ -292,7 +292,7 @@ fn map(fd: &Fd, offset: u64, len: usize, access: Access, flags: i32) -> Result<u
     map_at(next_place(len), fd, offset, len, access, flags)
 }
 
-fn map_at(hint: usize, fd: &Fd, offset: u64, len: usize, access: Access, flags: i32) -> Result<usize> {
+pub(crate) fn map_at(hint: usize, fd: &Fd, offset: u64, len: usize, access: Access, flags: i32) -> Result<usize> {
     if len == 0 || !len.is_multiple_of(PAGE) {
         return Err(Errno::EINVAL);
     }

@@ -103,7 +103,8 @@ pub struct Counters {
     pub throttled_ns: AtomicU64,
 }
 
-/// A node that pages of the tree go to, by a grant that `spm` holds: one of the kernel's, which they are placed on, or a swap file.
+/// A node that pages of the tree go to, by a grant that `spm` holds: one of the kernel's, which they are placed on, or a swap file, or a dax device
+/// that stands for one.
 #[repr(C)]
 #[derive(Default)]
 pub struct Target {
@@ -113,6 +114,8 @@ pub struct Target {
     pub node: AtomicU32,
     /// Clusters of a swap file; 0 of a node of the kernel's.
     pub clusters: AtomicU32,
+    /// Of a dax device: in what it is mapped, bytes; 0 of all else.
+    pub align: AtomicU64,
     /// Its class.
     pub class: AtomicU32,
     /// 1: pages there are not written, but promoted first (R17).
@@ -132,7 +135,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// Whether it is a file, that pages are copied to.
+    /// Whether it is a file or a dax device, that pages are copied to.
     pub fn is_swap(&self) -> bool {
         self.clusters.load(Relaxed) > 0
     }

@@ -1,4 +1,4 @@
-//! Swapping: cold pages are copied to files, and copied back by a fault (`spmem_node::swapfile`).
+//! Swapping: cold pages are copied to files and dax devices, and copied back by a fault (`spmem_node::swapfile`).
 //!
 //! Out: frames are taken under the lock; the pages, in busy slots of the holding area, are written to them and read back without it; then,
 //! under the lock again, a page that is still away is there. In: [`crate::fault`], as from node 1. Only clusters that this process holds alone are written
@@ -8,15 +8,13 @@
 //! the parent's handler gives it holds of its own on all that the parent has ([`lend`]); the child's first thread takes them over ([`adopt`]). A child without
 //! them would be given all its pages.
 
-use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::Relaxed;
 
 use spmem_core::placing::{MAX_TARGETS, PLACE_PAGES};
 use spmem_core::units::{FrameNumber, NodeId};
 use spmem_node::Page;
-use spmem_node::swapfile::{self, SwapFiles, frame};
+use spmem_node::swapfile::{CLUSTER_BYTES, Medium, Outlet, SwapFiles, Writer, frame};
 use spmem_sys::fd::Fd;
-use spmem_sys::mapping::Mapping;
 use spmem_sys::{Errno, PAGE, Result, clock, process};
 
 use crate::demote::Demoter;
@@ -28,7 +26,7 @@ use crate::table::{Copy, Entry};
 
 /// One thread's way to swap files.
 pub(crate) struct Swapper {
-    readback: Mapping,
+    writer: Writer,
     /// A file has not given back what was written, and that was said.
     is_distrusted: bool,
 }
@@ -38,14 +36,13 @@ impl Swapper {
     pub(crate) fn new(runtime: &Runtime) -> Option<Self> {
         runtime.space.lock().as_ref()?.swap.as_ref()?;
         // Without memory for it pages go elsewhere.
-        let readback = Mapping::new(PLACE_PAGES * PAGE, c"spmem readback").ok()?;
-        Some(Self { readback, is_distrusted: false })
+        Some(Self { writer: Writer::new(PLACE_PAGES).ok()?, is_distrusted: false })
     }
 
     /// Writes pages to frames; which of them are there.
     fn write(
         &mut self,
-        data: &Fd,
+        to: Outlet,
         addresses: &[usize],
         frames: &[FrameNumber],
         is_there: &mut [bool],
@@ -58,8 +55,7 @@ impl Swapper {
             };
             let count = (first + 1..addresses.len()).take_while(|&at| follows(at)).count() + 1;
             let pages = bytes_at(addresses[first], count * PAGE);
-            let readback = self.readback.bytes_mut(0, count * PAGE);
-            let written = swapfile::write(data, frames[first], pages, readback)?;
+            let written = self.writer.write(to, frames[first], pages)?;
             is_there[first..first + written].fill(true);
             if written < count {
                 return Err(Errno::EIO);
@@ -84,22 +80,20 @@ impl Demoter {
     pub(crate) fn swap_out(&mut self, target: usize, slots: &[u32], addresses: &[usize]) -> usize {
         let runtime = self.runtime;
         let mut handles = [None; PLACE_PAGES];
-        let (count, data) = {
+        let (count, outlet) = {
             let mut space = runtime.space.lock();
             let Some(swap) = space.as_mut().and_then(|space| space.swap.as_mut()) else { return 0 };
-            let count = swap.take(target, &mut handles[..slots.len()]);
-            (count, swap.data().find(|&(number, _)| number == target).map_or(-1, |(_, fd)| fd))
+            (swap.take(target, &mut handles[..slots.len()]), swap.outlet(target))
         };
         let mut frames = [FrameNumber(0); PLACE_PAGES];
         for (to, &handle) in frames.iter_mut().zip(handles.iter().flatten()) {
             *to = frame(handle);
         }
         let mut is_there = [false; PLACE_PAGES];
-        let written = match &mut self.swapper {
-            Some(swapper) if count > 0 => {
-                // It stays open for as long as the process lives.
-                let data = ManuallyDrop::new(Fd::from_raw(data));
-                swapper.write(&data, &addresses[..count], &frames[..count], &mut is_there)
+        let written = match (&mut self.swapper, outlet) {
+            // The outlet stays good: nothing closes what it leads to.
+            (Some(swapper), Some(outlet)) if count > 0 => {
+                swapper.write(outlet, &addresses[..count], &frames[..count], &mut is_there)
             }
             _ => Ok(()),
         };
@@ -140,7 +134,7 @@ impl Demoter {
             && !core::mem::replace(&mut swapper.is_distrusted, true)
         {
             crate::complain(format_args!(
-                "spm: process {}: the file of node {} does not take pages ({errno}); they go elsewhere\n",
+                "spm: process {}: node {} does not take pages ({errno}); they go elsewhere\n",
                 process::pid(),
                 counters.id.load(Relaxed)
             ));
@@ -162,9 +156,24 @@ pub(crate) fn open(runtime: &Runtime) -> Result<Option<SwapFiles>> {
         let data = fds.next().ok_or(Errno(libc::EPROTO))?;
         let node = u16::try_from(target.id.load(Relaxed)).ok().and_then(|id| NodeId::new(id).ok());
         let clusters = target.clusters.load(Relaxed);
+        let medium = match target.align.load(Relaxed) {
+            0 => Ok(Medium::file(data)),
+            align => Medium::device(data, u64::from(clusters) * CLUSTER_BYTES, align),
+        };
+        let medium = match medium {
+            Ok(medium) => medium,
+            Err(errno) => {
+                crate::complain(format_args!(
+                    "spm: process {}: the device of node {} cannot be mapped ({errno}); its pages go elsewhere\n",
+                    process::pid(),
+                    target.id.load(Relaxed)
+                ));
+                continue;
+            }
+        };
         // Processes begin far from each other.
         let from = process::pid().wrapping_mul(0x9e37_79b1) >> 8;
-        swap.add(number, node.ok_or(Errno::EINVAL)?, data, clusters, from);
+        swap.add(number, node.ok_or(Errno::EINVAL)?, medium, clusters, from);
     }
     Ok(Some(swap))
 }
@@ -174,7 +183,7 @@ pub(crate) fn lend(runtime: &Runtime) -> Result<Option<(Fd, [i32; MAX_TARGETS])>
     let mut space = runtime.space.lock();
     let Some(swap) = space.as_mut().and_then(|space| space.swap.as_mut()) else { return Ok(None) };
     let mut files = [-1; MAX_TARGETS];
-    for (to, (_, data)) in files.iter_mut().zip(swap.data()) {
+    for (to, data) in files.iter_mut().zip(swap.data()) {
         *to = data;
     }
     Ok(Some((swap.lend()?, files)))
@@ -190,6 +199,5 @@ pub(crate) fn adopt(swap: Option<&mut SwapFiles>, fds: impl Iterator<Item = Fd>)
     for to in files.iter_mut().take(count) {
         *to = Some(fds.next().ok_or(Errno(libc::EPROTO))?);
     }
-    swap.adopt(ledger, files.into_iter().flatten());
-    Ok(())
+    swap.adopt(ledger, files.into_iter().flatten())
 }

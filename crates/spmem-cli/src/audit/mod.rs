@@ -88,7 +88,11 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     })
 }
 
-fn all_processes() -> anyhow::Result<Vec<u32>> {
+/// The processes that there are, by number.
+///
+/// # Errors
+/// /proc is not mounted.
+pub fn all_processes() -> anyhow::Result<Vec<u32>> {
     let entries = fs::read_dir("/proc").context("/proc cannot be read")?.flatten();
     let mut all: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     all.sort_unstable();

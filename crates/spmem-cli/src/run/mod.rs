@@ -103,7 +103,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         let company = porter.as_ref().map(Porter::pid);
         wall::enter(&options.wall, &config, options.best_effort || config.run.best_effort, company)?;
     }
-    let management = match Management::prepare(&program, path.as_deref()) {
+    let management = match Management::prepare(&program, path.as_deref(), targets.copied().count()) {
         Ok(management) => Some(management),
         Err(reason) if options.best_effort || config.run.best_effort => {
             remark(format_args!("running unmanaged, without a budget: {reason:#}"));
@@ -143,15 +143,15 @@ pub struct Management {
 }
 
 impl Management {
-    /// Checks that `program` can be managed here, and prepares for it.
+    /// Checks that `program` can be managed here, with pages copied to so many nodes, and prepares for it.
     ///
     /// # Errors
     /// It cannot; the message has the reason and a remedy.
-    pub fn prepare(program: &Path, path: Option<&OsStr>) -> anyhow::Result<Self> {
+    pub fn prepare(program: &Path, path: Option<&OsStr>, copied: usize) -> anyhow::Result<Self> {
         if let Some(obstacle) = program::check(program, path) {
             bail!("{obstacle}");
         }
-        check_descriptor_limits()?;
+        check_descriptor_limits(copied)?;
         let userfaultfd = kernel::open().map_err(|lack| anyhow::anyhow!("{lack}"))?;
         let agent = agent_file::install()?;
         Ok(Self { broker: Broker::listen(userfaultfd, &agent)?, agent })
@@ -271,16 +271,20 @@ pub fn say_not_started(name: &OsStr, error: &io::Error) -> i32 {
 }
 
 /// With fewer descriptors `spm` could not answer the tree's processes, which would wait for it, nor the agent open its own.
-fn check_descriptor_limits() -> anyhow::Result<()> {
+fn check_descriptor_limits(copied: usize) -> anyhow::Result<()> {
     /// Of the command itself: three of its own, those of the agent, one to spare.
     const SOFT_NEEDED: u64 = 16;
+    /// For nodes that pages are copied to: the ledger and a pipe to write through; and for each the node and a pipe to read through.
+    const COPYING_NEEDED: (u64, u64) = (3, 3);
+    let more = if copied > 0 { COPYING_NEEDED.0 + COPYING_NEEDED.1 * copied as u64 } else { 0 };
+    let needed = SOFT_NEEDED + more;
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let (hard, soft) = (limit.maximum.unwrap_or(u64::MAX), limit.current.unwrap_or(u64::MAX));
     if hard < DESCRIPTORS_NEEDED {
         bail!("the hard limit of open files is {hard}, spm needs {DESCRIPTORS_NEEDED}; raise it (ulimit -Hn)");
     }
-    if soft < SOFT_NEEDED {
-        bail!("the limit of open files is {soft}, the agent needs {SOFT_NEEDED}; raise it (ulimit -Sn)");
+    if soft < needed {
+        bail!("the limit of open files is {soft}, the agent needs {needed}; raise it (ulimit -Sn)");
     }
     Ok(())
 }

@@ -203,15 +203,17 @@ struct NodeUse {
     reserve_bytes_peak: u64,
     /// 0 to 1000; 0 for RAM.
     pressure_peak: u64,
-    /// Of a node that pages are placed on, or of a file.
+    /// Of a node that pages are placed on, or copied to.
     #[serde(flatten)]
     placed: Option<PlacedPages>,
 }
 
-/// What became of pages on a mapped node, or in a file.
+/// What became of pages on a mapped node, in a file, or on a dax device.
 #[derive(Debug, Serialize)]
 struct PlacedPages {
-    /// The kernel's number; null of a file.
+    /// As the configuration has it.
+    kind: &'static str,
+    /// The kernel's number; null of a file or device.
     kernel_node: Option<u32>,
     demoted_pages: u64,
     promoted_pages: u64,
@@ -322,11 +324,13 @@ impl Summary {
             )?;
         }
         for (node, placed) in self.nodes.iter().filter_map(|node| Some((node.node, node.placed.as_ref()?))) {
-            let PlacedPages { kernel_node, demoted_pages, promoted_pages, strayed_pages, refused_pages } = placed;
+            let PlacedPages { kind, kernel_node, demoted_pages, promoted_pages, strayed_pages, refused_pages } =
+                placed;
             let Some(kernel_node) = kernel_node else {
+                let what = if *kind == "dax" { "dax device" } else { "file" };
                 writeln!(
                     to,
-                    "  node {node} is a file: pages {demoted_pages} demoted, {promoted_pages} promoted, {refused_pages} \
+                    "  node {node} is a {what}: pages {demoted_pages} demoted, {promoted_pages} promoted, {refused_pages} \
                      found no room"
                 )?;
                 continue;
@@ -432,6 +436,11 @@ fn placed_use(target: &Mapped) -> NodeUse {
         reserve_bytes_peak: 0,
         pressure_peak: 0,
         placed: Some(PlacedPages {
+            kind: match (target.is_swap(), target.align.load(Relaxed)) {
+                (false, _) => "numa",
+                (true, 0) => "file",
+                (true, _) => "dax",
+            },
             kernel_node: (!target.is_swap()).then(|| target.node.load(Relaxed)),
             demoted_pages: target.demoted_pages.load(Relaxed),
             promoted_pages: target.promoted_pages.load(Relaxed),

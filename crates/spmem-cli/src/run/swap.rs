@@ -1,11 +1,15 @@
-//! The swap files of a run (`spmem_node::swapfile`): made here, divided by the agents among themselves.
+//! The swap files and devices of a run (`spmem_node::swapfile`): made here, divided by the agents among themselves.
 //!
 //! A file has no name (O_TMPFILE): it is made in the folder of the path that the configuration gives, and what is at that path is neither
 //! opened nor changed. So nothing is ever overwritten, two runs never have the same one, and nothing stays behind, however a run ends. All its room
 //! is allocated before the program starts, and charged to the run (R6, R12). It is read and written past the kernel's cache where the file system
 //! can do that: what is there takes no RAM.
 //!
-//! Holes: RAM below a file system (a RAM disk, the upper layer of an overlay) is not seen.
+//! A dax device is opened for the run alone, by its lock (flock(2)), which it keeps for as long as a process of the run has it mapped. What was there is
+//! written over, and what the run leaves there stays.
+//!
+//! Holes: a device that has two files for it is locked by the one that is named; who maps it later, or where this user may not look, is not
+//! noticed, but by checksums. RAM below a file system (a RAM disk, the upper layer of an overlay) is not seen.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -14,14 +18,15 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags};
 use rustix::process::Resource;
 use spmem_core::grant::Charge;
 use spmem_core::units::Bytes;
 use spmem_sys::PAGE;
 
-use super::shared;
-use super::targets::{Targets, Wicket};
+use super::targets::{Targets, Way, Wicket};
+use super::{proc, shared};
+use crate::audit::all_processes;
 use crate::remark::remark;
 use crate::size::human;
 
@@ -44,13 +49,22 @@ impl Swap {
     pub fn make(targets: &Targets) -> anyhow::Result<Option<Self>> {
         let (mut files, mut charges) = (Vec::new(), Vec::new());
         let mut wicket = Wicket::new(targets)?;
-        for (number, target) in targets.files() {
-            let Some(path) = &target.path else { continue };
+        for (number, target) in targets.copied() {
             let charge = wicket.charge(number, target.quota);
             charges.push(charge.map_err(|errno| anyhow::anyhow!("node {}: its grant: {errno}", target.id))?);
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let made = make(folder, target.quota);
-            files.push(made.with_context(|| format!("node {}: a file in {}", target.id, folder.display()))?);
+            files.push(match &target.way {
+                Way::Placed => continue,
+                Way::File(path) => {
+                    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                    let folder = folder.unwrap_or(Path::new("."));
+                    let made = make(folder, target.quota);
+                    made.with_context(|| format!("node {}: a file in {}", target.id, folder.display()))?
+                }
+                Way::Device { path, name, .. } => {
+                    let opened = open_device(path, name);
+                    opened.with_context(|| format!("node {}: {}", target.id, path.display()))?
+                }
+            });
         }
         if files.is_empty() {
             return Ok(None);
@@ -72,6 +86,24 @@ impl Swap {
     pub fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.files.iter().map(AsFd::as_fd)
     }
+}
+
+/// A dax device that nobody else uses.
+fn open_device(path: &Path, name: &str) -> anyhow::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("another run of spm uses it, or what is left of one; a run needs a device of its own")
+        }
+        Err(error) => return Err(error).context("it cannot be locked"),
+    }
+    let usual = Path::new("/dev").join(name);
+    let mapped = |pid: &u32| [path, &usual].into_iter().any(|path| proc::has_mapped(*pid, path));
+    if let Some(pid) = all_processes()?.into_iter().find(mapped) {
+        bail!("process {pid} has it mapped; a run needs a device of its own");
+    }
+    Ok(file)
 }
 
 fn make(folder: &Path, quota: Bytes) -> anyhow::Result<File> {

@@ -1,9 +1,10 @@
 //! The nodes that a run's cold pages go to, besides the compressed one: which, in what order, and by what grant.
 //!
-//! [`Targets::plan`] holds the configuration against this machine: the kernel's nodes, which pages are placed on (`porter`), and files, which they are
-//! copied to (`swap`). The order is that of core's tiers; of a file its class says where it stands. [`Wicket`] is where the wall is asked:
+//! [`Targets::plan`] holds the configuration against this machine: the kernel's nodes, which pages are placed on (`porter`), and files and dax devices,
+//! which they are copied to (`swap`). The order is that of core's tiers; of what is copied to its class says where it stands. [`Wicket`] is where the wall is asked:
 //! it has the nodes and, for each, a grant with the run's quota (R6, R12).
 
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -11,18 +12,18 @@ use anyhow::{Context, bail, ensure};
 use spmem::control::Control;
 use spmem_core::distance::Distances;
 use spmem_core::grant::{Charge, Grant, Rights, Terms};
-use spmem_core::node::{Guard, NodeSpec, NodeType, Services};
+use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 use spmem_core::nodemask::NodeMask;
 use spmem_core::placing::{ALLOTMENT, MAX_TARGETS};
 use spmem_core::registry::Registry;
 use spmem_core::tier::{self, DRAM, Performance, Tiers};
 use spmem_core::units::{Bytes, DomainId, MAX_NODES, NodeId};
 use spmem_core::wall::Request;
-use spmem_node::machine::{Machine, Node};
+use spmem_node::machine::{Dax, DaxMode, Machine, Node};
 use spmem_node::swapfile::CLUSTER_BYTES;
 use spmem_sys::{Errno, Result};
 
-use crate::config::{Capacity, Config, FileNode, NumaNode};
+use crate::config::{Capacity, Config, DaxNode, FileNode, NumaNode};
 use crate::heat;
 use crate::machine::{kernel_nodes, reachable_nodes};
 
@@ -35,13 +36,31 @@ pub struct Targets(Vec<Target>);
 pub struct Target {
     /// By the configuration.
     pub id: u16,
-    /// The kernel's number; of a file one that no node of the run has.
+    /// The kernel's number; of what pages are copied to one that no node of the run has.
     pub node: NodeId,
     spec: NodeSpec,
     /// What the run may have there.
     pub quota: Bytes,
-    /// Of a file: the path that the configuration gives it.
-    pub path: Option<PathBuf>,
+    /// What takes them there.
+    pub way: Way,
+}
+
+/// How pages get to a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// They are placed there: it is the kernel's.
+    Placed,
+    /// They are copied to a file in the folder of this path.
+    File(PathBuf),
+    /// They are copied to a dax device.
+    Device {
+        /// The path that the configuration gives it.
+        path: PathBuf,
+        /// The kernel's name for it.
+        name: String,
+        /// In what it is mapped, bytes.
+        align: u64,
+    },
 }
 
 /// What runs ask of all these nodes.
@@ -65,25 +84,37 @@ impl Targets {
     /// # Errors
     /// A node is not there, has no memory, or is not in this process's cpuset; there are too many.
     pub fn plan(config: &Config) -> anyhow::Result<Self> {
-        let count = config.numa.len() + config.files.len();
-        ensure!(count <= MAX_TARGETS, "a run uses at most {MAX_TARGETS} nodes of the kinds \"numa\" and \"file\"");
+        let count = config.numa.len() + config.files.len() + config.dax.len();
+        ensure!(
+            count <= MAX_TARGETS,
+            "a run uses at most {MAX_TARGETS} nodes of the kinds \"numa\", \"dax\" and \"file\""
+        );
         let mut order = Order::default();
-        if !config.numa.is_empty() {
+        if !(config.numa.is_empty() && config.dax.is_empty()) {
             let machine = Machine::read(Path::new("/"), &config.classes);
-            order.add_numa(&machine, &config.numa, &kernel_nodes(config)?.sysram, &reachable_nodes()?)?;
+            if !config.numa.is_empty() {
+                order.add_numa(&machine, &config.numa, &kernel_nodes(config)?.sysram, &reachable_nodes()?)?;
+            }
+            // In a tier the lower number comes first, and numbers are given from the highest on down.
+            for node in config.dax.iter().rev() {
+                let added = find_device(&machine, &node.path).and_then(|device| order.add_device(node, device));
+                added.with_context(|| format!("node {}: {}", node.id, node.path.display()))?;
+            }
         }
-        order.add_files(&config.files)?;
+        for node in config.files.iter().rev() {
+            order.add_file(node)?;
+        }
         order.settle()
     }
 
     /// Whether some are the kernel's.
     pub fn has_mapped(&self) -> bool {
-        self.0.iter().any(|target| target.path.is_none())
+        self.0.iter().any(|target| target.way == Way::Placed)
     }
 
-    /// The files, with their numbers.
-    pub fn files(&self) -> impl Iterator<Item = (usize, &Target)> {
-        self.0.iter().enumerate().filter(|(_, target)| target.path.is_some())
+    /// Those that pages are copied to, with their numbers.
+    pub fn copied(&self) -> impl Iterator<Item = (usize, &Target)> {
+        self.0.iter().enumerate().filter(|(_, target)| target.way != Way::Placed)
     }
 
     /// Tells the agents.
@@ -91,13 +122,16 @@ impl Targets {
         for (to, target) in control.targets.iter().zip(&self.0) {
             to.id.store(target.id.into(), Relaxed);
             to.class.store(target.spec.class.number().into(), Relaxed);
-            if target.path.is_some() {
+            if target.way == Way::Placed {
+                to.is_fenced.store(target.spec.services.contains(Services::WRITE_FENCE).into(), Relaxed);
+                to.node.store(target.node.get().into(), Relaxed);
+            } else {
                 let clusters =
                     u32::try_from(target.quota.0 / CLUSTER_BYTES).context("a node of a run is too large")?;
                 to.clusters.store(clusters, Relaxed);
-            } else {
-                to.is_fenced.store(target.spec.services.contains(Services::WRITE_FENCE).into(), Relaxed);
-                to.node.store(target.node.get().into(), Relaxed);
+            }
+            if let Way::Device { align, .. } = target.way {
+                to.align.store(align, Relaxed);
             }
             to.quota_bytes.store(target.quota.0, Relaxed);
         }
@@ -156,34 +190,62 @@ impl Order {
                 guard: Guard::Hard,
                 owner: "porter".into(),
             };
-            self.targets.push(Target { id: numa.id, node: id, spec, quota, path: None });
+            self.targets.push(Target { id: numa.id, node: id, spec, quota, way: Way::Placed });
         }
         Ok(())
     }
 
-    fn add_files(&mut self, wanted: &[FileNode]) -> anyhow::Result<()> {
-        // In a tier the lower number comes first.
-        for file in wanted.iter().rev() {
-            let is_free = |id: &NodeId| {
-                *id != NodeId::ZERO
-                    && Some(*id) != self.home
-                    && self.targets.iter().all(|target| target.node != *id)
-            };
-            // The numbers of the kernel's nodes begin at the other end.
-            let mut ids = (0..MAX_NODES).rev().filter_map(|id| NodeId::new(id).ok());
-            let node = ids.find(is_free).context("there are too many nodes")?;
-            self.tiers.set(node, tier::assumed_distance(file.class)).context("tiers of nodes")?;
-            let spec = NodeSpec {
-                node_type: NodeType::Spm,
-                class: file.class,
-                // Pages are entered and left by copy: nobody could write them there.
-                services: services(true),
-                guard: Guard::Hard,
-                owner: "swap".into(),
-            };
-            let quota = Bytes(file.bytes / CLUSTER_BYTES * CLUSTER_BYTES);
-            self.targets.push(Target { id: file.id, node, spec, quota, path: Some(file.path.clone()) });
+    fn add_file(&mut self, file: &FileNode) -> anyhow::Result<()> {
+        self.add_copied(file.id, file.class, file.bytes, Way::File(file.path.clone()))
+    }
+
+    fn add_device(&mut self, node: &DaxNode, device: &Dax) -> anyhow::Result<()> {
+        let name = &device.name;
+        let named = |target: &Target| matches!(&target.way, Way::Device { name: other, .. } if other == name);
+        ensure!(!self.targets.iter().any(named), "another node is of {name}, too");
+        match device.mode {
+            DaxMode::Devdax => {}
+            DaxMode::SystemRam => bail!(
+                "{name} is in mode system-ram, a node of the kernel's, which kind = \"numa\" uses; or \
+                 `daxctl reconfigure-device --mode=devdax {name}`"
+            ),
+            DaxMode::Disabled => bail!("{name} has no driver; `daxctl enable-device {name}` gives it one"),
         }
+        let class = node.class.unwrap_or(device.class.class);
+        ensure!(
+            class != Class::Featured,
+            "{name} is of class 4: memory that compresses may have less room than it says, and runs do not watch it"
+        );
+        let align = device.align_bytes.filter(|&align| align > 0);
+        let align = align.with_context(|| format!("the kernel does not tell in what {name} is mapped"))?;
+        let all = device.bytes / align * align;
+        let bytes = match node.capacity {
+            Capacity::Auto => all,
+            Capacity::Bytes(bytes) => bytes.min(all),
+        };
+        ensure!(bytes >= CLUSTER_BYTES, "{name} has {all} bytes, a run needs {CLUSTER_BYTES}");
+        let (path, name) = (node.path.clone(), name.clone());
+        self.add_copied(node.id, class, bytes, Way::Device { path, name, align })
+    }
+
+    fn add_copied(&mut self, id: u16, class: Class, bytes: u64, way: Way) -> anyhow::Result<()> {
+        let is_free = |id: &NodeId| {
+            *id != NodeId::ZERO && Some(*id) != self.home && self.targets.iter().all(|target| target.node != *id)
+        };
+        // The numbers of the kernel's nodes begin at the other end.
+        let mut ids = (0..MAX_NODES).rev().filter_map(|id| NodeId::new(id).ok());
+        let node = ids.find(is_free).context("there are too many nodes")?;
+        self.tiers.set(node, tier::assumed_distance(class)).context("tiers of nodes")?;
+        let spec = NodeSpec {
+            node_type: NodeType::Spm,
+            class,
+            // Pages are entered and left by copy: nobody could write them there.
+            services: services(true),
+            guard: Guard::Hard,
+            owner: "swap".into(),
+        };
+        let quota = Bytes(bytes / CLUSTER_BYTES * CLUSTER_BYTES);
+        self.targets.push(Target { id, node, spec, quota, way });
         Ok(())
     }
 
@@ -196,6 +258,16 @@ impl Order {
         targets.sort_by_key(|target| order.iter().position(|&node| node == target.node).unwrap_or(usize::MAX));
         Ok(Targets(targets))
     }
+}
+
+/// The device at a path, whatever it is called there.
+fn find_device<'a>(machine: &'a Machine, path: &Path) -> anyhow::Result<&'a Dax> {
+    let metadata = path.metadata().context("there is no such device; `spm nodes` lists those that there are")?;
+    let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    let link = std::fs::read_link(format!("/sys/dev/char/{major}:{minor}")).unwrap_or_default();
+    let is_named = |dax: &&Dax| metadata.file_type().is_char_device() && link.ends_with(&dax.name);
+    let found = machine.dax.iter().find(is_named);
+    found.context("this is no dax device; `spm nodes` lists those that there are")
 }
 
 /// What the firmware tells, else its distance, where 10 is the node's own.
@@ -264,12 +336,12 @@ impl Targets {
     pub fn one_mapped(id: u16, quota: Bytes) -> Self {
         let spec = NodeSpec {
             node_type: NodeType::Spm,
-            class: spmem_core::node::Class::Slower,
+            class: Class::Slower,
             services: services(false),
             guard: Guard::Hard,
             owner: "porter".into(),
         };
-        Self(vec![Target { id, node: NodeId::new(id).unwrap(), spec, quota, path: None }])
+        Self(vec![Target { id, node: NodeId::new(id).unwrap(), spec, quota, way: Way::Placed }])
     }
 }
 
@@ -284,7 +356,7 @@ impl Wicket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use spmem_core::node::Class;
+    use spmem_core::class::{Reason, Verdict};
 
     fn file(id: u16, class: Class) -> FileNode {
         FileNode { id, path: format!("/mnt/{id}").into(), bytes: 5 << 20, class, is_fenced: false }
@@ -302,6 +374,59 @@ mod tests {
         targets.publish(&control, &config).unwrap();
         let told: Vec<_> = control.targets().map(|target| (target.id.load(Relaxed), target.is_swap())).collect();
         assert_eq!(told, [(3, true), (4, true), (2, true), (9, true)]);
+    }
+
+    fn device(name: &str, mode: DaxMode) -> Dax {
+        Dax {
+            name: name.into(),
+            bytes: 3 << 30,
+            align_bytes: Some(2 << 30),
+            target_node: Some(2),
+            numa_node: None,
+            mode,
+            driver: None,
+            parent: None,
+            is_persistent: false,
+            class: Verdict { class: Class::Slow, reason: Reason::Unremarkable },
+        }
+    }
+
+    #[test]
+    fn a_device_is_mapped_in_its_own_units_and_one_that_is_not_the_runs_to_use_is_refused() {
+        let node = |id: u16, capacity, class| DaxNode { id, path: "/dev/dax0.0".into(), capacity, class };
+        let mut order = Order::default();
+        let devdax = device("dax0.0", DaxMode::Devdax);
+        order.add_device(&node(2, Capacity::Auto, Some(Class::Slower)), &devdax).unwrap();
+        let small = node(3, Capacity::Bytes(5 << 20), Some(Class::Slow));
+        order.add_device(&small, &device("dax0.1", DaxMode::Devdax)).unwrap();
+        for (class, device, what) in [
+            (None, devdax, "another node"),
+            (None, device("dax1.0", DaxMode::SystemRam), "--mode=devdax dax1.0"),
+            (None, device("dax1.0", DaxMode::Disabled), "no driver"),
+            (Some(Class::Featured), device("dax1.0", DaxMode::Devdax), "class 4"),
+        ] {
+            let error = order.add_device(&node(4, Capacity::Auto, class), &device).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
+        let targets = order.settle().unwrap();
+        let control = super::super::ControlPage::for_tree(None, 0).unwrap();
+        targets.publish(&control, &Config::default()).unwrap();
+        let told: Vec<_> = control
+            .targets()
+            .map(|target| (target.id.load(Relaxed), target.clusters.load(Relaxed), target.align.load(Relaxed)))
+            .collect();
+        assert_eq!(told, [(2, 1024, 2 << 30), (3, 2, 2 << 30)]);
+    }
+
+    #[test]
+    fn what_is_no_dax_device_is_refused_with_its_path() {
+        for (path, what) in
+            [("/dev/null", "no dax device"), ("/dev/dax77.7", "no such device"), ("/tmp", "no dax")]
+        {
+            let dax = vec![DaxNode { id: 2, path: path.into(), capacity: Capacity::Auto, class: None }];
+            let error = format!("{:#}", Targets::plan(&Config { dax, ..Config::default() }).unwrap_err());
+            assert!(error.contains(what) && error.contains(path), "{error}");
+        }
     }
 
     #[test]

@@ -90,7 +90,7 @@ fn show_run(out: &mut impl Write, config: &Config, ram: Ram) -> anyhow::Result<i
     let program = std::env::current_exe().context("this program cannot find itself")?;
     let command = [OsString::from("spm"), OsString::from("tour-load")];
     writeln!(out, "3. A program with 256M of data in 64M of RAM (spm run --sysram 64M -- spm tour-load)\n")?;
-    let management = run::Management::prepare(&program, None)?;
+    let management = run::Management::prepare(&program, None, 0)?;
     let control = run::ControlPage::for_tree(Some(BUDGET_BYTES), config.store_capacity.bytes(ram.total_bytes))?;
     let job = run::Job { program: &program, command: &command, control: &control };
     let mut live = Live::new();

@@ -11,6 +11,7 @@ mod vm_facts;
 mod vm_nodes;
 mod vm_poison_probe;
 mod vm_runs;
+mod vm_runs_dax;
 mod vm_runs_probe;
 mod vm_wall;
 mod vm_wall_probe;
@@ -34,7 +35,7 @@ pub(crate) enum Program {
     VmWall(vm_wall::Options),
     /// What a program behind a wall tries.
     VmWallProbe(vm_wall_probe::Options),
-    /// In a virtual machine: do cold pages of runs go to a node of the kernel's, and stay whole?
+    /// In a virtual machine: do cold pages of runs go to a node of the kernel's, or to a dax device, and stay whole?
     VmRuns(vm_runs::Options),
     /// What a program does whose pages are placed.
     VmRunsProbe(vm_runs_probe::Options),

@@ -1,7 +1,8 @@
 //! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a node of the kernel's, behind walls and without.
 //!
 //! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
-//! where they go, by configuration. And memory that fails. Called by `cargo xtask vm-test` on the topology numa4.
+//! where they go, by configuration. And memory that fails. Where there is a dax device, it is that ([`vm_runs_dax`](super::vm_runs_dax)). Called by
+//! `cargo xtask vm-test` on the topologies numa4 and hmem.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::vm_facts::Facts;
+use super::vm_runs_dax;
 use super::vm_runs_probe::HOT;
 
 /// What to hold against.
@@ -64,6 +66,9 @@ const ROWS: [(&str, &str, &[&str], bool); 13] = [
 /// # Errors
 /// A row is not as it says.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    if let Some(device) = vm_runs_dax::find_device() {
+        return vm_runs_dax::run(&options.spm, device, options.quick, options.only.as_deref());
+    }
     let mut facts = Facts::default();
     // What is tried here is who moves pages; the kernel's own idea of where they belong is tried with `fork open`.
     let balancing = "/proc/sys/kernel/numa_balancing";

@@ -1,10 +1,12 @@
-//! What a program does whose cold pages are placed on a node: every byte is checked, and where its pages are is the kernel's word.
+//! What a program does whose cold pages are placed on a node, or copied away: every byte is checked, and where its pages are is the kernel's word.
 //!
-//! Fills an area larger than its budget, waits until the kernel says that pages of it are on the node, and then reads, writes,
+//! Fills an area larger than its budget, waits until the kernel says that pages of it are on the node, or away, and then reads, writes,
 //! forks, unmaps. Prints `placed N of process P` when so many are there, `done` at the end. Started by [`vm_runs`](super::vm_runs), under `spm run`.
 #![allow(unsafe_code, reason = "memory that is unmapped, moved and dropped, and fork(2), are what is tried")]
 
+use std::fs::File;
 use std::io::{BufRead, Write, stdin, stdout};
+use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,8 @@ use spmem_sys::{PAGE, mempolicy};
 
 /// How long pages may take to be placed, on an emulated machine.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// Of an entry of pagemap.
+const PRESENT: u64 = 1 << 63;
 /// So many are enough.
 const ENOUGH: usize = 128;
 /// Placed pages that are read all the time.
@@ -28,9 +32,27 @@ pub(crate) struct Options {
     /// The kernel's node.
     #[arg(long, default_value_t = 2)]
     node: u16,
+    /// Pages are to be away, rather than on a node.
+    #[arg(long)]
+    away: bool,
     /// A page is not on the node right after it was written.
     #[arg(long)]
     fenced: bool,
+}
+
+/// Where pages are to go.
+#[derive(Clone, Copy)]
+enum Goal {
+    /// A node of the kernel's.
+    Node(u16),
+    /// Away: not present.
+    Away,
+}
+
+impl Options {
+    const fn goal(&self) -> Goal {
+        if self.away { Goal::Away } else { Goal::Node(self.node) }
+    }
 }
 
 /// Memory, and which version of each page is in it; version 0 is zeros.
@@ -100,8 +122,20 @@ impl Area {
         0..self.versions.len()
     }
 
-    /// The pages that are on the node.
-    fn placed(&self, node: u16) -> anyhow::Result<Vec<usize>> {
+    /// The pages that are where they are to go.
+    fn placed(&self, goal: Goal) -> anyhow::Result<Vec<usize>> {
+        let Goal::Node(node) = goal else {
+            let mut entries = vec![0; self.versions.len() * 8];
+            let pagemap = File::open("/proc/self/pagemap").context("no pagemap")?;
+            pagemap.read_exact_at(&mut entries, (self.start / PAGE * 8) as u64).context("pagemap")?;
+            let entries = entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+            return Ok(self
+                .all()
+                .zip(entries)
+                .filter(|(_, entry)| entry & PRESENT == 0)
+                .map(|(page, _)| page)
+                .collect());
+        };
         let addresses: Vec<usize> = self.all().map(|page| self.address(page)).collect();
         let mut nodes = vec![-1; addresses.len()];
         mempolicy::nodes_of(&addresses, &mut nodes).context("move_pages")?;
@@ -109,10 +143,10 @@ impl Area {
     }
 
     /// Waits until there are enough.
-    fn wait_placed(&self, node: u16) -> anyhow::Result<Vec<usize>> {
+    fn wait_placed(&self, goal: Goal) -> anyhow::Result<Vec<usize>> {
         let start = Instant::now();
         loop {
-            let placed = self.placed(node)?;
+            let placed = self.placed(goal)?;
             if placed.len() >= ENOUGH {
                 println!("placed {} of process {}", placed.len(), std::process::id());
                 stdout().flush()?;
@@ -120,7 +154,7 @@ impl Area {
             }
             ensure!(
                 start.elapsed() < PATIENCE,
-                "only {} pages of {} came to node {node}",
+                "only {} pages of {} have left",
                 placed.len(),
                 self.versions.len()
             );
@@ -139,13 +173,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     for page in area.all() {
         area.write(page, 1);
     }
-    let placed = area.wait_placed(options.node)?;
+    let placed = area.wait_placed(options.goal())?;
     match options.what.as_str() {
-        "read" => read(&area, &placed, options.node)?,
-        "hot" => hot(&area, &placed, options.node)?,
+        "read" => read(&area, &placed, options.goal())?,
+        "hot" => hot(&area, &placed, options.goal())?,
         "write" => write(&mut area, &placed, options)?,
-        "threads" => threads(area, options.node)?,
-        "fork" => fork(&mut area, options.node)?,
+        "threads" => threads(area, options.goal())?,
+        "fork" => fork(&mut area, options.goal())?,
         "unmap" => unmap(&mut area, &placed)?,
         "wait" => {
             // Whoever started this has something to do meanwhile.
@@ -163,9 +197,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Pages are read where they are: reading leaves them there, but for the few that are tried out.
-fn read(area: &Area, placed: &[usize], node: u16) -> anyhow::Result<()> {
+fn read(area: &Area, placed: &[usize], goal: Goal) -> anyhow::Result<()> {
     area.check(placed.iter().copied())?;
-    let now = area.placed(node)?;
+    let now = area.placed(goal)?;
     let stayed = placed.iter().filter(|page| now.binary_search(page).is_ok()).count();
     println!("{stayed} of {} stayed", placed.len());
     ensure!(
@@ -178,14 +212,14 @@ fn read(area: &Area, placed: &[usize], node: u16) -> anyhow::Result<()> {
 }
 
 /// Pages that are read all the time come up, though none is written.
-fn hot(area: &Area, placed: &[usize], node: u16) -> anyhow::Result<()> {
+fn hot(area: &Area, placed: &[usize], goal: Goal) -> anyhow::Result<()> {
     let (start, mut rounds) = (Instant::now(), 0_u64);
     loop {
         let hot = placed.iter().copied().take(HOT as usize);
         area.check(hot.clone())?;
         rounds += 1;
         if rounds.is_multiple_of(16) {
-            let now = area.placed(node)?;
+            let now = area.placed(goal)?;
             let up = hot.filter(|page| now.binary_search(page).is_err()).count();
             if up >= HOT as usize / 4 * 3 {
                 println!(
@@ -218,7 +252,7 @@ fn write(area: &mut Area, placed: &[usize], options: &Options) -> anyhow::Result
     area.check(area.all())
 }
 
-fn threads(area: Area, node: u16) -> anyhow::Result<()> {
+fn threads(area: Area, goal: Goal) -> anyhow::Result<()> {
     let part = area.versions.len() / 3;
     let parts: Vec<Area> =
         (0..3).map(|index| Area { start: area.address(index * part), versions: vec![1; part] }).collect();
@@ -245,12 +279,12 @@ fn threads(area: Area, node: u16) -> anyhow::Result<()> {
             .collect();
         handles.into_iter().try_for_each(|handle| handle.join().unwrap_or_else(|_| bail!("a thread panicked")))
     })?;
-    println!("{} on the node at the end", area.placed(node)?.len());
+    println!("{} there at the end", area.placed(goal)?.len());
     Ok(())
 }
 
 /// Parent and child share placed pages and write them, each its own.
-fn fork(area: &mut Area, node: u16) -> anyhow::Result<()> {
+fn fork(area: &mut Area, goal: Goal) -> anyhow::Result<()> {
     // SAFETY: this process has one thread; the child ends by _exit.
     let child = unsafe { libc::fork() };
     ensure!(child >= 0, "fork");
@@ -274,7 +308,7 @@ fn fork(area: &mut Area, node: u16) -> anyhow::Result<()> {
     let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
     ensure!(waited == child && status == 0, "the child ended with {status:#x}");
     result?;
-    println!("{} on the node at the end", area.placed(node)?.len());
+    println!("{} there at the end", area.placed(goal)?.len());
     area.check(area.all())
 }
 

@@ -1,9 +1,9 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
 //! Four checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
-//! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; and on [`WALLED`],
-//! `vm-wall`, does `spm wall` keep what docs/walls.md says, and `vm-runs`, do cold pages of runs go to a node and stay whole. Each in a guest of its own. A row is
-//! passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
+//! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; on [`WALLED`] `vm-wall`, does
+//! `spm wall` keep what docs/walls.md says; and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
+//! whole. Each in a guest of its own. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -22,6 +22,8 @@ use crate::launch::{Bed, NeedSpm};
 const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
 /// Where walls are tried: four nodes of the kernel's.
 const WALLED: &str = "numa4";
+/// Where runs use a dax device: the topology and its mode.
+const WITH_DEVICE: (&str, &str) = ("hmem", "devdax");
 /// Only what hangs takes as long, on a busy machine too.
 const LIMIT: Duration = Duration::from_secs(1800);
 /// Guests that stand still because of the emulator are started again so often.
@@ -80,7 +82,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
         let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
         let checks = modes.flat_map(|(topo, mode)| {
-            let (walls, runs) = (topo.name == WALLED).then_some(("walls", "runs")).unzip();
+            let is_walled = topo.name == WALLED;
+            let has_device = (topo.name.as_str(), mode.name.as_str()) == WITH_DEVICE;
+            let (walls, runs) = (is_walled.then_some("walls"), (is_walled || has_device).then_some("runs"));
             [Some("facts"), Some("backends"), walls, runs]
                 .into_iter()
                 .flatten()
