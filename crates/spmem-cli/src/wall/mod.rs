@@ -97,14 +97,17 @@ fn raise(
         }
         Ok(())
     };
+    let is_easy = !wall.easy.is_empty();
     let site = match Site::prepare(&wall.cpuset, guard, company) {
         Ok(site) => Some(site),
         Err(reason) => {
+            if is_easy && !wall.is_narrower {
+                remark(format_args!("spm audit will not know of this guard: {reason:#}"));
+            }
             go_on_without(reason)?;
             None
         }
     };
-    let is_easy = !wall.easy.is_empty();
     let keeper = if site.is_some() || is_easy { Some(Keeper::start(site.as_ref(), wall)?) } else { None };
     if let Some(site) = &site {
         // Nothing of the wall is left behind: the keeper removes what stands empty.
@@ -117,7 +120,7 @@ fn raise(
             .map_err(|errno| anyhow::anyhow!("refused: memory cannot be bound to node {default}: {errno}"))?;
     }
     let Some(keeper) = keeper.filter(|_| is_easy) else { return Ok(()) };
-    match filter::install() {
+    match keeper.check_sight().and_then(|()| filter::install()) {
         Ok((listener, privileges)) => {
             if privileges == Privileges::Dropped {
                 remark(format_args!(

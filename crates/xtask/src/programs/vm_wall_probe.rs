@@ -5,8 +5,9 @@
 #![allow(unsafe_code, reason = "fork(2), and memory that is shared with other processes")]
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,7 +22,11 @@ use spmem_sys::mempolicy::{self, Mask};
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE};
 
+use super::vm_runs_probe::Area;
+
 const PAGES: usize = 32;
+/// Pages that do not fit into the budget.
+const FILLED: usize = 16 << 20 >> 12;
 /// What pages that come through a door hold.
 pub(super) const DOOR_BYTE: u8 = 0xd0;
 /// NUMA balancing takes a few seconds to move a page.
@@ -71,6 +76,7 @@ fn attempt(words: &[&str], kept: &mut Vec<Mapping>) -> anyhow::Result<Outcome> {
             let (mode, nodes) = (mode_of(mode)?, mask_of(nodes)?);
             mempolicy::set_policy(mode, &nodes).and_then(|()| touch(kept))
         }
+        ["cold-policy", mode, nodes] => cold_policy(mode_of(mode)?, &mask_of(nodes)?)?,
         ["mbind", mode, nodes] => {
             let (mode, nodes) = (mode_of(mode)?, mask_of(nodes)?);
             memory().and_then(|memory| {
@@ -134,6 +140,30 @@ fn places(kept: &[Mapping]) -> Outcome {
         }
     }
     Ok(nodes)
+}
+
+/// A policy whose mask is in a page that is away: under `spm run`, with a budget below what is filled here.
+fn cold_policy(mode: usize, nodes: &Mask) -> anyhow::Result<Outcome> {
+    let mut page = memory().map_err(|errno| anyhow::anyhow!("no memory: {errno}"))?;
+    let start = page.start();
+    for (at, word) in nodes.iter().enumerate() {
+        page.bytes_mut(at * 8, 8).copy_from_slice(&word.to_ne_bytes());
+    }
+    // Not by its mapping, which would bring it back; the kernel reads no page for a file that is away.
+    let own = File::open("/proc/self/mem")?;
+    let is_away = || own.read_at(&mut [0; 8], start as u64).is_err();
+    let mut area = Area::new(FILLED)?;
+    let mut version = 0;
+    while !is_away() {
+        version += 1;
+        area.all().for_each(|page| area.write(page, version));
+    }
+    // SAFETY: the kernel reads the mask, which is mapped.
+    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, start, nodes.len() * 64 + 1) };
+    if result != 0 {
+        return Ok(Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))));
+    }
+    Ok(touch(&mut Vec::new()))
 }
 
 fn move_pages(node: i32, kept: &mut Vec<Mapping>) -> Outcome {
