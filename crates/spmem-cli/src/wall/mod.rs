@@ -59,6 +59,7 @@ pub fn enter(
     company: Option<u32>,
 ) -> anyhow::Result<()> {
     let nodes = machine::kernel_nodes(config)?;
+    machine::tell_absent_types(config, &nodes);
     let wish = Wish {
         mems: flags.mems.as_deref().map(|text| parse(text, &nodes)).transpose().context("--mems")?,
         sysram: flags.sysram_nodes.as_deref().map(|text| parse(text, &nodes)).transpose().context("--sysram")?,
@@ -81,6 +82,12 @@ fn raise(
     is_best_effort: bool,
 ) -> anyhow::Result<()> {
     let outside = wall.outside(nodes);
+    if outside.is_empty() && wall.easy.is_empty() {
+        remark(format_args!(
+            "none of the kernel's nodes ({}) is spm: this wall keeps nothing out; [type] of a configuration says which are",
+            nodes.sysram
+        ));
+    }
     let mut default = wall.default;
     // Where the cpuset would keep nothing out that is not out already, nobody misses it.
     let mut go_on_without = |reason: anyhow::Error| {
