@@ -36,12 +36,7 @@ pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     facts.note(said.contains("spm audit"), format!("a user: easy, without a cgroup: {}", said.trim()));
     check_unseen(facts, scene)?;
 
-    let folder = PathBuf::from("/sys/fs/cgroup/delegated");
-    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpuset")?;
-    fs::create_dir(&folder)?;
-    for name in ["", "cgroup.procs", "cgroup.subtree_control"] {
-        std::os::unix::fs::chown(folder.join(name), Some(NOBODY), Some(NOBODY))?;
-    }
+    let folder = delegate()?;
     let mut command = as_nobody(scene.wall(&["--"], &["policy", "interleave", "0-3"]));
     start_in(&mut command, &folder)?;
     let output = command.output()?;
@@ -70,8 +65,19 @@ fn as_nobody(mut command: Command) -> Command {
     command
 }
 
+/// A cgroup that is [`NOBODY`]'s, as systemd delegates them.
+pub(super) fn delegate() -> anyhow::Result<PathBuf> {
+    let folder = PathBuf::from("/sys/fs/cgroup/delegated");
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpuset")?;
+    fs::create_dir(&folder)?;
+    for name in ["", "cgroup.procs", "cgroup.subtree_control"] {
+        std::os::unix::fs::chown(folder.join(name), Some(NOBODY), Some(NOBODY))?;
+    }
+    Ok(folder)
+}
+
 /// Has a command start in this cgroup.
-fn start_in(command: &mut Command, cgroup: &Path) -> anyhow::Result<()> {
+pub(super) fn start_in(command: &mut Command, cgroup: &Path) -> anyhow::Result<()> {
     let procs = File::options().write(true).open(cgroup.join("cgroup.procs"))?;
     // SAFETY: writes to a descriptor, between fork and exec.
     unsafe {
@@ -120,7 +126,7 @@ pub(super) fn check_keeper(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
         let mut command = scene.wall(&wall, &["policy", "bind", "2"]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         child.stdout.as_mut().context("no pipe")?.read_exact(&mut [0; 1])?;
-        let keeper = keeper_of(&format!("# {number}")).context("no keeper")?;
+        let keeper = process_of("spm-keeper", &format!("# {number}")).context("no keeper")?;
         kill_process(keeper, signals[0])?;
         child.stdin.take().context("no pipe")?.write_all(b"go\n")?;
         if let Some(&then) = signals.get(1) {
@@ -134,13 +140,13 @@ pub(super) fn check_keeper(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     scene.check(facts, "after killed keepers", &["--guard", "easy", "--"], &["touch"], Within("0-1"))
 }
 
-/// It has the command line that it was forked with.
-fn keeper_of(word: &str) -> Option<Pid> {
+/// A process of `spm` that stands apart: it has the command line that it was forked with.
+pub(super) fn process_of(name: &str, word: &str) -> Option<Pid> {
     let entries = fs::read_dir("/proc").ok()?.flatten();
     let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let number = numbers.find(|number| {
         let read = |name| fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
-        read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
+        read("comm").trim() == name && read("cmdline").contains(word)
     })?;
     Pid::from_raw(number.parse().ok()?)
 }
