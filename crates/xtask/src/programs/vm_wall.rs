@@ -1,7 +1,8 @@
 //! In a guest of `cargo xtask vm`: what `spm wall` keeps, row by row; the table is docs/walls.md's.
 //!
 //! Each row starts [`vm_wall_probe`](super::vm_wall_probe) behind a wall and holds what the kernel did against what the row
-//! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4.
+//! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4; with --version-1 on
+//! Linux 6.1, the last of Debian's with cpusets of cgroup version 1.
 #![allow(unsafe_code, reason = "a descriptor that is lent")]
 
 use std::fs::{self, File};
@@ -32,6 +33,8 @@ use super::vm_wall_rights::{check_join, check_keeper, check_rights};
 
 /// A user without rights.
 pub(super) const NOBODY: u32 = 1000;
+/// Where cpusets of cgroup version 1 are mounted for a part of the rows.
+const CPUSETS_1: &str = "/run/cpusets";
 const TYPES: &str = "[type]\nnode2 = \"spm\"\nnode3 = \"spm\"\n";
 
 /// What to hold against.
@@ -49,6 +52,9 @@ pub(crate) struct Options {
     /// Only who may do what, and what becomes of a keeper.
     #[arg(long)]
     rights: bool,
+    /// The table with cpusets of cgroup version 1, mounted for that.
+    #[arg(long)]
+    version_1: bool,
 }
 
 /// What a row says: exactly these nodes, some of these, or an error.
@@ -115,9 +121,14 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         check_nothing_is_left(&mut facts);
         return facts.end();
     }
+    if options.version_1 {
+        mount_version_1(&mut facts, &scene)?;
+    }
     let guards = [("hard", 0), ("easy", 1)];
     for (guard, column) in guards.into_iter().take(if options.quick { 1 } else { 2 }) {
-        for (words, hard, easy) in ROWS {
+        // 6.1 has no weights.
+        let rows = ROWS.into_iter().filter(|(words, ..)| !options.version_1 || !words.contains("weighted"));
+        for (words, hard, easy) in rows {
             let mut words: Vec<&str> = words.split(' ').collect();
             let tail = words.iter().position(|word| *word == "touch" && words[0] == "numactl");
             let before: Vec<&str> = tail.map(|at| words.drain(..at).collect()).unwrap_or_default();
@@ -126,7 +137,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         check_files(&mut facts, &scene, guard)?;
     }
-    if options.quick {
+    if options.version_1 {
+        check_pressure(&mut facts, &scene)?;
+        check_audit(&mut facts, &scene)?;
+    }
+    if options.quick || options.version_1 {
         check_nothing_is_left(&mut facts);
         return facts.end();
     }
@@ -140,6 +155,19 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     check_doors(&mut facts, &scene)?;
     check_nothing_is_left(&mut facts);
     facts.end()
+}
+
+/// From here on cpusets are version 1's, and walls have to find them there.
+fn mount_version_1(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    fs::create_dir_all(CPUSETS_1)?;
+    rustix::mount::mount("cpuset", CPUSETS_1, "cgroup", rustix::mount::MountFlags::empty(), Some(c"cpuset"))
+        .context("no cpusets of cgroup version 1 in this kernel")?;
+    let mut command = Command::new(&scene.spm);
+    command.args(["wall", "--config"]).arg(&scene.config).args(["--", "cat", "/proc/self/cgroup"]);
+    let said = String::from_utf8_lossy(&command.output()?.stdout).into_owned();
+    let is_one = said.lines().any(|line| line.contains(":cpuset:/spm-wall-hard-"));
+    facts.note(is_one, format!("a wall of version 1: {}", said.trim().replace('\n', "; ")));
+    Ok(())
 }
 
 /// What the rows share.
@@ -410,7 +438,8 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
 
 fn check_nothing_is_left(facts: &mut Facts) {
     let left = || -> Vec<String> {
-        let entries = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let folders = ["/sys/fs/cgroup", CPUSETS_1].map(|top| fs::read_dir(top).into_iter().flatten().flatten());
+        let entries = folders.into_iter().flatten();
         entries
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name.starts_with("spm-"))

@@ -41,6 +41,9 @@ pub(crate) struct Options {
     /// Become this user first.
     #[arg(long)]
     user: Option<u32>,
+    /// Be a program that others of its user may not look into.
+    #[arg(long)]
+    hidden: bool,
     /// Stay that long when done, ms.
     #[arg(long, default_value_t = 0)]
     stay: u64,
@@ -56,6 +59,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         ensure!(unsafe { libc::setgid(user) } == 0, "cannot become another group");
         // SAFETY: as above.
         ensure!(unsafe { libc::setuid(user) } == 0, "cannot become another user");
+    }
+    if options.hidden {
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     }
     let words: Vec<&str> = options.words.iter().map(String::as_str).collect();
     let mut kept = Vec::new();

@@ -34,6 +34,9 @@ pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     note(facts, "a user: easy", &output, On("0-1"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     facts.note(said.contains("spm audit"), format!("a user: easy, without a cgroup: {}", said.trim()));
+    let words = ["--hidden", "policy", "interleave", "0-3"];
+    let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &words)).output()?;
+    note(facts, "a user: easy, a program that may not be looked into", &output, Error("EPERM"));
     check_unseen(facts, scene)?;
 
     let folder = delegate()?;
