@@ -275,8 +275,9 @@ const AUDIT_HELP: &str = "\
 Exit status: 0 when every page on an SPM node is there on purpose, 1 when one is not, 2 for a wrong command line, or when
 a process cannot be looked at.
 
-On purpose means: bound there by name behind an easy guard, or come through a door. The JSON has an object for each process,
-node and reason: pid, command, node, pages, bytes, wall (hard, easy or null), by (bind, door or null), is_clean.";
+On purpose means: bound there by name behind an easy guard, come through a door, or placed by a run of spm. The JSON has an
+object for each process, node and reason: pid, command, node, pages, bytes, wall (hard, easy or null), by (bind, door, run or
+null), is_clean. Where several processes are named, those that can be looked at are.";
 
 const NODES_HELP: &str = "\
 Exit status: 0, 1 when something failed, 2 for a wrong command line. What cannot be read is said on

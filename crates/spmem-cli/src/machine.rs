@@ -12,6 +12,7 @@ use spmem_node::compressed::GrantedFrames;
 use spmem_node::machine::{Machine, Node};
 
 use crate::config::Config;
+use crate::remark::remark;
 
 /// RAM as the kernel counts it.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,15 @@ impl Ram {
 pub fn type_of(config: &Config, node: &Node) -> NodeType {
     let configured = config.types.get(&format!("node{}", node.id)).copied();
     configured.unwrap_or(node.class.class.usual_type())
+}
+
+/// Says which nodes the configuration gives a type that the kernel does not have: a wall would not keep them out.
+pub fn tell_absent_types(config: &Config, nodes: &Nodes) {
+    let present: Vec<String> =
+        nodes.sysram.union(&nodes.spm).iter().map(|node| format!("node{}", node.get())).collect();
+    for (name, kind) in config.types.iter().filter(|(name, _)| !present.contains(name)) {
+        remark(format_args!("the configuration makes {name} {kind}, but the kernel has no memory on such a node"));
+    }
 }
 
 /// The kernel's nodes with memory, by what they are for. A kernel without NUMA has node 0.

@@ -55,6 +55,18 @@ fn on_a_machine_of_one_node_the_first_is_ram_and_the_second_is_compressed() {
 }
 
 #[test]
+fn a_machine_of_plain_ram_says_what_it_lacks_and_what_stands_in_for_it_but_not_in_json() {
+    let nodes = json(&["--json"]);
+    if of_origin(&nodes, "kernel").len() != 1 || nodes.as_array().unwrap().len() != 2 {
+        println!("skipped: this machine has special memory");
+        return;
+    }
+    let said = |arguments: &[&str]| String::from_utf8(nodes_of(arguments).stderr).unwrap();
+    assert!(said(&["-u"]).starts_with("spm: this machine lacks special memory"), "{}", said(&["-u"]));
+    assert_eq!(said(&["--json"]), "");
+}
+
+#[test]
 fn human_sizes_are_text_and_the_table_has_a_line_for_each_node() {
     assert!(json(&["--json", "-u"])[0]["capacity"].as_str().unwrap().ends_with(['K', 'M', 'G', 'T']));
     let table = String::from_utf8(nodes_of(&["--human"]).stdout).unwrap();

@@ -130,6 +130,57 @@ fn an_audit_of_a_machine_without_spm_nodes_is_clean() {
     assert_eq!(strange.status.code(), Some(2));
 }
 
+#[test]
+fn an_audit_names_the_processes_that_are_gone_and_looks_at_the_others() {
+    // Every page of this machine would be on an SPM node then.
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("spm.toml");
+    std::fs::write(&file, "[type]\nnode0 = \"spm\"\n").unwrap();
+    let mut program = Command::new("sleep").arg("1000").spawn().unwrap();
+    let pid = program.id().to_string();
+    let audit = |numbers: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spm"));
+        command.args(["audit", "--json", "--config"]).arg(&file).args(numbers).output().unwrap()
+    };
+    let (one, twice) = (audit(&[&pid]), audit(&["4194304", &pid, &pid]));
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert!(text(&twice.stderr).contains("there is no process 4194304"), "{}", text(&twice.stderr));
+    assert_eq!(text(&one.stdout), text(&twice.stdout));
+    if !std::path::Path::new("/sys/devices/system/node/node0").exists() {
+        println!("skipped: this kernel does not tell its nodes");
+        return;
+    }
+    assert_eq!((one.status.code(), twice.status.code()), (Some(1), Some(1)));
+    assert_eq!(audit(&["4194304"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_wall_that_keeps_nothing_out_says_so_and_a_node_that_is_not_there_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("spm.toml");
+    std::fs::write(&file, "[type]\nnode1000 = \"spm\"\n").unwrap();
+    let file = file.to_str().unwrap();
+    let said = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_spm")).args(arguments).output().unwrap();
+        text(&output.stderr)
+    };
+    let absent = "the configuration makes node1000 spm, but the kernel has no memory on such a node";
+    for command in
+        [&["wall", "--config", file, "--", "true"][..], &["audit", "--config", file], &["nodes", "--config", file]]
+    {
+        assert!(said(command).contains(absent), "{command:?}: {}", said(command));
+    }
+    if std::path::Path::new("/sys/devices/system/node/node1").exists() {
+        println!("skipped: this machine has several nodes");
+        return;
+    }
+    for command in [&["wall", "--", "true"][..], &["run", "--best-effort", "--guard", "hard", "--", "true"]] {
+        assert!(said(command).contains("this wall keeps nothing out"), "{command:?}: {}", said(command));
+    }
+    assert!(!said(&["run", "--best-effort", "--", "true"]).contains("wall"));
+}
+
 /// The walls of this process number that are there.
 fn walls_of(pid: u32) -> Vec<String> {
     let name = format!("spm-wall-*-{pid}");

@@ -87,7 +87,9 @@ impl fmt::Display for EnclosureError {
                 write!(f, "node {node} is spm, so it is nobody's default; name it in --mems with --guard easy")
             }
             Self::NotPossible { node } => write!(f, "node {node} is a default but not in --mems; add it there"),
-            Self::NoSysram => f.write_str("no sysram node is left; name one in --mems"),
+            Self::NoSysram => f.write_str(
+                "no sysram node is left; name one in --mems, or leave one sysram in [type] and [class]",
+            ),
         }
     }
 }

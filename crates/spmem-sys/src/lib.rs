@@ -20,7 +20,7 @@
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
 //! | [`clock`] | none: the clock in the kernel's vdso(7) |
-//! | [`process`] | pids, /proc/PID/statm, clocks, signals masks |
+//! | [`process`] | pids, /proc/PID/statm, clocks, signals masks, process_vm_readv(2) |
 #![no_std]
 #![allow(unsafe_code, reason = "this is the crate where system calls are made")]
 #![allow(

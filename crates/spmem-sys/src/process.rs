@@ -80,6 +80,21 @@ pub fn exists(pid: u32) -> bool {
     result != Err(syscalls::Errno::ESRCH)
 }
 
+/// Fills `to` from the memory of another process, by its process or a thread's number (process_vm_readv(2)). Unlike a read of
+/// /proc/PID/mem it waits for pages that are away.
+///
+/// # Errors
+/// `EFAULT` when not all of it is mapped there; `EPERM`, `ESRCH`.
+pub fn read_memory_of(pid: u32, at: u64, to: &mut [u8]) -> Result<()> {
+    let here = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
+    let there = libc::iovec { iov_base: core::ptr::without_provenance_mut(at as usize), iov_len: to.len() };
+    // SAFETY: the kernel writes to `to` only, `iov_len` bytes at most.
+    let read = unsafe {
+        syscall!(Sysno::process_vm_readv, pid, core::ptr::from_ref(&here), 1, core::ptr::from_ref(&there), 1, 0)
+    }?;
+    if read == to.len() { Ok(()) } else { Err(Errno(libc::EFAULT)) }
+}
+
 /// Bytes of address space that RLIMIT_AS leaves, `None` when it is not limited.
 pub fn address_space_left() -> Option<u64> {
     let mut limit = [u64::MAX; 2];

@@ -10,7 +10,8 @@
 mod pages;
 
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -27,6 +28,7 @@ use pages::{By, pages_on};
 const CROSSING: &str = "/memfd:spmem-crossing (deleted)";
 /// A process cannot be looked at.
 pub const FAILURE: i32 = 2;
+const TAKES: &str = "that takes root with CAP_SYS_PTRACE";
 /// Something is where it should not be.
 const FOUND: i32 = 1;
 
@@ -47,28 +49,34 @@ struct Finding {
 /// Prints what is found; the exit status.
 ///
 /// # Errors
-/// The configuration is not valid, a process asked for cannot be looked at, or stdout does not take the answer.
+/// The configuration is not valid, or stdout does not take the answer.
 pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     let config = Config::read(options.config.as_deref())?;
-    let spm = machine::kernel_nodes(&config)?.spm;
+    let nodes = machine::kernel_nodes(&config)?;
+    machine::tell_absent_types(&config, &nodes);
+    let spm = nodes.spm;
     if spm.is_empty() {
         remark(format_args!("none of the kernel's nodes is spm; [type] of a configuration would say which are"));
     }
     let is_asked_for = !options.processes.is_empty();
-    let processes = match is_asked_for {
+    let mut processes = match is_asked_for {
         true => options.processes.clone(),
         // There is nothing to find.
         false if spm.is_empty() => Vec::new(),
         false => all_processes()?,
     };
+    processes.sort_unstable();
+    processes.dedup();
     let (mut findings, mut unseen) = (Vec::new(), 0);
     for pid in processes {
         match read(pid, "numa_maps") {
             Ok(text) => findings.extend(of_process(pid, &text, &spm)),
+            // The others are looked at all the same.
             Err(error) if is_asked_for => {
-                return Err(error).with_context(|| format!("process {pid} cannot be looked at"));
+                unseen += 1;
+                remark(format_args!("{}", unseen_reason(pid, &error)));
             }
-            Err(error) => unseen += u32::from(error.kind() == std::io::ErrorKind::PermissionDenied),
+            Err(error) => unseen += u32::from(error.kind() == ErrorKind::PermissionDenied),
         }
     }
     let text = if options.json {
@@ -78,14 +86,25 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     };
     std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the answer")?;
     let is_clean = findings.iter().all(|finding| finding.is_clean);
-    if unseen > 0 {
-        remark(format_args!("{unseen} processes cannot be looked at; run spm as root"));
+    if unseen > 0 && !is_asked_for {
+        remark(format_args!("{unseen} of the processes cannot be looked at: {TAKES}"));
     }
     Ok(match (is_clean, unseen) {
         (false, _) => FOUND,
         (true, 0) => 0,
         (true, _) => FAILURE,
     })
+}
+
+fn unseen_reason(pid: u32, error: &std::io::Error) -> String {
+    match error.kind() {
+        ErrorKind::PermissionDenied => format!("process {pid} cannot be looked at: {TAKES}"),
+        _ if !Path::new(&format!("/proc/{pid}")).exists() => format!("there is no process {pid}"),
+        ErrorKind::NotFound => {
+            format!("process {pid} cannot be looked at: this kernel is without numa_maps (CONFIG_NUMA)")
+        }
+        _ => format!("process {pid} cannot be looked at: {error}"),
+    }
 }
 
 /// The processes that there are, by number.

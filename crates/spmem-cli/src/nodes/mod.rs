@@ -16,6 +16,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use spmem_core::mm::MemoryManager;
+use spmem_core::node::NodeType;
 use spmem_node::machine::Machine;
 
 use crate::arguments::NodesArguments;
@@ -23,7 +24,7 @@ use crate::config::Config;
 use crate::heat;
 use crate::machine::{self, Ram};
 use crate::remark::remark;
-use list::Listing;
+use list::{Listing, Origin};
 
 pub use list::NodeLine;
 
@@ -46,6 +47,7 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
     let frames = machine::set_up_nodes(&config, ram)?;
     let machine = Machine::read(Path::new("/"), &config.classes);
     tell_what_was_odd(&machine);
+    machine::tell_absent_types(&config, &machine::kernel_nodes(&config)?);
     let mut listing = Listing::new(machine, &config, frames.mm(), ram);
     if options.create {
         files::create(&config.files)?;
@@ -65,6 +67,9 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
             remark(format_args!("{reason:#}"));
         }
     }
+    if !options.json && config.files.is_empty() {
+        tell_what_lacks(&listing);
+    }
     let sizes = if options.human { Sizes::Human } else { Sizes::Bytes };
     let text = if options.json {
         serde_json::to_string_pretty(&json::array(&listing, sizes)).context("the nodes are no JSON")? + "\n"
@@ -77,6 +82,22 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
 /// The nodes registered with `mm`, lowest first, as the table of `spm nodes` has them.
 pub fn registered_table(mm: &MemoryManager, ram: Ram, sizes: Sizes) -> String {
     table::nodes(&list::registered(mm, ram), sizes)
+}
+
+/// What a machine of plain RAM is without, and what stands in for it.
+fn tell_what_lacks(listing: &Listing) {
+    let machine = &listing.machine;
+    let has_devices =
+        !machine.memdevs.is_empty() || !machine.regions.is_empty() || !machine.soft_reserved.is_empty();
+    let is_plain = |line: &NodeLine| line.origin == Origin::Kernel && line.node_type == NodeType::Sysram;
+    let others = listing.lines.iter().filter(|line| line.origin != Origin::Spmem && !is_plain(line)).count();
+    let nodes = listing.lines.iter().filter(|line| is_plain(line)).count();
+    if nodes <= 1 && others == 0 && !has_devices && machine.namespaces.is_empty() && machine.dax.is_empty() {
+        remark(format_args!(
+            "this machine lacks special memory: it has one node of RAM, no CXL, dax or pmem device; node 1 is RAM that spmem \
+             compresses, and [[node]] of kind \"file\" in a configuration stands in for other classes"
+        ));
+    }
 }
 
 fn tell_what_was_odd(machine: &Machine) {

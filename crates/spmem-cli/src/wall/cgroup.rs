@@ -30,13 +30,16 @@ const CHILDREN: &str = "cgroup.subtree_control";
 const REMEDY: &str =
     "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset spm ...";
 /// What limits a cgroup, and what these say when they do not.
-const LIMITS: [(&str, &str); 6] = [
+const LIMITS: [(&str, &str); 9] = [
     ("memory.max", "max"),
     ("memory.high", "max"),
     ("memory.swap.max", "max"),
+    ("memory.swap.high", "max"),
+    ("memory.zswap.max", "max"),
     ("pids.max", "max"),
     ("cpu.max", "max 100000"),
     ("cpuset.cpus", ""),
+    ("io.max", ""),
 ];
 
 /// Which of the kernel's two ways.
@@ -113,6 +116,10 @@ impl Site {
             // As it was found.
             let _ = fs::write(own.join(CHILDREN), "-cpuset");
             let _ = fs::write(own.join(PROCESSES), std::process::id().to_string());
+            // Company that has not ended yet.
+            for process in fs::read_to_string(keeper.join(PROCESSES)).unwrap_or_default().lines() {
+                let _ = fs::write(own.join(PROCESSES), process);
+            }
             let _ = fs::remove_dir(keeper);
         }
         true
@@ -326,6 +333,30 @@ mod tests {
         let mounts = "30 25 0:26 /a\\134b /mnt/c\\040group\\011x\\08 rw - cgroup2 cgroup rw\n";
         let own = find(mounts, "0::/a\\b/job\n").unwrap();
         assert_eq!((own.top, own.directory), ("/mnt/c group\tx\\08".into(), "/mnt/c group\tx\\08/job".into()));
+    }
+
+    #[test]
+    fn a_wall_beside_our_cgroup_lifts_no_limit_of_it() {
+        let top = tempfile::tempdir().unwrap();
+        let directory = top.path().join("job");
+        fs::create_dir(&directory).unwrap();
+        let own = Own { version: Version::Two, top: top.path().to_owned(), directory: directory.clone() };
+        let file = |name: &str, text: &str| fs::write(directory.join(name), text).unwrap();
+        file("cgroup.controllers", "cpuset io memory\n");
+        file("cgroup.procs", "1\n");
+        for (limit, none) in LIMITS {
+            file(limit, &format!("{none}\n"));
+        }
+        let beside = prepare_two(&own, WALL_NAMES, None).unwrap();
+        assert_eq!(beside.wall.parent(), Some(top.path()));
+        for (limit, none) in LIMITS {
+            file(limit, "1\n");
+            let refused = prepare_two(&own, WALL_NAMES, None).err().unwrap().to_string();
+            assert!(refused.contains(limit), "{refused}");
+            file(limit, &format!("{none}\n"));
+        }
+        file("io.max", "8:0 rbps=1 wbps=max riops=max wiops=max\n");
+        assert!(prepare_two(&own, WALL_NAMES, None).is_err());
     }
 
     #[test]

@@ -2,10 +2,12 @@
 //!
 //! The filter asks about policy calls that name nodes. [`answer`] reads the nodes out of the caller's memory, lets
 //! [`judge`] decide, writes a trimmed mask back where it was, and lets the kernel go on. That is a convenience and no
-//! boundary: another thread may change the mask in between, and calls of 32-bit programs are not asked about.
+//! boundary: another thread may change the mask in between, and calls of 32-bit programs are not asked about. A call whose
+//! nodes cannot be read, or not be changed, fails.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
 use anyhow::Context;
@@ -17,6 +19,7 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::policy;
 use spmem_core::units::NodeId;
 use spmem_sys::Errno;
+use spmem_sys::process::read_memory_of;
 use spmem_sys::seccomp::{self, Asked, Listener, Privileges};
 
 /// Entries of a move_pages(2) list that are read at once.
@@ -79,9 +82,24 @@ pub struct Easy {
     pub easy: NodeMask,
 }
 
+/// Whether this process may look into a program of `pid`, and change masks there.
+///
+/// # Errors
+/// The kernel's reason.
+pub fn may_look_into(pid: u32) -> io::Result<()> {
+    open_memory(pid).map(|_| ())
+}
+
+fn open_memory(thread: u32) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(format!("/proc/{thread}/mem"))
+}
+
 /// Answers a call.
 pub fn answer(listener: &Listener, asked: &Asked, around: &Easy) {
-    let verdict = Caller::open(listener, asked).map_or(Reply::Continue, |caller| caller.judge(asked, around));
+    let verdict = match Caller::open(listener, asked) {
+        Ok(caller) => caller.judge(asked, around).unwrap_or_else(Reply::Fail),
+        Err(_) => Reply::Fail(Errno::EPERM),
+    };
     // A caller that has gone needs no answer.
     let _ = match verdict {
         Reply::Continue => listener.let_through(asked),
@@ -101,26 +119,28 @@ struct Caller {
 }
 
 impl Caller {
-    /// None when it has gone, or is not to be looked at: the kernel says what it thinks of the call.
-    fn open(listener: &Listener, asked: &Asked) -> Option<Self> {
-        let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", asked.thread)).ok()?;
+    /// An error when it has gone, or is not to be looked at.
+    fn open(listener: &Listener, asked: &Asked) -> io::Result<Self> {
+        let memory = open_memory(asked.thread)?;
         // Its number may have been another's before the file was open, not after.
-        listener.is_waiting(asked).then_some(Self { thread: asked.thread, memory })
+        let caller = Self { thread: asked.thread, memory };
+        listener.is_waiting(asked).then_some(caller).ok_or_else(|| ErrorKind::NotFound.into())
     }
 
-    fn judge(&self, asked: &Asked, around: &Easy) -> Reply {
+    /// # Errors
+    /// What the call fails with, because its nodes cannot be read: `EFAULT` as the kernel has it.
+    fn judge(&self, asked: &Asked, around: &Easy) -> Result<Reply, Errno> {
         let a = asked.arguments;
         let number = i64::from(asked.number);
         let (call, place) = if number == libc::SYS_move_pages {
-            let Some(nodes) = self.read_targets(a[3], a[1]) else { return Reply::Continue };
-            (Call::MovePages(nodes), None)
+            (Call::MovePages(self.read_targets(a[3], a[1])?), None)
         } else {
             let (mode, at, bits) = match number {
                 libc::SYS_set_mempolicy => (a[0], a[1], a[2]),
                 libc::SYS_mbind => (a[2], a[3], a[4]),
                 _ => (0, a[3], a[1]),
             };
-            let Some(nodes) = self.read_mask(at, bits) else { return Reply::Continue };
+            let nodes = self.read_mask(at, bits)?;
             let call = if number == libc::SYS_migrate_pages {
                 Call::MigratePages { to: nodes, is_privileged: self.may_move_others() }
             } else {
@@ -129,19 +149,24 @@ impl Caller {
             };
             (call, Some((at, bits)))
         };
-        match (judge(&around.cpuset, &around.easy, &call), place) {
+        Ok(match (judge(&around.cpuset, &around.easy, &call), place) {
             (Answer::Continue, _) => Reply::Continue,
             (Answer::Fail(errno), _) => Reply::Fail(linux(errno)),
             (Answer::Rewrite(nodes), Some((at, bits))) if self.write_mask(at, bits, &nodes) => Reply::Continue,
             (Answer::Rewrite(_), _) => Reply::Fail(Errno::EPERM),
-        }
+        })
     }
 
-    fn read_mask(&self, at: u64, bits: u64) -> Option<NodeMask> {
+    /// The file has no page that is away, as programs of `spm run` have them: those come by the other way.
+    fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Errno> {
+        self.memory.read_exact_at(to, at).or_else(|_| read_memory_of(self.thread, at, to))
+    }
+
+    fn read_mask(&self, at: u64, bits: u64) -> Result<NodeMask, Errno> {
         let mut bytes = [0; WORDS * 8];
         let bytes = &mut bytes[..words(bits) * 8];
-        self.memory.read_exact_at(bytes, at).ok()?;
-        Some(mask_of(bytes, bits))
+        self.read(at, bytes)?;
+        Ok(mask_of(bytes, bits))
     }
 
     fn write_mask(&self, at: u64, bits: u64, nodes: &NodeMask) -> bool {
@@ -150,12 +175,14 @@ impl Caller {
     }
 
     /// The nodes in a list of `count` numbers.
-    fn read_targets(&self, at: u64, count: u64) -> Option<NodeMask> {
+    fn read_targets(&self, at: u64, count: u64) -> Result<NodeMask, Errno> {
         let (mut nodes, mut done) = (NodeMask::EMPTY, 0);
         let mut bytes = vec![0; BATCH * 4];
         while done < count {
             let next = usize::try_from(count - done).unwrap_or(BATCH).min(BATCH);
-            self.memory.read_exact_at(&mut bytes[..next * 4], at.checked_add(done * 4)?).ok()?;
+            let place =
+                done.checked_mul(4).and_then(|offset| at.checked_add(offset)).ok_or(Errno(libc::EFAULT))?;
+            self.read(place, &mut bytes[..next * 4])?;
             let (numbers, _) = bytes[..next * 4].as_chunks::<4>();
             let numbers = numbers.iter().map(|number| i32::from_ne_bytes(*number));
             numbers
@@ -163,7 +190,7 @@ impl Caller {
                 .for_each(|node| nodes.insert(node));
             done += next as u64;
         }
-        Some(nodes)
+        Ok(nodes)
     }
 
     fn may_move_others(&self) -> bool {

@@ -14,7 +14,7 @@ use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, send, sendmsg, socketpair,
 };
 use rustix::process::{PidfdFlags, pidfd_open};
 use spmem_core::enclosure::Enclosure;
@@ -43,10 +43,34 @@ impl Keeper {
             .context("no socket for the keeper")?;
         let command =
             pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context("no descriptor of a process")?;
+        let id = std::process::id();
         apart::start("the keeper", || {
+            apart::settle(c"spm-keeper", &[command.as_raw_fd(), its.as_raw_fd()]);
+            if !wall.easy.is_empty() {
+                let errno =
+                    filter::may_look_into(id).err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+                let _ = send(&its, &errno.to_ne_bytes(), SendFlags::NOSIGNAL);
+            }
             keep(&command, &its, site, Easy { cpuset: wall.cpuset, easy: wall.easy });
         })?;
         Ok(Self { channel: ours })
+    }
+
+    /// Whether it may look into the command for what that asks; the wall's guard is easy.
+    ///
+    /// # Errors
+    /// It may not, and what would help; or it is gone.
+    pub fn check_sight(&self) -> anyhow::Result<()> {
+        let mut errno = [0; 4];
+        let read = rustix::io::read(&self.channel, &mut errno).context("the keeper of the easy guard")?;
+        anyhow::ensure!(read == errno.len(), "the keeper of the easy guard is gone");
+        match i32::from_ne_bytes(errno) {
+            0 => Ok(()),
+            errno => anyhow::bail!(
+                "spm may not look into this user's programs ({}); run spm as root, or set kernel.yama.ptrace_scope to 0",
+                spmem_sys::Errno(errno)
+            ),
+        }
     }
 
     /// Gives it the calls to answer; it has them when this returns.
@@ -69,7 +93,6 @@ impl Keeper {
 
 /// The keeper's life.
 fn keep(command: &OwnedFd, channel: &OwnedFd, site: Option<&Site>, around: Easy) -> ! {
-    apart::settle(c"spm-keeper", &[command.as_raw_fd(), channel.as_raw_fd()]);
     // Without a message, the command has been started, or never will be: there is nothing to answer.
     if let Some(listener) = take_listener(channel) {
         answer_all(&listener, &around);
@@ -94,7 +117,7 @@ fn take_listener(channel: &OwnedFd) -> Option<Listener> {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     })?;
-    rustix::io::write(channel, b"K").ok()?;
+    send(channel, b"K", SendFlags::NOSIGNAL).ok()?;
     Some(Listener::from_fd(Fd::from_raw(fd.into_raw_fd())))
 }
 

@@ -59,6 +59,7 @@ pub fn enter(
     company: Option<u32>,
 ) -> anyhow::Result<()> {
     let nodes = machine::kernel_nodes(config)?;
+    machine::tell_absent_types(config, &nodes);
     let wish = Wish {
         mems: flags.mems.as_deref().map(|text| parse(text, &nodes)).transpose().context("--mems")?,
         sysram: flags.sysram_nodes.as_deref().map(|text| parse(text, &nodes)).transpose().context("--sysram")?,
@@ -81,6 +82,12 @@ fn raise(
     is_best_effort: bool,
 ) -> anyhow::Result<()> {
     let outside = wall.outside(nodes);
+    if outside.is_empty() && wall.easy.is_empty() {
+        remark(format_args!(
+            "none of the kernel's nodes ({}) is spm: this wall keeps nothing out; [type] of a configuration says which are",
+            nodes.sysram
+        ));
+    }
     let mut default = wall.default;
     // Where the cpuset would keep nothing out that is not out already, nobody misses it.
     let mut go_on_without = |reason: anyhow::Error| {
@@ -97,14 +104,17 @@ fn raise(
         }
         Ok(())
     };
+    let is_easy = !wall.easy.is_empty();
     let site = match Site::prepare(&wall.cpuset, guard, company) {
         Ok(site) => Some(site),
         Err(reason) => {
+            if is_easy && !wall.is_narrower {
+                remark(format_args!("spm audit will not know of this guard: {reason:#}"));
+            }
             go_on_without(reason)?;
             None
         }
     };
-    let is_easy = !wall.easy.is_empty();
     let keeper = if site.is_some() || is_easy { Some(Keeper::start(site.as_ref(), wall)?) } else { None };
     if let Some(site) = &site {
         // Nothing of the wall is left behind: the keeper removes what stands empty.
@@ -117,7 +127,7 @@ fn raise(
             .map_err(|errno| anyhow::anyhow!("refused: memory cannot be bound to node {default}: {errno}"))?;
     }
     let Some(keeper) = keeper.filter(|_| is_easy) else { return Ok(()) };
-    match filter::install() {
+    match keeper.check_sight().and_then(|()| filter::install()) {
         Ok((listener, privileges)) => {
             if privileges == Privileges::Dropped {
                 remark(format_args!(

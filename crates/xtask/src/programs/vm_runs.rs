@@ -3,19 +3,25 @@
 //! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
 //! where they go, by configuration. And memory that fails. Where there is a dax device, it is that ([`vm_runs_dax`](super::vm_runs_dax)). Called by
 //! `cargo xtask vm-test` on the topologies numa4 and hmem.
+#![allow(unsafe_code, reason = "another user, between fork and exec")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
+use rustix::fs::{Gid, Uid};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde_json::Value;
 
 use super::vm_facts::Facts;
 use super::vm_runs_dax;
 use super::vm_runs_probe::HOT;
+use super::vm_wall::{NOBODY, within_seconds};
+use super::vm_wall_rights::{delegate, process_of, start_in};
 
 /// What to hold against.
 #[derive(Clone, clap::Args)]
@@ -80,6 +86,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         fs::write(balancing, if words == "fork" { "1" } else { "0" }).context("no NUMA balancing")?;
         check(&mut facts, &options.spm, words, config, wall)?;
     }
+    if !options.quick && options.only.as_ref().is_none_or(|only| only == "delegated") {
+        check_delegated(&mut facts, &options.spm)?;
+    }
     if !options.quick && options.only.as_ref().is_none_or(|only| only == "killed") {
         check_killed(&mut facts, &options.spm)?;
     }
@@ -139,6 +148,62 @@ fn check(facts: &mut Facts, spm: &Path, words: &str, config: &str, wall: &[&str]
         let promoted = sum("promoted_pages");
         facts.note(promoted >= u64::from(HOT / 4 * 3), format!("{name}: reads have promoted {promoted}"));
     }
+    Ok(())
+}
+
+/// Alone in a delegated cgroup `spm` has to leave it, and takes the porter along: outside of the wall, and nothing stays behind.
+fn check_delegated(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
+    for who in ["root", "a user with CAP_SYS_PTRACE"] {
+        let name = format!("delegated cgroup, {who}");
+        let folder = delegate()?;
+        let (mut command, report) = command(spm, "open", &["--guard", "hard"], "read")?;
+        start_in(&mut command, &folder)?;
+        if who != "root" {
+            fs::write(&report, "")?;
+            std::os::unix::fs::chown(&report, Some(NOBODY), Some(NOBODY))?;
+            // SAFETY: makes system calls only, between fork and exec.
+            unsafe { command.pre_exec(become_tracing_user) };
+        }
+        let output = command.stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).trim().replace('\n', "; ");
+        let errors = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+        facts.note(output.status.success() && said.ends_with("done"), format!("{name}: {said} {errors}"));
+        let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
+        facts.note(is_empty, format!("{name}: given back empty"));
+    }
+    // The porter ends after the last process of the wall.
+    let folder = delegate()?;
+    let (mut command, _) = command(spm, "open", &["--guard", "hard"], "wait")?;
+    start_in(&mut command, &folder)?;
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut said = BufReader::new(child.stdout.take().context("no pipe")?);
+    said.read_line(&mut String::new())?;
+    let porter = process_of("spm-porter", "").context("no porter")?;
+    kill_process(porter, Signal::STOP)?;
+    child.stdin.take().context("no pipe")?.write_all(b"go\n")?;
+    let status = child.wait()?;
+    let has_cgroups = || {
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.path().is_dir()).count() > 0
+    };
+    let is_tidy = within_seconds(|| !has_cgroups());
+    facts.note(status.success() && is_tidy, format!("delegated cgroup, the porter ends last: {status}"));
+    kill_process(porter, Signal::CONT)?;
+    let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
+    facts.note(is_empty, "delegated cgroup, the porter ends last: given back empty".to_owned());
+    Ok(())
+}
+
+/// [`NOBODY`], with the one right that `spm run` takes.
+fn become_tracing_user() -> std::io::Result<()> {
+    let rights = CapabilitySet::SYS_PTRACE;
+    let sets = CapabilitySets { effective: rights, permitted: rights, inheritable: rights };
+    rustix::thread::set_keep_capabilities(true)?;
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_gid(Gid::from_raw(NOBODY))?;
+    rustix::thread::set_thread_uid(Uid::from_raw(NOBODY))?;
+    rustix::thread::set_capabilities(None, sets)?;
+    rustix::thread::configure_capability_in_ambient_set(rights, true)?;
     Ok(())
 }
 

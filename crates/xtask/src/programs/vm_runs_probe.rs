@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use spmem_sys::{PAGE, mempolicy};
 
-/// How long pages may take to be placed, on an emulated machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// Only what hangs takes as long, on a busy emulated machine, too.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Of an entry of pagemap.
 const PRESENT: u64 = 1 << 63;
 /// So many are enough.
@@ -145,6 +145,7 @@ impl Area {
     /// Waits until there are enough.
     fn wait_placed(&self, goal: Goal) -> anyhow::Result<Vec<usize>> {
         let start = Instant::now();
+        let mut next = self.all().cycle();
         loop {
             let placed = self.placed(goal)?;
             if placed.len() >= ENOUGH {
@@ -158,7 +159,9 @@ impl Area {
                 placed.len(),
                 self.versions.len()
             );
-            // Something has to be wanted for what is cold to leave.
+            // Something has to be wanted for what is cold to leave. What was compressed, because whoever places pages was
+            // late, comes back here and leaves once more.
+            self.check(next.by_ref().filter(|page| !placed.contains(page)).take(ENOUGH))?;
             thread::sleep(Duration::from_millis(50));
         }
     }

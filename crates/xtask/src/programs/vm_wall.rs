@@ -1,15 +1,14 @@
 //! In a guest of `cargo xtask vm`: what `spm wall` keeps, row by row; the table is docs/walls.md's.
 //!
 //! Each row starts [`vm_wall_probe`](super::vm_wall_probe) behind a wall and holds what the kernel did against what the row
-//! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4.
-//!
-//! Over 500 lines: nearly all of it is the table of rows.
-#![allow(unsafe_code, reason = "another user, between fork and exec")]
+//! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4; with --version-1 on
+//! Linux 6.1, the last of Debian's with cpusets of cgroup version 1.
+#![allow(unsafe_code, reason = "a descriptor that is lent")]
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
@@ -30,9 +29,12 @@ use spmem_sys::{PAGE, mempolicy};
 
 use super::vm_facts::Facts;
 use super::vm_wall_probe::DOOR_BYTE;
+use super::vm_wall_rights::{check_join, check_keeper, check_rights};
 
 /// A user without rights.
-const NOBODY: u32 = 1000;
+pub(super) const NOBODY: u32 = 1000;
+/// Where cpusets of cgroup version 1 are mounted for a part of the rows.
+const CPUSETS_1: &str = "/run/cpusets";
 const TYPES: &str = "[type]\nnode2 = \"spm\"\nnode3 = \"spm\"\n";
 
 /// What to hold against.
@@ -50,11 +52,14 @@ pub(crate) struct Options {
     /// Only who may do what, and what becomes of a keeper.
     #[arg(long)]
     rights: bool,
+    /// The table with cpusets of cgroup version 1, mounted for that.
+    #[arg(long)]
+    version_1: bool,
 }
 
 /// What a row says: exactly these nodes, some of these, or an error.
 #[derive(Clone, Copy, Debug)]
-enum Is {
+pub(super) enum Is {
     On(&'static str),
     Within(&'static str),
     Error(&'static str),
@@ -116,9 +121,14 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         check_nothing_is_left(&mut facts);
         return facts.end();
     }
+    if options.version_1 {
+        mount_version_1(&mut facts, &scene)?;
+    }
     let guards = [("hard", 0), ("easy", 1)];
     for (guard, column) in guards.into_iter().take(if options.quick { 1 } else { 2 }) {
-        for (words, hard, easy) in ROWS {
+        // 6.1 has no weights.
+        let rows = ROWS.into_iter().filter(|(words, ..)| !options.version_1 || !words.contains("weighted"));
+        for (words, hard, easy) in rows {
             let mut words: Vec<&str> = words.split(' ').collect();
             let tail = words.iter().position(|word| *word == "touch" && words[0] == "numactl");
             let before: Vec<&str> = tail.map(|at| words.drain(..at).collect()).unwrap_or_default();
@@ -127,7 +137,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         check_files(&mut facts, &scene, guard)?;
     }
-    if options.quick {
+    if options.version_1 {
+        check_pressure(&mut facts, &scene)?;
+        check_audit(&mut facts, &scene)?;
+    }
+    if options.quick || options.version_1 {
         check_nothing_is_left(&mut facts);
         return facts.end();
     }
@@ -143,9 +157,22 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     facts.end()
 }
 
+/// From here on cpusets are version 1's, and walls have to find them there.
+fn mount_version_1(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    fs::create_dir_all(CPUSETS_1)?;
+    rustix::mount::mount("cpuset", CPUSETS_1, "cgroup", rustix::mount::MountFlags::empty(), Some(c"cpuset"))
+        .context("no cpusets of cgroup version 1 in this kernel")?;
+    let mut command = Command::new(&scene.spm);
+    command.args(["wall", "--config"]).arg(&scene.config).args(["--", "cat", "/proc/self/cgroup"]);
+    let said = String::from_utf8_lossy(&command.output()?.stdout).into_owned();
+    let is_one = said.lines().any(|line| line.contains(":cpuset:/spm-wall-hard-"));
+    facts.note(is_one, format!("a wall of version 1: {}", said.trim().replace('\n', "; ")));
+    Ok(())
+}
+
 /// What the rows share.
-struct Scene {
-    spm: PathBuf,
+pub(super) struct Scene {
+    pub(super) spm: PathBuf,
     own: PathBuf,
     config: PathBuf,
 }
@@ -160,7 +187,7 @@ impl Scene {
     }
 
     /// `spm wall OPTIONS... [PROGRAM...] probe WORDS...`
-    fn wall(&self, wall: &[&str], words: &[&str]) -> Command {
+    pub(super) fn wall(&self, wall: &[&str], words: &[&str]) -> Command {
         let mut command = Command::new(&self.spm);
         command.args(["wall", "--config"]).arg(&self.config).args(wall).args(self.probe(words));
         command
@@ -172,7 +199,14 @@ impl Scene {
         [own, "program".to_owned(), "vm-wall-probe".to_owned()].into_iter().chain(words).collect()
     }
 
-    fn check(&self, facts: &mut Facts, name: &str, wall: &[&str], words: &[&str], is: Is) -> anyhow::Result<()> {
+    pub(super) fn check(
+        &self,
+        facts: &mut Facts,
+        name: &str,
+        wall: &[&str],
+        words: &[&str],
+        is: Is,
+    ) -> anyhow::Result<()> {
         let output = self.wall(wall, words).output().context("spm cannot be run")?;
         let what = format!("{name}: {} {}", wall.join(" "), words.join(" "));
         note(facts, &what, &output, is);
@@ -180,7 +214,7 @@ impl Scene {
     }
 }
 
-fn note(facts: &mut Facts, what: &str, output: &Output, is: Is) {
+pub(super) fn note(facts: &mut Facts, what: &str, output: &Output, is: Is) {
     let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     let nodes = said.strip_prefix("nodes ").and_then(|list| NodeMask::parse(list, NodeMask::EMPTY).ok());
     let list = |text| NodeMask::parse(text, NodeMask::EMPTY).unwrap_or_default();
@@ -269,112 +303,6 @@ fn check_escapes(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Who may not make a cgroup is refused with a remedy; an easy guard takes no cgroup, a delegated cgroup is enough.
-fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
-    let as_nobody = |mut command: Command| {
-        command.uid(NOBODY).gid(NOBODY);
-        command
-    };
-    let output = as_nobody(scene.wall(&["--"], &["touch"])).output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    facts.equal("a user: hard: status", output.status.code(), Some(125));
-    facts.note(said.contains("Delegate=cpuset"), format!("a user: hard: {}", said.trim()));
-    let output = as_nobody(scene.wall(&["--best-effort", "--"], &["policy", "bind", "2"])).output()?;
-    note(facts, "a user: --best-effort keeps nobody from naming", &output, On("2"));
-    let output = as_nobody(scene.wall(&["--best-effort", "--"], &["touch"])).output()?;
-    note(facts, "a user: --best-effort binds who names none", &output, Within("0-1"));
-    let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &["policy", "interleave", "0-3"])).output()?;
-    note(facts, "a user: easy", &output, On("0-1"));
-
-    let folder = PathBuf::from("/sys/fs/cgroup/delegated");
-    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpuset")?;
-    fs::create_dir(&folder)?;
-    for name in ["", "cgroup.procs", "cgroup.subtree_control"] {
-        std::os::unix::fs::chown(folder.join(name), Some(NOBODY), Some(NOBODY))?;
-    }
-    let mut command = scene.wall(&["--"], &["policy", "interleave", "0-3"]);
-    let procs = File::options().write(true).open(folder.join("cgroup.procs"))?;
-    // SAFETY: writes to a descriptor, between fork and exec.
-    unsafe {
-        command.pre_exec(move || rustix::io::write(&procs, b"0").map(|_| ()).map_err(Into::into));
-    }
-    let output = as_nobody(command).output()?;
-    note(facts, "a user: in a delegated cgroup", &output, On("0-1"));
-    let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
-    facts.note(is_empty, "a delegated cgroup is given back empty".to_owned());
-    Ok(())
-}
-
-/// A user who may make a cgroup and not move there goes on with --best-effort, and is refused without.
-fn check_join(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
-    let parent = PathBuf::from("/sys/fs/cgroup/parent");
-    let job = parent.join("job");
-    fs::create_dir(&parent)?;
-    fs::write(parent.join("cgroup.subtree_control"), "+cpuset")?;
-    fs::create_dir(&job)?;
-    std::os::unix::fs::chown(&parent, Some(NOBODY), Some(NOBODY))?;
-    // Somebody else in it: the wall would stand beside.
-    let mut other = Command::new("sleep").arg("1000").spawn()?;
-    fs::write(job.join("cgroup.procs"), other.id().to_string())?;
-    for (more, is) in [("--best-effort", Within("0-1")), ("--guard=hard", Error(""))] {
-        let mut command = scene.wall(&[more, "--"], &["touch"]);
-        command.uid(NOBODY).gid(NOBODY);
-        let procs = File::options().write(true).open(job.join("cgroup.procs"))?;
-        // SAFETY: writes to a descriptor, between fork and exec.
-        unsafe {
-            command.pre_exec(move || rustix::io::write(&procs, b"0").map(|_| ()).map_err(Into::into));
-        }
-        let output = command.output()?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        note(facts, &format!("a user: a cgroup that is not to be joined: {more}"), &output, is);
-        facts.note(said.contains("cgroup.procs may not be written"), format!("it says so: {}", said.trim()));
-    }
-    other.kill()?;
-    other.wait()?;
-    let is_empty = within_seconds(|| fs::remove_dir(&job).is_ok() && fs::remove_dir(&parent).is_ok());
-    facts.note(is_empty, "the cgroup that was not joined is gone".to_owned());
-    Ok(())
-}
-
-/// A stopped keeper holds policy calls until it goes on; one that is killed fails them, those that wait as well.
-fn check_keeper(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
-    use rustix::process::{Signal, kill_process};
-    let cases: [(&str, &[Signal], Is); 3] = [
-        ("stopped, goes on", &[Signal::STOP, Signal::CONT], On("2")),
-        ("stopped, killed while a call waits", &[Signal::STOP, Signal::KILL], Error("ENOSYS")),
-        ("killed", &[Signal::KILL], Error("ENOSYS")),
-    ];
-    for (number, (name, signals, is)) in cases.into_iter().enumerate() {
-        let script = format!("echo; read word; exec \"$@\" # {number}");
-        let wall = ["--guard", "easy", "--", "sh", "-c", &script, "sh"];
-        let mut command = scene.wall(&wall, &["policy", "bind", "2"]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        child.stdout.as_mut().context("no pipe")?.read_exact(&mut [0; 1])?;
-        let keeper = keeper_of(&format!("# {number}")).context("no keeper")?;
-        kill_process(keeper, signals[0])?;
-        child.stdin.take().context("no pipe")?.write_all(b"go\n")?;
-        if let Some(&then) = signals.get(1) {
-            sleep(Duration::from_secs(3));
-            facts.note(child.try_wait()?.is_none(), format!("keeper {name}: the call waits"));
-            kill_process(keeper, then)?;
-        }
-        note(facts, &format!("keeper {name}"), &child.wait_with_output()?, is);
-    }
-    // It removes what the killed ones have left.
-    scene.check(facts, "after killed keepers", &["--guard", "easy", "--"], &["touch"], Within("0-1"))
-}
-
-/// It has the command line that it was forked with.
-fn keeper_of(word: &str) -> Option<Pid> {
-    let entries = fs::read_dir("/proc").ok()?.flatten();
-    let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
-    let number = numbers.find(|number| {
-        let read = |name| fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
-        read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
-    })?;
-    Pid::from_raw(number.parse().ok()?)
-}
-
 /// The same flags on `spm run`.
 fn check_run(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     for (guard, words, is) in [
@@ -387,6 +315,11 @@ fn check_run(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
         let output = command.args(scene.probe(&words)).output()?;
         note(facts, &format!("spm run --guard {guard}: {}", words.join(" ")), &output, is);
     }
+    // The list of nodes is away when the kernel is called.
+    let mut command = Command::new(&scene.spm);
+    command.args(["run", "--sysram", "5M", "--config"]).arg(&scene.config).args(["--guard", "easy", "--"]);
+    let output = command.args(scene.probe(&["cold-policy", "interleave", "0-3"])).output()?;
+    note(facts, "spm run --guard easy: cold-policy interleave 0-3", &output, On("0-1"));
     Ok(())
 }
 
@@ -505,7 +438,8 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
 
 fn check_nothing_is_left(facts: &mut Facts) {
     let left = || -> Vec<String> {
-        let entries = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let folders = ["/sys/fs/cgroup", CPUSETS_1].map(|top| fs::read_dir(top).into_iter().flatten().flatten());
+        let entries = folders.into_iter().flatten();
         entries
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name.starts_with("spm-"))
@@ -515,7 +449,7 @@ fn check_nothing_is_left(facts: &mut Facts) {
     facts.equal("cgroups that are left behind", left(), Vec::new());
 }
 
-fn within_seconds(mut is_so: impl FnMut() -> bool) -> bool {
+pub(super) fn within_seconds(mut is_so: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(5) {
         if is_so() {

@@ -5,8 +5,9 @@
 #![allow(unsafe_code, reason = "fork(2), and memory that is shared with other processes")]
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,7 +22,11 @@ use spmem_sys::mempolicy::{self, Mask};
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE};
 
+use super::vm_runs_probe::Area;
+
 const PAGES: usize = 32;
+/// Pages that do not fit into the budget.
+const FILLED: usize = 16 << 20 >> 12;
 /// What pages that come through a door hold.
 pub(super) const DOOR_BYTE: u8 = 0xd0;
 /// NUMA balancing takes a few seconds to move a page.
@@ -36,6 +41,9 @@ pub(crate) struct Options {
     /// Become this user first.
     #[arg(long)]
     user: Option<u32>,
+    /// Be a program that others of its user may not look into.
+    #[arg(long)]
+    hidden: bool,
     /// Stay that long when done, ms.
     #[arg(long, default_value_t = 0)]
     stay: u64,
@@ -51,6 +59,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         ensure!(unsafe { libc::setgid(user) } == 0, "cannot become another group");
         // SAFETY: as above.
         ensure!(unsafe { libc::setuid(user) } == 0, "cannot become another user");
+    }
+    if options.hidden {
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     }
     let words: Vec<&str> = options.words.iter().map(String::as_str).collect();
     let mut kept = Vec::new();
@@ -71,6 +82,7 @@ fn attempt(words: &[&str], kept: &mut Vec<Mapping>) -> anyhow::Result<Outcome> {
             let (mode, nodes) = (mode_of(mode)?, mask_of(nodes)?);
             mempolicy::set_policy(mode, &nodes).and_then(|()| touch(kept))
         }
+        ["cold-policy", mode, nodes] => cold_policy(mode_of(mode)?, &mask_of(nodes)?)?,
         ["mbind", mode, nodes] => {
             let (mode, nodes) = (mode_of(mode)?, mask_of(nodes)?);
             memory().and_then(|memory| {
@@ -134,6 +146,30 @@ fn places(kept: &[Mapping]) -> Outcome {
         }
     }
     Ok(nodes)
+}
+
+/// A policy whose mask is in a page that is away: under `spm run`, with a budget below what is filled here.
+fn cold_policy(mode: usize, nodes: &Mask) -> anyhow::Result<Outcome> {
+    let mut page = memory().map_err(|errno| anyhow::anyhow!("no memory: {errno}"))?;
+    let start = page.start();
+    for (at, word) in nodes.iter().enumerate() {
+        page.bytes_mut(at * 8, 8).copy_from_slice(&word.to_ne_bytes());
+    }
+    // Not by its mapping, which would bring it back; the kernel reads no page for a file that is away.
+    let own = File::open("/proc/self/mem")?;
+    let is_away = || own.read_at(&mut [0; 8], start as u64).is_err();
+    let mut area = Area::new(FILLED)?;
+    let mut version = 0;
+    while !is_away() {
+        version += 1;
+        area.all().for_each(|page| area.write(page, version));
+    }
+    // SAFETY: the kernel reads the mask, which is mapped.
+    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, start, nodes.len() * 64 + 1) };
+    if result != 0 {
+        return Ok(Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))));
+    }
+    Ok(touch(&mut Vec::new()))
 }
 
 fn move_pages(node: i32, kept: &mut Vec<Mapping>) -> Outcome {

@@ -39,6 +39,9 @@ const WRAPPED: [(&str, &str); 8] = [
 /// Which kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kernel {
+    /// Debian's 6.1, the last with cpusets of cgroup version 1; too old for spm run.
+    #[value(name = "6.1")]
+    V6_1,
     /// Debian's 6.12.
     #[value(name = "6.12")]
     V6_12,
@@ -51,6 +54,7 @@ impl Kernel {
     /// As on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::V6_1 => "6.1",
             Self::V6_12 => "6.12",
             Self::Newest => "newest",
         }
@@ -58,6 +62,7 @@ impl Kernel {
 
     fn meta_package(self) -> String {
         match self {
+            Self::V6_1 => format!("linux-image-amd64/{RELEASE}"),
             Self::V6_12 => "linux-image-6.12-amd64".to_owned(),
             Self::Newest => format!("linux-image-amd64/{NEWEST_SUITE}"),
         }

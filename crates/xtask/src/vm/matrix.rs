@@ -2,7 +2,7 @@
 //!
 //! Four checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
 //! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; on [`WALLED`] `vm-wall`, does
-//! `spm wall` keep what docs/walls.md says; and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
+//! `spm wall` keep what docs/walls.md says (on 6.1, with cgroup version 1); and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
 //! whole. Each in a guest of its own. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
@@ -65,6 +65,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let kernels = match options.kernel {
         _ if options.quick => vec![Kernel::V6_12],
         Some(kernel) => vec![kernel],
+        None if topologies.iter().any(|one| one.name == WALLED) => {
+            vec![Kernel::V6_12, Kernel::Newest, Kernel::V6_1]
+        }
         None => vec![Kernel::V6_12, Kernel::Newest],
     };
     let bed = Bed::new(NeedSpm::Yes)?;
@@ -84,11 +87,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let checks = modes.flat_map(|(topo, mode)| {
             let is_walled = topo.name == WALLED;
             let has_device = (topo.name.as_str(), mode.name.as_str()) == WITH_DEVICE;
-            let (walls, runs) = (is_walled.then_some("walls"), (is_walled || has_device).then_some("runs"));
-            [Some("facts"), Some("backends"), walls, runs]
-                .into_iter()
-                .flatten()
-                .map(move |check| (topo, mode, check))
+            let checks: &[&str] = match (kernel, is_walled, has_device) {
+                (Kernel::V6_1, true, _) => &["walls-1"],
+                (Kernel::V6_1, false, _) => &[],
+                (_, true, _) => &["facts", "backends", "walls", "runs"],
+                (_, false, true) => &["facts", "backends", "runs"],
+                (_, false, false) => &["facts", "backends"],
+            };
+            checks.iter().map(move |&check| (topo, mode, check))
         });
         for (topology, mode, check) in checks {
             let started = Instant::now();
@@ -145,6 +151,7 @@ fn run_check(
     let words: &[&str] = match check {
         "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
         "walls" => &["program", "vm-wall", "--spm"],
+        "walls-1" => &["program", "vm-wall", "--version-1", "--spm"],
         "runs" if is_quick => &["program", "vm-runs", "--quick", "--spm"],
         "runs" => &["program", "vm-runs", "--spm"],
         "backends" => &["program", "vm-backends", "--topology", &topology.name, "--mode", &mode.name],

@@ -1,0 +1,155 @@
+//! In a guest of `cargo xtask vm`: who may have a wall, what stands in the way, and what becomes of its keeper. Rows of
+//! [`vm_wall`](super::vm_wall).
+#![allow(unsafe_code, reason = "another cgroup, between fork and exec")]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::process::Pid;
+
+use super::vm_facts::Facts;
+use super::vm_wall::Is::{self, Error, On, Within};
+use super::vm_wall::{NOBODY, Scene, note, within_seconds};
+
+/// Whether programs of one user may look into each other (kernel.org, LSM, Yama); not there without Yama.
+const YAMA: &str = "/proc/sys/kernel/yama/ptrace_scope";
+
+/// Who may not make a cgroup is refused with a remedy; an easy guard takes no cgroup, a delegated cgroup is enough.
+pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let output = as_nobody(scene.wall(&["--"], &["touch"])).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    facts.equal("a user: hard: status", output.status.code(), Some(125));
+    facts.note(said.contains("Delegate=cpuset"), format!("a user: hard: {}", said.trim()));
+    let output = as_nobody(scene.wall(&["--best-effort", "--"], &["policy", "bind", "2"])).output()?;
+    note(facts, "a user: --best-effort keeps nobody from naming", &output, On("2"));
+    let output = as_nobody(scene.wall(&["--best-effort", "--"], &["touch"])).output()?;
+    note(facts, "a user: --best-effort binds who names none", &output, Within("0-1"));
+    let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &["policy", "interleave", "0-3"])).output()?;
+    note(facts, "a user: easy", &output, On("0-1"));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    facts.note(said.contains("spm audit"), format!("a user: easy, without a cgroup: {}", said.trim()));
+    let words = ["--hidden", "policy", "interleave", "0-3"];
+    let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &words)).output()?;
+    note(facts, "a user: easy, a program that may not be looked into", &output, Error("EPERM"));
+    check_unseen(facts, scene)?;
+
+    let folder = delegate()?;
+    let mut command = as_nobody(scene.wall(&["--"], &["policy", "interleave", "0-3"]));
+    start_in(&mut command, &folder)?;
+    let output = command.output()?;
+    note(facts, "a user: in a delegated cgroup", &output, On("0-1"));
+    let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
+    facts.note(is_empty, "a delegated cgroup is given back empty".to_owned());
+    Ok(())
+}
+
+/// Who may not look into a user's programs cannot judge what they ask for: refused, or said.
+fn check_unseen(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    fs::write(YAMA, "1").context("no Yama in this kernel")?;
+    for (more, is) in [("--mems=0-3", Error("")), ("--best-effort", On("0-3"))] {
+        let wall = ["--guard=easy", more, "--"];
+        let output = as_nobody(scene.wall(&wall, &["policy", "interleave", "0-3"])).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        note(facts, &format!("a user whose programs may not be looked into: easy: {more}"), &output, is);
+        facts.note(said.contains("yama.ptrace_scope"), format!("it says so: {}", said.trim()));
+    }
+    fs::write(YAMA, "0").context("no Yama in this kernel")?;
+    Ok(())
+}
+
+fn as_nobody(mut command: Command) -> Command {
+    command.uid(NOBODY).gid(NOBODY);
+    command
+}
+
+/// A cgroup that is [`NOBODY`]'s, as systemd delegates them.
+pub(super) fn delegate() -> anyhow::Result<PathBuf> {
+    let folder = PathBuf::from("/sys/fs/cgroup/delegated");
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpuset")?;
+    fs::create_dir(&folder)?;
+    for name in ["", "cgroup.procs", "cgroup.subtree_control"] {
+        std::os::unix::fs::chown(folder.join(name), Some(NOBODY), Some(NOBODY))?;
+    }
+    Ok(folder)
+}
+
+/// Has a command start in this cgroup.
+pub(super) fn start_in(command: &mut Command, cgroup: &Path) -> anyhow::Result<()> {
+    let procs = File::options().write(true).open(cgroup.join("cgroup.procs"))?;
+    // SAFETY: writes to a descriptor, between fork and exec.
+    unsafe {
+        command.pre_exec(move || rustix::io::write(&procs, b"0").map(|_| ()).map_err(Into::into));
+    }
+    Ok(())
+}
+
+/// A user who may make a cgroup and not move there goes on with --best-effort, and is refused without.
+pub(super) fn check_join(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let parent = PathBuf::from("/sys/fs/cgroup/parent");
+    let job = parent.join("job");
+    fs::create_dir(&parent)?;
+    fs::write(parent.join("cgroup.subtree_control"), "+cpuset")?;
+    fs::create_dir(&job)?;
+    std::os::unix::fs::chown(&parent, Some(NOBODY), Some(NOBODY))?;
+    // Somebody else in it: the wall would stand beside.
+    let mut other = Command::new("sleep").arg("1000").spawn()?;
+    fs::write(job.join("cgroup.procs"), other.id().to_string())?;
+    for (more, is) in [("--best-effort", Within("0-1")), ("--guard=hard", Error(""))] {
+        let mut command = as_nobody(scene.wall(&[more, "--"], &["touch"]));
+        start_in(&mut command, &job)?;
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        note(facts, &format!("a user: a cgroup that is not to be joined: {more}"), &output, is);
+        facts.note(said.contains("cgroup.procs may not be written"), format!("it says so: {}", said.trim()));
+    }
+    other.kill()?;
+    other.wait()?;
+    let is_empty = within_seconds(|| fs::remove_dir(&job).is_ok() && fs::remove_dir(&parent).is_ok());
+    facts.note(is_empty, "the cgroup that was not joined is gone".to_owned());
+    Ok(())
+}
+
+/// A stopped keeper holds policy calls until it goes on; one that is killed fails them, those that wait as well.
+pub(super) fn check_keeper(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    use rustix::process::{Signal, kill_process};
+    let cases: [(&str, &[Signal], Is); 3] = [
+        ("stopped, goes on", &[Signal::STOP, Signal::CONT], On("2")),
+        ("stopped, killed while a call waits", &[Signal::STOP, Signal::KILL], Error("ENOSYS")),
+        ("killed", &[Signal::KILL], Error("ENOSYS")),
+    ];
+    for (number, (name, signals, is)) in cases.into_iter().enumerate() {
+        let script = format!("echo; read word; exec \"$@\" # {number}");
+        let wall = ["--guard", "easy", "--", "sh", "-c", &script, "sh"];
+        let mut command = scene.wall(&wall, &["policy", "bind", "2"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        child.stdout.as_mut().context("no pipe")?.read_exact(&mut [0; 1])?;
+        let keeper = process_of("spm-keeper", &format!("# {number}")).context("no keeper")?;
+        kill_process(keeper, signals[0])?;
+        child.stdin.take().context("no pipe")?.write_all(b"go\n")?;
+        if let Some(&then) = signals.get(1) {
+            sleep(Duration::from_secs(3));
+            facts.note(child.try_wait()?.is_none(), format!("keeper {name}: the call waits"));
+            kill_process(keeper, then)?;
+        }
+        note(facts, &format!("keeper {name}"), &child.wait_with_output()?, is);
+    }
+    // It removes what the killed ones have left.
+    scene.check(facts, "after killed keepers", &["--guard", "easy", "--"], &["touch"], Within("0-1"))
+}
+
+/// A process of `spm` that stands apart: it has the command line that it was forked with.
+pub(super) fn process_of(name: &str, word: &str) -> Option<Pid> {
+    let entries = fs::read_dir("/proc").ok()?.flatten();
+    let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let number = numbers.find(|number| {
+        let read = |name| fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
+        read("comm").trim() == name && read("cmdline").contains(word)
+    })?;
+    Pid::from_raw(number.parse().ok()?)
+}
