@@ -19,6 +19,8 @@ pub struct Run {
 }
 
 const IS_PRESENT: u64 = 1 << 3;
+/// Also what has failed: it has an entry as a swapped page has (include/linux/swapops.h).
+const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO: u64 = 1 << 5;
 const IS_HUGE: u64 = 1 << 6;
 const IS_FILE: u64 = 1 << 2;
@@ -105,6 +107,14 @@ impl Pagemap {
         runs: &mut [Run; RUNS],
     ) -> Result<(usize, usize)> {
         self.scan_by(start..end, max_pages, 0, IS_PRESENT | IS_ACCESSED, runs)
+    }
+
+    /// As [`Pagemap::scan`], the runs of pages that are in the kernel's swap or whose memory has failed.
+    ///
+    /// # Errors
+    /// As ioctl(2).
+    pub fn scan_gone(&self, start: usize, end: usize, runs: &mut [Run; RUNS]) -> Result<usize> {
+        self.scan_by(start..end, usize::MAX, 0, IS_SWAPPED, runs).map(|(count, _)| count)
     }
 
     fn scan_by(

@@ -164,7 +164,7 @@ pub struct Slot {
     pub refused_bytes: AtomicU64,
     /// Processor time of the process's agent threads, ns.
     pub agent_ns: AtomicU64,
-    /// Address of the page whose encoding an agent thread reads at this moment; 0 for none. Memory of node 1 that has failed ends
+    /// Address of the page whose encoding an agent thread reads or writes at this moment; 0 for none. Memory of node 1 that has failed ends
     /// the process there, by SIGBUS: only this tells why.
     pub reading: AtomicU64,
 }

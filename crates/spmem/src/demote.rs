@@ -24,7 +24,7 @@ use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
-use spmem_sys::pagemap::Pagemap;
+use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, PAGE, process};
 
@@ -157,6 +157,7 @@ impl Demoter {
         let (Some(span), Some(client)) = (self.out[0], &self.client) else { return 0 };
         let lane = if client.wait() { client.oldest() } else { None };
         self.is_useless |= lane.is_some_and(|lane| client.is_useless(lane));
+        self.pass_over_failed(span);
         let mut freed = 0;
         for first in (0..span.len as usize).step_by(HOLD_SLOTS) {
             let indices = first..(first + HOLD_SLOTS).min(span.len as usize);
@@ -235,6 +236,19 @@ impl Demoter {
         }
     }
 
+    /// Slots of a span whose memory has failed are dead, their pages lost, before any is read.
+    fn pass_over_failed(&self, span: Span) {
+        let start = self.runtime.space.lock().as_ref().map(|space| space.holding.address(span.first));
+        let (Some(start), Some(pagemap)) = (start, self.pagemap.as_deref()) else { return };
+        let mut runs = [Run::default(); RUNS];
+        let count = pagemap.scan_gone(start, start + span.len as usize * PAGE, &mut runs).unwrap_or(0);
+        for run in &runs[..count] {
+            for at in (run.start as usize..run.end as usize).step_by(PAGE) {
+                self.has_failed(span.first + ((at - start) / PAGE) as u32);
+            }
+        }
+    }
+
     /// Whether the memory of a busy slot's page has failed: to read it would end the process. Then the page is lost.
     fn has_failed(&self, slot: u32) -> bool {
         let runtime = self.runtime;
@@ -281,7 +295,7 @@ impl Demoter {
         }
         // What other processes have stored counts too; it was looked at a moment ago.
         let is_full = runtime.is_node_full.load(Relaxed) && !staged.is_same_filled();
-        let stored = if is_full { None } else { space.store.store(staged).ok() };
+        let stored = if is_full { None } else { runtime.reading(held.owner, || space.store.store(staged).ok()) };
         let Some(handle) = stored else {
             runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
             space.holding.release(slot);

@@ -339,7 +339,7 @@ impl Densifier {
                 && let Some(lane) = lane
                 && let Some(original) = space.store.original(handle)
             {
-                put(&lane.bytes[count], original.bytes);
+                self.runtime.reading(page, || put(&lane.bytes[count], original.bytes));
                 lane.items[count].send(label);
                 self.out[count] = Some((page, handle, label));
                 count += 1;

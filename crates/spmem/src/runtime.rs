@@ -235,7 +235,7 @@ impl Runtime {
         });
     }
 
-    /// Has what is stored of `page` read: see [`Slot::reading`]. Under the space's lock.
+    /// Has what is stored of `page` read or written: see [`Slot::reading`]. Under the space's lock.
     pub(crate) fn reading<T>(&self, page: usize, read: impl FnOnce() -> T) -> T {
         let slot = self.own_slot();
         slot.reading.store(page as u64, Ordering::Relaxed);

@@ -66,8 +66,8 @@ const SCAN_SHARE: u32 = 16;
 const MAX_UNMANAGED: usize = 1024;
 /// How long the image that an exec started may take until its agent says hello.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
-/// How long to wait for the last thread of a process that is ending, ms, where it matters.
-const FAREWELL_MS: u32 = 20;
+/// How long to wait for the last thread of a process that is ending, ms, where it matters: it gives the memory back.
+const FAREWELL_MS: u32 = 1000;
 /// Epoll tokens from here on are connections.
 pub const FIRST_TOKEN: u64 = 1 << 32;
 
@@ -178,6 +178,15 @@ impl Broker {
             next_scan: Instant::now(),
             has_greeted: false,
         })
+    }
+
+    /// Tells, before `pid` is waited for, of memory that has failed and has ended it.
+    pub fn tell_of_loss(&self, pid: u32, control: &Control) {
+        let connected = self.connections.values().filter_map(|connection| connection.process.as_ref());
+        let mut known = connected.chain(self.waiting.iter().map(|waiting| &waiting.process));
+        if let Some(process) = known.find(|process| process.pid == pid) {
+            tell_of_loss(control, process);
+        }
     }
 
     /// The address, as [`spmem::protocol::SOCKET_ENV`] carries it.
@@ -570,9 +579,14 @@ fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>
     rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags).map(drop)
 }
 
-/// Gives up the slot of a process that is gone. Memory under its node 1 that has failed is told of: it ends the process where its
-/// agent reads it.
+/// Gives up the slot of a process that is gone.
 fn bury(control: &Control, process: &Process) {
+    tell_of_loss(control, process);
+    control.release_slot(process.pid);
+}
+
+/// Tells of memory under node 1 that has failed, if that has ended the process: its agent had to do with what lies there.
+fn tell_of_loss(control: &Control, process: &Process) {
     let pid = process.pid;
     let reading = control.live_slots().find(|slot| slot.pid.load(Relaxed) == pid).map(|slot| &slot.reading);
     if let Some(page) = reading.map(|page| page.load(Relaxed)).filter(|&page| page != 0) {
@@ -585,10 +599,9 @@ fn bury(control: &Control, process: &Process) {
         }
         if proc::read_fatal_signal(pid) == Some(libc::SIGBUS) {
             remark(format_args!(
-                "process {pid}: page {page:#x} is lost, and the process with it: SIGBUS has ended it while its agent read what is \
-                 stored of that page on node 1, as happens where memory has failed"
+                "process {pid}: page {page:#x} is lost, and the process with it: SIGBUS has ended it while its agent had to do with what \
+                 is stored of that page on node 1, as happens where memory has failed"
             ));
         }
     }
-    control.release_slot(pid);
 }

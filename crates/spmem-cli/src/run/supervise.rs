@@ -144,6 +144,13 @@ impl Supervisor<'_> {
         }
         let options =
             WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG;
+        // It tells what has ended it only until it is waited for.
+        let peek = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        if wait(self.command, peek)?.is_some()
+            && let Some(broker) = &self.broker
+        {
+            broker.tell_of_loss(self.command_pid(), self.control);
+        }
         while let Some(status) = wait(self.command, options)? {
             if let Some(exit_code) = exit_code(&status) {
                 return Ok(Some(exit_code));

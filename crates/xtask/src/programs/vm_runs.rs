@@ -266,7 +266,10 @@ fn check_failed_memory(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
                 && told[0].starts_with(&start)
                 && told[0].contains("node 1")
         };
-        facts.note(is_right && said.contains("beside is whole"), format!("failed memory, {what}: {both}"));
+        facts.note(
+            is_right && said.contains("beside is whole"),
+            format!("failed memory, {what}: {}, {both}", output.status),
+        );
     }
     Ok(())
 }
