@@ -33,7 +33,8 @@ fn an_audit_shows_what_a_run_has_copied_to_a_file_and_compressed() {
         assert_eq!(output.status.code(), Some(if may_look { 0 } else { 2 }), "{output:?}");
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         rows.clone_from(found.as_array().unwrap());
-        rows.len() >= 2 || !may_look
+        // With the first few pages, node 1 may have more frames than pages.
+        rows.len() >= 2 && rows.iter().all(|row| row["pages"].as_u64() > Some(500)) || !may_look
     });
     if may_look {
         for (row, (node, kind)) in rows.iter().zip([(1, "compressed"), (2, "file")]) {
@@ -41,7 +42,7 @@ fn an_audit_shows_what_a_run_has_copied_to_a_file_and_compressed() {
             assert_eq!((row["kind"].as_str(), row["by"].as_str()), (Some(kind), Some("run")), "{row}");
             assert!(row["is_clean"] == true && row["wall"].is_null() && row["command"] == "spm", "{row}");
             let (pages, bytes) = (row["pages"].as_u64().unwrap(), row["bytes"].as_u64().unwrap());
-            assert!((1..=16384).contains(&pages) && (1..=pages * 4096).contains(&bytes), "{row}");
+            assert!((500..=16384).contains(&pages) && (1..=pages * 4096).contains(&bytes), "{row}");
         }
         assert!(rows[1]["bytes"].as_u64().unwrap() <= 8 << 20, "{}", rows[1]);
 
