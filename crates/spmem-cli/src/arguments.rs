@@ -43,7 +43,7 @@ pub enum Action {
     /// Run a program behind a wall that the kernel keeps: no SPM node is reached by it, or by strict bind only
     #[command(after_help = format!("{EXIT_STATUS}\n\n{WALL_EXAMPLES}"), after_long_help = wall_long_help())]
     Wall(WallArguments),
-    /// Tell who has pages on which SPM node of the kernel's, and who has them without being meant to
+    /// Tell who has pages on which SPM node, and who has them without being meant to
     #[command(after_help = AUDIT_HELP)]
     Audit(AuditArguments),
     /// Show on this machine, in about 15 seconds, what the walls refuse and how pages leave and come back
@@ -275,9 +275,11 @@ const AUDIT_HELP: &str = "\
 Exit status: 0 when every page on an SPM node is there on purpose, 1 when one is not, 2 for a wrong command line, or when
 a process cannot be looked at.
 
-On purpose means: bound there by name behind an easy guard, come through a door, or placed by a run of spm. The JSON has an
-object for each process, node and reason: pid, command, node, pages, bytes, wall (hard, easy or null), by (bind, door, run or
-null), is_clean. Where several processes are named, those that can be looked at are.";
+On purpose means: bound there by name behind an easy guard, come through a door, or placed or copied by a run of spm. The JSON
+has an object for each process, node and reason: pid, command, node, kind (numa: the kernel's node of that number; compressed,
+file, dax: the run's own, by its configuration), pages, bytes (what they take there), wall (hard, easy or null), by (bind, door,
+run or null), is_clean. Where several processes are named, those that can be looked at are. What a run has copied is read from the
+page that it shares with its processes: that takes CAP_SYS_ADMIN and the same version of spm.";
 
 const NODES_HELP: &str = "\
 Exit status: 0, 1 when something failed, 2 for a wrong command line. What cannot be read is said on

@@ -13,8 +13,11 @@ use spmem_core::placing::{self, MAX_TARGETS};
 use spmem_core::reclaim::Floor;
 use spmem_core::units::Bytes;
 
-/// Marks a mapped control page; the low digits are the layout's version.
-pub const MAGIC: u64 = 0x5350_4d43_544c_0003;
+/// Marks a mapped control page; the low digits are the layout's version. `spm audit` reads the pages of other builds' runs: a change
+/// of what stands where, or means, is another version.
+pub const MAGIC: u64 = 0x5350_4d43_544c_0004;
+/// The part of [`MAGIC`] that is the layout's version.
+pub const VERSION_MASK: u64 = 0xffff;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
 pub const SLOTS: usize = 4096;
 /// The limit that means "no limit" (`--sysram max`).
@@ -25,6 +28,8 @@ pub const UNLIMITED: u64 = u64::MAX;
 pub struct Control {
     /// [`MAGIC`], written by `spm` before the first agent sees the page.
     pub magic: AtomicU64,
+    /// The pid namespace of `spm`, of whose processes alone it keeps slots: the inode of /proc/PID/ns/pid.
+    pub pid_namespace: AtomicU64,
     /// RAM the tree's managed memory may take in all, bytes; [`UNLIMITED`] for none.
     pub limit_bytes: AtomicU64,
     /// Capacity of node 1 in bytes of frames, over the tree.
@@ -138,6 +143,15 @@ impl Target {
     /// Whether it is a file or a dax device, that pages are copied to.
     pub fn is_swap(&self) -> bool {
         self.clusters.load(Relaxed) > 0
+    }
+
+    /// Its kind, as a configuration names it.
+    pub fn kind(&self) -> &'static str {
+        match (self.is_swap(), self.align.load(Relaxed)) {
+            (false, _) => "numa",
+            (true, 0) => "file",
+            (true, _) => "dax",
+        }
     }
 }
 

@@ -1,12 +1,14 @@
-//! `spm audit`: who has pages on which SPM node of the kernel's, and by what right.
+//! `spm audit`: who has pages on which SPM node, and by what right.
 //!
 //! [`audit`] reads numa_maps(5) of each process ([`pages`]) and holds what it finds against the wall that the process is
-//! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has.
+//! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has. What a run of `spm` has copied
+//! elsewhere the kernel does not know; the run's control page does ([`copied`]).
 //!
 //! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. A page that the supervisor put there by
 //! UFFDIO_COPY looks like one that went astray, and a file that is named as doors name theirs like theirs. In a program of `spm run` that
 //! places pages, all that nothing else explains is taken for placed. Looking at others' processes takes root.
 
+mod copied;
 mod pages;
 
 use std::fs;
@@ -16,13 +18,15 @@ use std::path::Path;
 use anyhow::Context;
 use serde::Serialize;
 use spmem_core::node::Guard;
+use spmem_core::nodemask::NodeMask;
 
 use crate::arguments::AuditArguments;
 use crate::config::Config;
 use crate::machine;
 use crate::remark::remark;
 use crate::wall::WALL_NAMES;
-use pages::{By, pages_on};
+use copied::copied_pages;
+use pages::{By, Pages, pages_on};
 
 /// What a program shares with the porter of its run, as /proc/PID/maps has it.
 const CROSSING: &str = "/memfd:spmem-crossing (deleted)";
@@ -37,9 +41,8 @@ const FOUND: i32 = 1;
 struct Finding {
     pid: u32,
     command: String,
-    node: u16,
-    pages: u64,
-    bytes: u64,
+    #[serde(flatten)]
+    pages: Pages,
     /// The guard of the wall that the process is behind.
     wall: Option<String>,
     by: Option<By>,
@@ -61,16 +64,20 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     let is_asked_for = !options.processes.is_empty();
     let mut processes = match is_asked_for {
         true => options.processes.clone(),
-        // There is nothing to find.
-        false if spm.is_empty() => Vec::new(),
         false => all_processes()?,
     };
     processes.sort_unstable();
     processes.dedup();
-    let (mut findings, mut unseen) = (Vec::new(), 0);
+    let (mut findings, mut unseen, mut untold) = (Vec::new(), 0, 0);
     for pid in processes {
-        match read(pid, "numa_maps") {
-            Ok(text) => findings.extend(of_process(pid, &text, &spm)),
+        match of_process(pid, &spm) {
+            Ok((found, copied)) => {
+                findings.extend(found);
+                if let Err(error) = copied {
+                    untold += 1;
+                    remark(format_args!("process {pid}: what its run has copied cannot be told: {error}"));
+                }
+            }
             // The others are looked at all the same.
             Err(error) if is_asked_for => {
                 unseen += 1;
@@ -89,10 +96,12 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     if unseen > 0 && !is_asked_for {
         remark(format_args!("{unseen} of the processes cannot be looked at: {TAKES}"));
     }
-    Ok(match (is_clean, unseen) {
+    // What a run has copied is there on purpose: without nodes of the kernel's that are spm, all others can be answered for unseen.
+    let cannot_tell = unseen + untold > 0 && (is_asked_for || !spm.is_empty());
+    Ok(match (is_clean, cannot_tell) {
         (false, _) => FOUND,
-        (true, 0) => 0,
-        (true, _) => FAILURE,
+        (true, false) => 0,
+        (true, true) => FAILURE,
     })
 }
 
@@ -123,28 +132,32 @@ fn read(pid: u32, name: &str) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{name}"))?).into_owned())
 }
 
-fn of_process(pid: u32, numa_maps: &str, spm: &spmem_core::nodemask::NodeMask) -> Vec<Finding> {
-    let found = pages_on(numa_maps, spm);
+/// What is found of a process, and whether that is all.
+fn of_process(pid: u32, spm: &NodeMask) -> std::io::Result<(Vec<Finding>, anyhow::Result<()>)> {
+    let maps = read(pid, "maps")?;
+    // A kernel without NUMA has none.
+    let numa_maps = if spm.is_empty() { String::new() } else { read(pid, "numa_maps")? };
+    let is_of_run = maps.lines().any(|line| line.ends_with(CROSSING));
+    let mut found: Vec<(Pages, Option<By>)> = pages_on(&numa_maps, spm)
+        .into_iter()
+        .map(|(by, pages)| (pages, by.or(is_of_run.then_some(By::Run))))
+        .collect();
+    let copied = copied_pages(pid, &maps)
+        .map(|copied| found.extend(copied.into_iter().map(|pages| (pages, Some(By::Run)))));
     if found.is_empty() {
-        return Vec::new();
+        return Ok((Vec::new(), copied));
     }
     let read = |name| read(pid, name).unwrap_or_default();
     let (command, guard) = (read("comm").trim().to_owned(), guard_of(&read("cgroup")));
-    let is_of_run = read("maps").lines().any(|line| line.ends_with(CROSSING));
-    let finding = |((node, by), (pages, bytes)): ((u16, Option<By>), (u64, u64))| {
-        let by = by.or(is_of_run.then_some(By::Run));
-        Finding {
-            pid,
-            command: command.clone(),
-            node,
-            pages,
-            bytes,
-            wall: guard.map(|guard| guard.to_string()),
-            by,
-            is_clean: is_clean(by, guard),
-        }
+    let finding = |(pages, by)| Finding {
+        pid,
+        command: command.clone(),
+        pages,
+        wall: guard.map(|guard| guard.to_string()),
+        by,
+        is_clean: is_clean(by, guard),
     };
-    found.into_iter().map(finding).collect()
+    Ok((found.into_iter().map(finding).collect(), copied))
 }
 
 /// R9: strict bind opens an easy node, and no other. A door is opened by a grant only, and a run's porter has one.
@@ -168,16 +181,17 @@ fn guard_of(cgroups: &str) -> Option<Guard> {
 
 fn table(findings: &[Finding]) -> String {
     let mut text = format!(
-        "{:>8}  {:<16} {:>5} {:>10} {:>14}  {:<5} {:<5} {}\n",
-        "pid", "command", "node", "pages", "bytes", "wall", "by", "is"
+        "{:>8}  {:<16} {:>5} {:<10} {:>10} {:>14}  {:<5} {:<5} {}\n",
+        "pid", "command", "node", "kind", "pages", "bytes", "wall", "by", "is"
     );
     for one in findings {
         let by = one.by.map_or("-", By::name);
         let is = if one.is_clean { "on purpose" } else { "without" };
         let wall = one.wall.as_deref().unwrap_or("-");
+        let Pages { node, kind, pages, bytes } = one.pages;
         text += &format!(
-            "{:>8}  {:<16} {:>5} {:>10} {:>14}  {wall:<5} {by:<5} {is}\n",
-            one.pid, one.command, one.node, one.pages, one.bytes
+            "{:>8}  {:<16} {node:>5} {kind:<10} {pages:>10} {bytes:>14}  {wall:<5} {by:<5} {is}\n",
+            one.pid, one.command
         );
     }
     text

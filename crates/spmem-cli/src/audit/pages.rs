@@ -33,21 +33,34 @@ impl By {
     }
 }
 
-/// Pages and bytes on the nodes of `wanted`, by node and by what put them there.
-pub fn pages_on(numa_maps: &str, wanted: &NodeMask) -> BTreeMap<(u16, Option<By>), (u64, u64)> {
-    let mut found: BTreeMap<(u16, Option<By>), (u64, u64)> = BTreeMap::new();
+/// What a process has on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Pages {
+    /// The kernel's number of a node of kind "numa", of others that of the run's configuration.
+    pub node: u32,
+    /// As the configuration has it.
+    pub kind: &'static str,
+    pub pages: u64,
+    /// What they take there.
+    pub bytes: u64,
+}
+
+/// Pages on the nodes of `wanted`, by node, each with what put them there.
+pub fn pages_on(numa_maps: &str, wanted: &NodeMask) -> Vec<(Option<By>, Pages)> {
+    let mut found: BTreeMap<(NodeId, Option<By>), Pages> = BTreeMap::new();
     for line in numa_maps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let kib = words.iter().find_map(|word| word.strip_prefix("kernelpagesize_kB=")?.parse().ok());
         for (node, pages) in words.iter().filter_map(|word| pages_of(word)) {
             if wanted.contains(node) {
-                let sum = found.entry((node.get(), by(&words, node))).or_default();
-                sum.0 += pages;
-                sum.1 += pages * kib.unwrap_or(PAGE_KIB) * 1024;
+                let none = Pages { node: node.get().into(), kind: "numa", pages: 0, bytes: 0 };
+                let sum = found.entry((node, by(&words, node))).or_insert(none);
+                sum.pages += pages;
+                sum.bytes += pages * kib.unwrap_or(PAGE_KIB) * 1024;
             }
         }
     }
-    found
+    found.into_iter().map(|((_, by), pages)| (by, pages)).collect()
 }
 
 /// `N2=17`
@@ -87,14 +100,14 @@ mod tests {
 7f80 default file=/memfd:spmem-doorway\\040(deleted) dirty=1 N2=1 kernelpagesize_kB=4
 ";
         let wanted = NodeMask::parse("2-3", NodeMask::EMPTY).unwrap();
-        let found: Vec<_> = pages_on(text, &wanted).into_iter().collect();
+        let of = |node, by, pages, bytes| (by, Pages { node, kind: "numa", pages, bytes });
         let expected = [
-            ((2, None), (3, 3 * 4096)),
-            ((2, Some(By::Bind)), (6, 6 * 4096)),
-            ((3, None), (1, 4096)),
-            ((3, Some(By::Bind)), (1, 2 << 20)),
-            ((3, Some(By::Door)), (6, 6 * 4096)),
+            of(2, None, 3, 3 * 4096),
+            of(2, Some(By::Bind), 6, 6 * 4096),
+            of(3, None, 1, 4096),
+            of(3, Some(By::Bind), 1, 2 << 20),
+            of(3, Some(By::Door), 6, 6 * 4096),
         ];
-        assert_eq!(found, expected);
+        assert_eq!(pages_on(text, &wanted), expected);
     }
 }

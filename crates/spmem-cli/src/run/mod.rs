@@ -50,6 +50,7 @@ use crate::wall;
 use broker::{Broker, DESCRIPTORS_NEEDED};
 use course::Course;
 use porter::Porter;
+pub use proc::read_pid_namespace;
 use report::Outputs;
 pub use report::Summary;
 pub use shared::ControlPage;

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -32,6 +33,14 @@ pub fn read_image(pid: u32) -> Option<PathBuf> {
 pub fn has_mapped(pid: u32, path: &Path) -> bool {
     let text = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     text.split(|byte| *byte == b'\n').any(|line| line.ends_with(path.as_os_str().as_bytes()))
+}
+
+/// Reads which pid namespace `pid` is in.
+///
+/// # Errors
+/// It has ended, or is another's.
+pub fn read_pid_namespace(pid: u32) -> std::io::Result<u64> {
+    Ok(std::fs::metadata(format!("/proc/{pid}/ns/pid"))?.ino())
 }
 
 /// Reads the state of `pid`: `R`, `S`, `T` (stopped)...

@@ -436,11 +436,7 @@ fn placed_use(target: &Mapped) -> NodeUse {
         reserve_bytes_peak: 0,
         pressure_peak: 0,
         placed: Some(PlacedPages {
-            kind: match (target.is_swap(), target.align.load(Relaxed)) {
-                (false, _) => "numa",
-                (true, 0) => "file",
-                (true, _) => "dax",
-            },
+            kind: target.kind(),
             kernel_node: (!target.is_swap()).then(|| target.node.load(Relaxed)),
             demoted_pages: target.demoted_pages.load(Relaxed),
             promoted_pages: target.promoted_pages.load(Relaxed),

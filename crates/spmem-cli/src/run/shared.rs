@@ -4,8 +4,10 @@
 //! others. They can write what they like into it: the values are statistics, hints, and a process's own pages.
 #![allow(unsafe_code, reason = "a mapping becomes a reference to the structure laid out in it")]
 
+use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
@@ -15,6 +17,8 @@ use spmem::control::{self, Control};
 use spmem::encoder::Exchange;
 use spmem::porter::Crossing;
 use spmem_sys::mapping::Mapping;
+
+use super::proc;
 
 /// Memory of which any bytes are a valid value, and others may write them at any time.
 ///
@@ -81,8 +85,29 @@ impl ControlPage {
         page.limit_bytes.store(limit_bytes.unwrap_or(control::UNLIMITED), Relaxed);
         page.store_capacity_bytes.store(store_capacity_bytes, Relaxed);
         page.seed.store(random()?, Relaxed);
+        page.pid_namespace.store(proc::read_pid_namespace(std::process::id()).unwrap_or(0), Relaxed);
         page.magic.store(control::MAGIC, Relaxed);
         Ok(page)
+    }
+
+    /// Maps the page of a run that another `spm` may have started.
+    ///
+    /// # Errors
+    /// It is none, or of another layout than this program's; as mmap(2).
+    pub fn of_other_run(file: File) -> anyhow::Result<Self> {
+        let mut magic = [0; 8];
+        // Sealing comes first: of what cannot be sealed a read might not end.
+        rustix::fs::fcntl_get_seals(&file).context("it is no control page")?;
+        file.read_exact_at(&mut magic, 0).context("it is no control page")?;
+        let (magic, mask) = (u64::from_ne_bytes(magic), control::VERSION_MASK);
+        anyhow::ensure!(magic & !mask == control::MAGIC & !mask, "it has no control page");
+        anyhow::ensure!(
+            magic == control::MAGIC,
+            "another version of spm runs it (control page {}, this one reads {}); the audit of that spm would tell",
+            magic & mask,
+            control::MAGIC & mask
+        );
+        Self::open(file.into()).context("its control page is not laid out as this spm's")
     }
 }
 

@@ -4,6 +4,7 @@
 //! are the same; what needs management says that it was skipped.
 #![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
 
+mod audit;
 mod auto;
 mod exit_status;
 mod harness;

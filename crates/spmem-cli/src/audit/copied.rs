@@ -1,0 +1,177 @@
+//! Copied: what `spm run` has copied from a process to node 1, to files and to dax devices, which no numa_maps shows.
+//!
+//! The process maps the control page of its run (`spmem::control`), where its agent keeps count a few times a second.
+//! [`copied_pages`] opens that through /proc/PID/map_files, which takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+//!
+//! Known holes: the processes of a run can write what they like there, and anybody can make a page that looks like one. After a fork both
+//! sides count what is still the same.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::sync::atomic::Ordering::Relaxed;
+
+use anyhow::{Context, bail, ensure};
+use rustix::fs::MemfdFlags;
+use spmem::control::Slot;
+use spmem_sys::PAGE;
+
+use super::pages::Pages;
+use crate::run::{ControlPage, read_pid_namespace};
+
+/// The control page, as /proc/PID/maps has it.
+const CONTROL: &str = "/memfd:spmem-control (deleted)";
+
+/// What runs of spm have copied from the process, by node as their configuration numbers it; nothing where it is in none. `maps` is its
+/// /proc/PID/maps.
+///
+/// # Errors
+/// The control page cannot be opened, another version of spm has made it, or the process is in another pid namespace than that.
+pub fn copied_pages(pid: u32, maps: &str) -> anyhow::Result<Vec<Pages>> {
+    let mut found = Vec::new();
+    for range in control_pages(maps)? {
+        let path = format!("/proc/{pid}/map_files/{range}");
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            // The process has ended, or runs another program.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                bail!("that takes root with CAP_SYS_ADMIN")
+            }
+            opened => opened?,
+        };
+        let page = ControlPage::of_other_run(file)?;
+        let (Ok(status), Ok(namespace)) = (super::read(pid, "status"), read_pid_namespace(pid)) else { continue };
+        ensure!(
+            namespace == page.pid_namespace.load(Relaxed),
+            "it is in another pid namespace than the run's spm, which keeps no count of it"
+        );
+        let own = pid_within(&status).unwrap_or(pid);
+        if let Some(slot) = page.live_slots().find(|slot| slot.pid.load(Relaxed) == own) {
+            found.extend(of_slot(&page, slot));
+        }
+    }
+    Ok(found)
+}
+
+/// Where control pages are mapped, one place for each. A run inside a run has two.
+fn control_pages(maps: &str) -> anyhow::Result<Vec<String>> {
+    let named: Vec<&str> = maps.lines().filter(|line| line.ends_with(CONTROL)).collect();
+    if named.is_empty() {
+        return Ok(Vec::new());
+    }
+    // A file with a real name may look the same, and whoever serves its file system could keep us waiting. All memfds are on one device.
+    let memfd = rustix::fs::memfd_create("spmem-audit", MemfdFlags::CLOEXEC).context("no memfd")?;
+    let device = rustix::fs::fstat(&memfd)?.st_dev;
+    let device = format!("{:02x}:{:02x}", libc::major(device), libc::minor(device));
+    let place = |line: &&str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [range, _, _, on, inode, ..] = words[..] else { return None };
+        (on == device).then(|| (inode.to_owned(), range.to_owned()))
+    };
+    let by_inode: BTreeMap<String, String> = named.iter().filter_map(place).collect();
+    Ok(by_inode.into_values().collect())
+}
+
+/// The number of a process in its own pid namespace, by which its agent knows it: of `status`, its /proc/PID/status.
+fn pid_within(status: &str) -> Option<u32> {
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NStgid:"))?;
+    numbers.split_whitespace().next_back()?.parse().ok()
+}
+
+fn of_slot(page: &ControlPage, slot: &Slot) -> Vec<Pages> {
+    let of = |node, kind, held: u64, bytes| Pages { node, kind, pages: held / PAGE as u64, bytes };
+    let node1 = of(1, "compressed", slot.stored_bytes.load(Relaxed), slot.store_used_bytes.load(Relaxed));
+    // What is placed on the kernel's nodes the kernel tells.
+    let targets = page.targets().zip(&slot.placed_bytes).filter(|(target, _)| target.is_swap());
+    let copied = targets.map(|(target, bytes)| {
+        let bytes = bytes.load(Relaxed);
+        of(target.id.load(Relaxed), target.kind(), bytes, bytes)
+    });
+    std::iter::once(node1).chain(copied).filter(|pages| pages.pages > 0 || pages.bytes > 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use spmem::control;
+
+    /// A control page of this process, and the lines of its maps that are about it: other tests have such pages, too.
+    fn control_page() -> (ControlPage, String) {
+        let page = ControlPage::for_tree(None, 0).unwrap();
+        let start = format!("{:x}-", std::ptr::from_ref(&*page).addr());
+        let maps = super::super::read(std::process::id(), "maps").unwrap();
+        let line = maps.lines().find(|line| line.starts_with(&start)).unwrap().to_owned();
+        (page, line)
+    }
+
+    fn may_open(maps: &str) -> bool {
+        let range = maps.split(' ').next().unwrap();
+        let is_allowed = std::fs::File::open(format!("/proc/self/map_files/{range}")).is_ok();
+        if !is_allowed {
+            println!("SKIPPED: what others map cannot be opened here");
+        }
+        is_allowed
+    }
+
+    #[test]
+    fn a_process_has_what_its_slot_says_and_what_the_kernel_tells_is_not_told_twice() {
+        let (page, maps) = control_page();
+        if !may_open(&maps) {
+            return;
+        }
+        let pid = std::process::id();
+        assert_eq!(copied_pages(pid, &maps).unwrap(), []);
+        for (id, clusters, align) in [(3, 0, 0), (2, 8, 0), (7, 8, 2 << 20)] {
+            let target = page.targets().count();
+            page.targets[target].id.store(id, Relaxed);
+            page.targets[target].clusters.store(clusters, Relaxed);
+            page.targets[target].align.store(align, Relaxed);
+            page.targets[target].quota_bytes.store(16 << 20, Relaxed);
+        }
+        let (other, _) = page.claim_slot(pid + 1).unwrap();
+        let (own, _) = page.claim_slot(pid_within(&super::super::read(pid, "status").unwrap()).unwrap()).unwrap();
+        page.slots[other].stored_bytes.store(1 << 20, Relaxed);
+        page.slots[own].stored_bytes.store(8 * 4096, Relaxed);
+        page.slots[own].store_used_bytes.store(3 * 4096, Relaxed);
+        for (to, bytes) in page.slots[own].placed_bytes.iter().zip([4096, 2 * 4096, 3 * 4096]) {
+            to.store(bytes, Relaxed);
+        }
+        let expected = [
+            Pages { node: 1, kind: "compressed", pages: 8, bytes: 3 * 4096 },
+            Pages { node: 2, kind: "file", pages: 2, bytes: 2 * 4096 },
+            Pages { node: 7, kind: "dax", pages: 3, bytes: 3 * 4096 },
+        ];
+        assert_eq!(copied_pages(pid, &maps).unwrap(), expected);
+        // The same file, mapped in two pieces.
+        assert_eq!(copied_pages(pid, &format!("{maps}\n{maps}")).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_control_page_of_another_namespace_or_layout_is_refused() {
+        let (page, maps) = control_page();
+        if !may_open(&maps) {
+            return;
+        }
+        page.pid_namespace.store(1, Relaxed);
+        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        assert!(error.contains("another pid namespace"), "{error}");
+        page.magic.store(control::MAGIC + 1, Relaxed);
+        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        assert!(error.contains("another version"), "{error}");
+        page.magic.store(0, Relaxed);
+        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        assert!(error.contains("no control page"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_called_like_a_control_page_is_not_opened() {
+        let line = "7f00-7f10 rw-s 00000000 fe:01 3006                       /memfd:spmem-control (deleted)\n";
+        assert_eq!(control_pages(line).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_number_in_its_own_namespace() {
+        assert_eq!(pid_within("Pid:\t301\nNStgid:\t300\t17\t1\nNSpid:\t301\t18\t2\n"), Some(1));
+        assert_eq!(pid_within("Pid:\t300\n"), None);
+    }
+}
