@@ -1,7 +1,7 @@
 //! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a node of the kernel's, behind walls and without.
 //!
 //! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
-//! where they go, by configuration. And memory that fails. Where there is a dax device, it is that ([`vm_runs_dax`](super::vm_runs_dax)). Called by
+//! where they go, by configuration. And memory that fails. Where there is a dax device, it is that ([`vm_runs_dax`]). Called by
 //! `cargo xtask vm-test` on the topologies numa4 and hmem.
 #![allow(unsafe_code, reason = "another user, between fork and exec")]
 
