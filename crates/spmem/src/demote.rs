@@ -263,7 +263,7 @@ impl Demoter {
         }
         let entry = space.table.get(held.owner);
         if entry.is_away() {
-            if !space.is_settled() || !lose_held(runtime, space, &self.uffd, slot) {
+            if !space.is_settled() || lose_held(runtime, space, &self.uffd, slot).is_err() {
                 space.holding.release(slot);
             }
             return true;

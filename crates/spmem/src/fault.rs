@@ -37,7 +37,7 @@ use spmem_sys::fd::{Fd, Poll, poll};
 use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::{Event, Uffd};
-use spmem_sys::{Errno, PAGE, clock, process, thread};
+use spmem_sys::{Errno, PAGE, Result, clock, process, thread};
 
 /// How often waiting faults are looked at, ns.
 const RETRY_NS: u64 = 50_000;
@@ -394,7 +394,10 @@ impl Server {
         let progress = progress.unwrap_or_else(|| uffd.copy_from(page, from, PAGE));
         let is_there = progress.stopped.is_none() || progress.stopped == Some(Errno::EEXIST);
         if progress.stopped == Some(Errno::EFAULT) {
-            return if lose_held(self.runtime, space, uffd, slot) { wake(uffd, page) } else { Served::Later };
+            return match lose_held(self.runtime, space, uffd, slot) {
+                Ok(()) => wake(uffd, page),
+                Err(errno) => self.refused(uffd, page, Some(errno)),
+            };
         }
         if !is_there {
             return self.refused(uffd, page, progress.stopped);
@@ -495,26 +498,30 @@ impl Server {
     }
 }
 
-/// The memory of a page in the holding area has failed (R20): its user gets SIGBUS where it was, once; the slot is given back. False if an
-/// event has to be read first.
-pub(crate) fn lose_held(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, slot: u32) -> bool {
+/// The memory of a page in the holding area has failed (R20): its user gets SIGBUS where it was, once; the slot is given back. `uffd`:
+/// whose page it is, this process's or a child's that is being nursed; then this process keeps the slot, for its own page.
+///
+/// # Errors
+/// Nothing has changed: where the page is missing without a mark it would read as zeros.
+pub(crate) fn lose_held(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, slot: u32) -> Result<()> {
     let page = space.holding.get(slot).owner;
-    if uffd.poison(page).stopped == Some(Errno::EAGAIN) {
-        return false;
+    match uffd.poison(page).stopped {
+        None | Some(Errno::EEXIST) => {}
+        Some(errno) => return Err(errno),
     }
     runtime.shared().counters.corrupt_pages.fetch_add(1, Relaxed);
     crate::complain(format_args!(
         "spm: process {}: page {page:#x} is lost: the memory it was in has failed on its way out; its user gets SIGBUS\n",
         process::pid()
     ));
-    if space.mode != Mode::Quiet {
+    if space.mode != Mode::Quiet && uffd.raw() == runtime.uffd.load(Relaxed) {
         if let Some(kept) = space.holding.forget_kept(slot) {
             space.forget(kept);
         }
         space.table.set(page, Entry::default());
         space.holding.kill(slot);
     }
-    true
+    Ok(())
 }
 
 /// What a fault for the page of an entry is to a trace.
