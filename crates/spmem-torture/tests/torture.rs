@@ -29,6 +29,7 @@
     reason = "a test harness: a panic is a failed test, descriptors are small"
 )]
 
+mod traced;
 mod watch;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -162,6 +163,7 @@ fn main() {
         }
     }
     trials.push(trial("own-memory-functions".into(), move || run_own_memory_functions(settings)));
+    trials.push(trial("traced".into(), move || traced::run_without_touching_empty_slots(settings)));
     trials.push(trial("under-strace".into(), move || run_under_strace(settings)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {

@@ -252,7 +252,11 @@ impl Demoter {
     /// Whether the memory of a busy slot's page has failed: to read it would end the process. Then the page is lost.
     fn has_failed(&self, slot: u32) -> bool {
         let runtime = self.runtime;
-        let address = runtime.space.lock().as_ref().map(|space| space.holding.address(slot));
+        // A slot that is not busy may have no page: to look at it would be a fault, which waits for room.
+        let address = runtime.space.lock().as_ref().and_then(|space| {
+            let is_busy = space.holding.get(slot).state == State::Busy;
+            is_busy.then(|| space.holding.address(slot))
+        });
         if !address.is_some_and(|at| mapping::populate_read(at, PAGE) == Err(Errno::EHWPOISON)) {
             return false;
         }
