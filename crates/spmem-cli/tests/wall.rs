@@ -281,3 +281,26 @@ fn a_hundred_walls_at_once_leave_nothing() {
     }
     numbers.into_iter().for_each(wait_until_gone);
 }
+
+#[test]
+fn a_file_that_is_called_like_a_doors_or_a_runs_makes_no_grant() {
+    use spmem_sys::region::Region;
+    if !std::path::Path::new("/sys/devices/system/node/node0").exists() {
+        println!("skipped: this kernel does not tell its nodes");
+        return;
+    }
+    // Every page of this machine would be on an SPM node then.
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("spm.toml");
+    std::fs::write(&file, "[type]\nnode0 = \"spm\"\n").unwrap();
+    let names = [c"spmem-crossing", c"spmem-door", c"spmem-control"];
+    let files = names.map(|name| Region::published(name, 1 << 20).unwrap());
+    files.iter().for_each(|file| file.write(0, &[1; 1 << 20]).unwrap());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spm"));
+    command.args(["audit", "--json", "--config"]).arg(&file).arg(std::process::id().to_string());
+    let output = command.output().unwrap();
+    let found: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert!(found.iter().all(|one| one["by"].is_null() && one["is_clean"] == false), "{found:?}");
+    assert!(found[0]["pages"].as_u64().unwrap() > 3 * 256, "{found:?}");
+}

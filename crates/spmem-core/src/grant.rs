@@ -210,6 +210,29 @@ pub struct GrantId {
     generation: u32,
 }
 
+impl GrantId {
+    /// As a number, for who has to write it down.
+    pub const fn to_bits(self) -> u64 {
+        (self.slot as u64) << 32 | self.generation as u64
+    }
+
+    /// The name that [`GrantId::to_bits`] was of.
+    #[allow(clippy::cast_possible_truncation, reason = "the halves of a word")]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self { slot: (bits >> 32) as u16, generation: bits as u32 }
+    }
+}
+
+impl fmt::Display for GrantId {
+    /// `3`; `3.1` once the number was another grant's before.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.generation {
+            0 => write!(f, "{}", self.slot),
+            generation => write!(f, "{}.{generation}", self.slot),
+        }
+    }
+}
+
 impl Grant {
     /// The grant's name.
     pub const fn id(&self) -> GrantId {

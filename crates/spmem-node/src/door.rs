@@ -2,13 +2,15 @@
 //!
 //! A cpuset keeps a program from allocating on a node, not from using pages that are there already. Who is outside and shows a
 //! grant can hand it a whole range, [`Door::file`], or fill single missing pages of its own memory, [`Door::page`]. The
-//! wall in core decides and the grant is charged first; what fails is not charged. Takes no lock.
+//! wall in core decides and the grant is charged first; what fails is not charged. What comes through is told of on a roll ([`crate::roll`]),
+//! so that an audit knows it from what went astray. Takes no lock.
 //!
 //! Hole: NUMA balancing moves single pages back to the program's processors, unless the program's threads have a policy other
 //! than the default, or their range gets one once they are there (from before it would decide where they go). Files keep
 //! their pages.
 
-use std::thread;
+use std::os::unix::fs::MetadataExt;
+use std::{format, fs, thread};
 
 use spmem_core::grant::{Charge, Grant, GrantError, Rights};
 use spmem_core::registry::Registry;
@@ -21,7 +23,9 @@ use spmem_sys::{Errno, PAGE};
 
 use core::fmt;
 
-/// What /proc calls the files of doors; `spm audit` knows them by it.
+use crate::roll::{Entry, Roll, What, started};
+
+/// What /proc calls the files of doors.
 pub const FILE_NAME: &core::ffi::CStr = c"spmem-door";
 
 /// Why a door stays shut. Nothing is charged.
@@ -38,6 +42,8 @@ pub enum DoorError {
         /// Which.
         node: i32,
     },
+    /// The roll has no room left to tell of it.
+    Untold,
 }
 
 impl fmt::Display for DoorError {
@@ -47,6 +53,7 @@ impl fmt::Display for DoorError {
             Self::Grant(error) => write!(f, "{error}"),
             Self::Kernel(errno) => write!(f, "the kernel gives no memory of the node: {errno}"),
             Self::Elsewhere { node } => write!(f, "the page is on node {node}: its range has a policy of its own"),
+            Self::Untold => f.write_str("the roll that an audit reads is full; strike off what is there no more"),
         }
     }
 }
@@ -64,16 +71,30 @@ pub struct Door<'a> {
     pub grant: &'a Grant,
     /// The node, by the kernel's number.
     pub node: NodeId,
+    /// Where it is told of; has to live as long as what comes through.
+    pub roll: &'a Roll,
 }
 
 impl Door<'_> {
-    /// A sealed file of `len` bytes on the node, for the program to map; give the charge back when the file is closed everywhere.
+    /// A sealed file of `len` bytes on the node, for the program to map; give the charge back, and strike the file off the roll, when it is
+    /// closed everywhere.
     ///
     /// # Errors
     /// [`DoorError`].
     pub fn file(&mut self, len: usize) -> Result<(NodeFile, Charge), DoorError> {
         let node = self.node.get();
-        self.open(len, || NodeFile::new(FILE_NAME, len, node))
+        let (file, charge) = self.open(len, || NodeFile::new(FILE_NAME, len, node))?;
+        let seen = fs::metadata(format!("/proc/self/fd/{}", file.fd().raw()));
+        let inode = seen.map_err(|error| Errno(error.raw_os_error().unwrap_or(Errno::ENOMEM.0)));
+        match inode {
+            Ok(seen) => self
+                .tell(What::File { inode: seen.ino(), grant: self.grant.id() }, charge)
+                .map(|charge| (file, charge)),
+            Err(errno) => {
+                self.give_back(charge);
+                Err(DoorError::Kernel(errno))
+            }
+        }
     }
 
     /// Fills the missing page at `address` of process `pid`, whose userfaultfd `program` is, with `contents`, and looks where it is.
@@ -97,12 +118,31 @@ impl Door<'_> {
         let copy = || thread::scope(|scope| scope.spawn(place).join().unwrap_or(Err(Errno::ENOMEM)));
         let ((), charge) = self.open(PAGE, copy)?;
         match node_of(pid, address) {
-            Ok(seen) if seen == i32::from(node) => Ok(charge),
+            Ok(seen) if seen == i32::from(node) => {
+                let (started, address) = (started(pid).unwrap_or(0), address as u64);
+                self.tell(What::Page { pid, started, address, grant: self.grant.id() }, charge)
+            }
             seen => {
-                self.registry.uncharge(charge).expect("it is this registry's");
+                self.give_back(charge);
                 Err(seen.map_or_else(DoorError::Kernel, |node| DoorError::Elsewhere { node }))
             }
         }
+    }
+
+    /// On the roll, or not charged.
+    fn tell(&mut self, what: What, charge: Charge) -> Result<Charge, DoorError> {
+        let entry = Entry { node: Some(self.node), what };
+        match self.roll.enter(&entry) {
+            Ok(()) => Ok(charge),
+            Err(_) => {
+                self.give_back(charge);
+                Err(DoorError::Untold)
+            }
+        }
+    }
+
+    fn give_back(&mut self, charge: Charge) {
+        self.registry.uncharge(charge).expect("it is this registry's");
     }
 
     fn open<T>(&mut self, len: usize, make: impl FnOnce() -> Result<T, Errno>) -> Result<(T, Charge), DoorError> {
@@ -114,7 +154,7 @@ impl Door<'_> {
         match make() {
             Ok(made) => Ok((made, charge)),
             Err(errno) => {
-                self.registry.uncharge(charge).expect("it is this registry's");
+                self.give_back(charge);
                 Err(DoorError::Kernel(errno))
             }
         }
@@ -148,7 +188,8 @@ mod tests {
     fn a_file_is_charged_and_full_of_pages_on_the_node() {
         let (mut registry, owner) = registry();
         let grant = registry.grant(&[&owner], Terms::new(ALL, Bytes(2 * PAGE as u64))).unwrap();
-        let mut door = Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node: NodeId::ZERO };
+        let (domain, roll) = (DomainId::ROOT, Roll::new().unwrap());
+        let mut door = Door { registry: &mut registry, domain, grant: &grant, node: NodeId::ZERO, roll: &roll };
         let (file, charge) = door.file(2 * PAGE).unwrap();
         assert_eq!(file.memory().bytes(0, 2 * PAGE), [0; 2 * PAGE]);
         assert!(matches!(door.file(PAGE), Err(DoorError::Grant(GrantError::OverQuota { .. }))));
@@ -161,8 +202,9 @@ mod tests {
         let (mut registry, owner) = registry();
         for rights in [Rights::ALLOC, Rights::MAP_READ | Rights::MAP_WRITE] {
             let grant = registry.grant(&[&owner], Terms::new(rights, Bytes::mib(1))).unwrap();
+            let (domain, roll) = (DomainId::ROOT, Roll::new().unwrap());
             let mut door =
-                Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node: NodeId::ZERO };
+                Door { registry: &mut registry, domain, grant: &grant, node: NodeId::ZERO, roll: &roll };
             assert!(matches!(door.file(PAGE), Err(DoorError::Refused(_))));
             assert_eq!(registry.grant_info(&grant).unwrap().used, Bytes(0));
         }
@@ -172,7 +214,8 @@ mod tests {
     fn what_the_kernel_refuses_is_not_charged() {
         let (mut registry, owner) = registry();
         let grant = registry.grant(&[&owner], Terms::new(ALL, Bytes::mib(1))).unwrap();
-        let mut door = Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node: NodeId::ZERO };
+        let (domain, roll) = (DomainId::ROOT, Roll::new().unwrap());
+        let mut door = Door { registry: &mut registry, domain, grant: &grant, node: NodeId::ZERO, roll: &roll };
         assert_eq!(door.file(PAGE + 1).map(|_| ()), Err(DoorError::Kernel(Errno::EINVAL)));
         assert_eq!(registry.grant_info(&grant).unwrap().used, Bytes(0));
     }

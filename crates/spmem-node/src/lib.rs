@@ -9,7 +9,7 @@
 //! `no_std`, holds no unsafe code, and treats every stored byte as possibly wrong: damage is a
 //! [`Corrupt`] value, never a panic and never wrong bytes (R20).
 //!
-//! The exceptions are `machine`, what memory this machine has, `door`, memory of a node for a walled program, and `heat`, which
+//! The exceptions are `machine`, what memory this machine has, `door`, memory of a node for a walled program, `roll`, what is told of grants, and `heat`, which
 //! pages a program uses: they read sysfs or make system calls, take std and are built for tools only (feature `machine`); and
 //! `model`, a device that does not exist (feature `model`).
 
@@ -40,6 +40,8 @@ pub mod mapped;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod numa;
+#[cfg(feature = "machine")]
+pub mod roll;
 pub mod swapfile;
 #[cfg(test)]
 mod testing;

@@ -7,6 +7,7 @@
 //! Hole: a word whose memory is broken ends the reader with SIGBUS; the address tells which frame it was.
 
 use core::arch::asm;
+use core::ffi::CStr;
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use syscalls::{Sysno, syscall};
@@ -112,6 +113,26 @@ impl Region {
             (0, _) => Ok(region),
             _ => Err(Errno::EXDEV),
         }
+    }
+
+    /// `len` bytes of zeros in a memfd that /proc calls `memfd:name`. This mapping, and what a fork makes of it, can write there; others
+    /// that get hold of the file can read (`F_SEAL_FUTURE_WRITE`, memfd_create(2)).
+    ///
+    /// # Errors
+    /// As memfd_create(2), mmap(2).
+    pub fn published(name: &CStr, len: usize) -> Result<Self> {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: the name is NUL-terminated and outlives the call.
+        let raw = unsafe { syscall!(Sysno::memfd_create, name.as_ptr(), flags) }?;
+        let fd = Fd::from_raw(raw_fd(raw));
+        // SAFETY: takes no pointer.
+        unsafe { syscall!(Sysno::ftruncate, fd.raw(), len) }?;
+        let base = map(&fd, 0, len, Access::ReadWrite, libc::MAP_SHARED)?;
+        let region = Self::new(fd, 0, base, len, Access::ReadWrite, Durability::Volatile)?;
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+        // SAFETY: takes no pointer.
+        unsafe { syscall!(Sysno::fcntl, region.fd.raw(), libc::F_ADD_SEALS, seals) }?;
+        Ok(region)
     }
 
     /// Another mapping of a part of it, `offset` from its beginning, for whoever is to have it with other rights. The bounds are

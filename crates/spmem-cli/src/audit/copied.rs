@@ -3,34 +3,39 @@
 //! The process maps the control page of its run (`spmem::control`), where its agent keeps count a few times a second.
 //! [`copied_pages`] opens that through /proc/PID/map_files, which takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
 //!
-//! Known holes: the processes of a run can write what they like there, and anybody can make a page that looks like one. After a fork both
-//! sides count what is still the same.
+//! Known holes: the processes of a run can write what they like there, and anybody can make a page that looks like one: then no `spm` tells of a
+//! grant for it, as when the run's has ended. After a fork both sides count what is still the same.
 
-use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::sync::atomic::Ordering::Relaxed;
 
-use anyhow::{Context, bail, ensure};
-use rustix::fs::MemfdFlags;
+use anyhow::{bail, ensure};
 use spmem::control::Slot;
 use spmem_sys::PAGE;
 
-use super::pages::Pages;
+use super::maps::Memfds;
+use super::pages::{By, Pages};
+use super::rolls::{Process, Rolls};
 use crate::run::{ControlPage, read_pid_namespace};
 
 /// The control page, as /proc/PID/maps has it.
-const CONTROL: &str = "/memfd:spmem-control (deleted)";
+pub const CONTROL: &str = "/memfd:spmem-control (deleted)";
 
-/// What runs of spm have copied from the process, by node as their configuration numbers it; nothing where it is in none. `maps` is its
-/// /proc/PID/maps.
+/// What runs of spm have copied from the process, by node as their configuration numbers it, and by which grant; nothing where it is in none. `maps` is its
+/// /proc/PID/maps. A run inside a run has two control pages.
 ///
 /// # Errors
 /// The control page cannot be opened, another version of spm has made it, or the process is in another pid namespace than that.
-pub fn copied_pages(pid: u32, maps: &str) -> anyhow::Result<Vec<Pages>> {
-    let mut found = Vec::new();
-    for range in control_pages(maps)? {
-        let path = format!("/proc/{pid}/map_files/{range}");
+pub fn copied_pages(
+    process: &Process,
+    maps: &str,
+    memfds: &Memfds,
+    rolls: &Rolls,
+) -> anyhow::Result<Vec<(Pages, By)>> {
+    let (mut found, pid) = (Vec::new(), process.pid);
+    for control in memfds.named(maps, CONTROL) {
+        let path = format!("/proc/{pid}/map_files/{}", control.place);
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             // The process has ended, or runs another program.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
@@ -47,29 +52,11 @@ pub fn copied_pages(pid: u32, maps: &str) -> anyhow::Result<Vec<Pages>> {
         );
         let own = pid_within(&status).unwrap_or(pid);
         if let Some(slot) = page.live_slots().find(|slot| slot.pid.load(Relaxed) == own) {
-            found.extend(of_slot(&page, slot));
+            let by = |pages: &Pages| By::run(rolls.of_copied(process, control.inode, pages.node));
+            found.extend(of_slot(&page, slot).into_iter().map(|pages| (pages, by(&pages))));
         }
     }
     Ok(found)
-}
-
-/// Where control pages are mapped, one place for each. A run inside a run has two.
-fn control_pages(maps: &str) -> anyhow::Result<Vec<String>> {
-    let named: Vec<&str> = maps.lines().filter(|line| line.ends_with(CONTROL)).collect();
-    if named.is_empty() {
-        return Ok(Vec::new());
-    }
-    // A file with a real name may look the same, and whoever serves its file system could keep us waiting. All memfds are on one device.
-    let memfd = rustix::fs::memfd_create("spmem-audit", MemfdFlags::CLOEXEC).context("no memfd")?;
-    let device = rustix::fs::fstat(&memfd)?.st_dev;
-    let device = format!("{:02x}:{:02x}", libc::major(device), libc::minor(device));
-    let place = |line: &&str| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [range, _, _, on, inode, ..] = words[..] else { return None };
-        (on == device).then(|| (inode.to_owned(), range.to_owned()))
-    };
-    let by_inode: BTreeMap<String, String> = named.iter().filter_map(place).collect();
-    Ok(by_inode.into_values().collect())
 }
 
 /// The number of a process in its own pid namespace, by which its agent knows it: of `status`, its /proc/PID/status.
@@ -104,6 +91,14 @@ mod tests {
         (page, line)
     }
 
+    /// By nobody's word.
+    fn copied(maps: &str) -> anyhow::Result<Vec<Pages>> {
+        let process = Process::read(std::process::id())?;
+        let copied = copied_pages(&process, maps, &Memfds::find()?, &Rolls::default())?;
+        assert!(copied.iter().all(|(_, by)| *by == By::run(None)));
+        Ok(copied.into_iter().map(|(pages, _)| pages).collect())
+    }
+
     fn may_open(maps: &str) -> bool {
         let range = maps.split(' ').next().unwrap();
         let is_allowed = std::fs::File::open(format!("/proc/self/map_files/{range}")).is_ok();
@@ -120,7 +115,7 @@ mod tests {
             return;
         }
         let pid = std::process::id();
-        assert_eq!(copied_pages(pid, &maps).unwrap(), []);
+        assert_eq!(copied(&maps).unwrap(), []);
         for (id, clusters, align) in [(3, 0, 0), (2, 8, 0), (7, 8, 2 << 20)] {
             let target = page.targets().count();
             page.targets[target].id.store(id, Relaxed);
@@ -141,9 +136,9 @@ mod tests {
             Pages { node: 2, kind: "file", pages: 2, bytes: 2 * 4096 },
             Pages { node: 7, kind: "dax", pages: 3, bytes: 3 * 4096 },
         ];
-        assert_eq!(copied_pages(pid, &maps).unwrap(), expected);
+        assert_eq!(copied(&maps).unwrap(), expected);
         // The same file, mapped in two pieces.
-        assert_eq!(copied_pages(pid, &format!("{maps}\n{maps}")).unwrap(), expected);
+        assert_eq!(copied(&format!("{maps}\n{maps}")).unwrap(), expected);
     }
 
     #[test]
@@ -153,20 +148,20 @@ mod tests {
             return;
         }
         page.pid_namespace.store(1, Relaxed);
-        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        let error = copied(&maps).unwrap_err().to_string();
         assert!(error.contains("another pid namespace"), "{error}");
         page.magic.store(control::MAGIC + 1, Relaxed);
-        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        let error = copied(&maps).unwrap_err().to_string();
         assert!(error.contains("another version"), "{error}");
         page.magic.store(0, Relaxed);
-        let error = copied_pages(std::process::id(), &maps).unwrap_err().to_string();
+        let error = copied(&maps).unwrap_err().to_string();
         assert!(error.contains("no control page"), "{error}");
     }
 
     #[test]
     fn a_file_that_is_called_like_a_control_page_is_not_opened() {
         let line = "7f00-7f10 rw-s 00000000 fe:01 3006                       /memfd:spmem-control (deleted)\n";
-        assert_eq!(control_pages(line).unwrap(), Vec::<String>::new());
+        assert_eq!(Memfds::find().unwrap().named(line, CONTROL), []);
     }
 
     #[test]

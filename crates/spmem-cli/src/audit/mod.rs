@@ -1,16 +1,19 @@
 //! `spm audit`: who has pages on which SPM node, and by what right.
 //!
 //! [`audit`] reads numa_maps(5) of each process ([`pages`]) and holds what it finds against the wall that the process is
-//! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has. What a run of `spm` has copied
-//! elsewhere the kernel does not know; the run's control page does ([`copied`]).
+//! behind, if any. Nothing is assumed: the kernel says where pages are, and which policy a range has; by which grant they are there those say
+//! who hold it ([`rolls`]), if they are to be believed about that process. What a run of `spm` has copied elsewhere the kernel does not know; the run's control page
+//! does ([`copied`]).
 //!
-//! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. A page that the supervisor put there by
-//! UFFDIO_COPY looks like one that went astray, and a file that is named as doors name theirs like theirs. In a program of `spm run` that
-//! places pages, all that nothing else explains is taken for placed. Looking at others' processes takes root.
+//! Known holes: pages of files that nobody maps, and the kernel's own, are nobody's. In a program of `spm run` that
+//! places pages, all that nothing else explains is taken for placed, up to the quota of the run's grant. Looking at others' processes takes root.
 
 mod copied;
+mod maps;
 mod pages;
+mod rolls;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
@@ -19,17 +22,19 @@ use anyhow::Context;
 use serde::Serialize;
 use spmem_core::node::Guard;
 use spmem_core::nodemask::NodeMask;
+use spmem_core::units::NodeId;
+use spmem_sys::mempolicy::node_of;
 
 use crate::arguments::AuditArguments;
 use crate::config::Config;
 use crate::machine;
 use crate::remark::remark;
 use crate::wall::WALL_NAMES;
-use copied::copied_pages;
-use pages::{By, Pages, pages_on};
+use copied::{CONTROL, copied_pages};
+use maps::Memfds;
+use pages::{By, Kind, Pages, pages_on};
+use rolls::{Process, Rolls, Title};
 
-/// What a program shares with the porter of its run, as /proc/PID/maps has it.
-const CROSSING: &str = "/memfd:spmem-crossing (deleted)";
 /// A process cannot be looked at.
 pub const FAILURE: i32 = 2;
 const TAKES: &str = "that takes root with CAP_SYS_PTRACE";
@@ -70,7 +75,9 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     processes.dedup();
     let (mut findings, mut unseen, mut untold) = (Vec::new(), 0, 0);
     for pid in processes {
-        match of_process(pid, &spm) {
+    let memfds = Memfds::find()?;
+    let rolls = Rolls::read(&all_processes()?, &memfds);
+        match of_process(pid, &spm, &memfds, &rolls) {
             Ok((found, copied)) => {
                 findings.extend(found);
                 if let Err(error) = copied {
@@ -94,6 +101,11 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the answer")?;
     let is_clean = findings.iter().all(|finding| finding.is_clean);
     if unseen > 0 && !is_asked_for {
+    if rolls.is_part && !is_clean {
+        remark(format_args!(
+            "what some holders of grants tell cannot be read: that takes root with CAP_SYS_ADMIN"
+        ));
+    }
         remark(format_args!("{unseen} of the processes cannot be looked at: {TAKES}"));
     }
     // What a run has copied is there on purpose: without nodes of the kernel's that are spm, all others can be answered for unseen.
@@ -133,38 +145,87 @@ fn read(pid: u32, name: &str) -> std::io::Result<String> {
 }
 
 /// What is found of a process, and whether that is all.
-fn of_process(pid: u32, spm: &NodeMask) -> std::io::Result<(Vec<Finding>, anyhow::Result<()>)> {
+fn of_process(
+    pid: u32,
+    spm: &NodeMask,
+    memfds: &Memfds,
+    rolls: &Rolls,
+) -> std::io::Result<(Vec<Finding>, anyhow::Result<()>)> {
     let maps = read(pid, "maps")?;
     // A kernel without NUMA has none.
     let numa_maps = if spm.is_empty() { String::new() } else { read(pid, "numa_maps")? };
-    let is_of_run = maps.lines().any(|line| line.ends_with(CROSSING));
-    let mut found: Vec<(Pages, Option<By>)> = pages_on(&numa_maps, spm)
-        .into_iter()
-        .map(|(by, pages)| (pages, by.or(is_of_run.then_some(By::Run))))
-        .collect();
-    let copied = copied_pages(pid, &maps)
-        .map(|copied| found.extend(copied.into_iter().map(|pages| (pages, Some(By::Run)))));
+    let process = Process::read(pid)?;
+    let through_doors = Doors::find(&process, &maps, spm, memfds, rolls);
+    let controls: Vec<u64> = memfds.named(&maps, CONTROL).iter().map(|range| range.inode).collect();
+    let mut found = Vec::new();
+    for (by, pages) in pages_on(&numa_maps, spm, |start, node, count| through_doors.told(start, node, count)) {
+        let node = u16::try_from(pages.node).ok().and_then(|node| NodeId::new(node).ok());
+        let run = node.filter(|_| by.is_none()).and_then(|node| rolls.of_run(&process, &controls, node));
+        let Some((title, quota)) = run else {
+            found.push((pages, by));
+            continue;
+        };
+        let (within, beyond) = pages.split(quota);
+        let parts = [(within, Some(By::run(Some(title)))), (beyond, None)];
+        found.extend(parts.into_iter().filter(|(pages, _)| pages.pages > 0));
+    }
+    let copied = copied_pages(&process, &maps, memfds, rolls)
+        .map(|copied| found.extend(copied.into_iter().map(|(pages, by)| (pages, Some(by)))));
     if found.is_empty() {
         return Ok((Vec::new(), copied));
     }
     let read = |name| read(pid, name).unwrap_or_default();
     let (command, guard) = (read("comm").trim().to_owned(), guard_of(&read("cgroup")));
-    let finding = |(pages, by)| Finding {
+    let finding = |(pages, by): (Pages, Option<By>)| Finding {
         pid,
         command: command.clone(),
         pages,
         wall: guard.map(|guard| guard.to_string()),
         by,
-        is_clean: is_clean(by, guard),
+        is_clean: is_clean(by.as_ref().map(|by| by.kind), guard),
     };
     Ok((found.into_iter().map(finding).collect(), copied))
 }
 
 /// R9: strict bind opens an easy node, and no other. A door is opened by a grant only, and a run's porter has one.
-fn is_clean(by: Option<By>, guard: Option<Guard>) -> bool {
+/// What has come to a process through doors.
+struct Doors<'a> {
+    process: &'a Process,
+    rolls: &'a Rolls,
+    /// Its mappings of memfds, and where all of its mappings end, by where they start.
+    files: BTreeMap<u64, maps::Range<'a>>,
+    ends: BTreeMap<u64, u64>,
+    /// Single pages that are told of, by node and address.
+    pages: BTreeMap<NodeId, BTreeMap<u64, Title>>,
+}
+
+impl<'a> Doors<'a> {
+    fn find(process: &'a Process, maps: &'a str, spm: &NodeMask, memfds: &Memfds, rolls: &'a Rolls) -> Self {
+        let pages = spm.iter().map(|node| (node, rolls.of_pages(process, node))).collect();
+        Self { process, rolls, files: memfds.all(maps), ends: maps::ends(maps), pages }
+    }
+
+    /// Of the `count` pages that the range at `start` has on a node: by which grants, how many.
+    fn told(&self, start: u64, node: NodeId, count: u64) -> Vec<(Title, u64)> {
+        let file = self.files.get(&start).map(|range| range.inode);
+        if let Some(title) = file.and_then(|inode| self.rolls.of_file(self.process, inode, node)) {
+            return vec![(title, count)];
+        }
+        let (Some(pages), Some(&end)) = (self.pages.get(&node), self.ends.get(&start)) else { return Vec::new() };
+        // What was put there may have been dropped since, or have moved.
+        let is_there = |address: u64| {
+            let seen = usize::try_from(address).map(|address| node_of(self.process.pid, address));
+            matches!(seen, Ok(Ok(seen)) if seen == i32::from(node.get()))
+        };
+        let told = pages.range(start..end).filter(|(address, _)| is_there(**address));
+        told.map(|(_, title)| (title.clone(), 1)).collect()
+    }
+}
+
+fn is_clean(by: Option<Kind>, guard: Option<Guard>) -> bool {
     match by {
-        Some(By::Door | By::Run) => true,
-        Some(By::Bind) => guard == Some(Guard::Easy),
+        Some(Kind::Door | Kind::Run) => true,
+        Some(Kind::Bind) => guard == Some(Guard::Easy),
         None => false,
     }
 }
@@ -181,16 +242,16 @@ fn guard_of(cgroups: &str) -> Option<Guard> {
 
 fn table(findings: &[Finding]) -> String {
     let mut text = format!(
-        "{:>8}  {:<16} {:>5} {:<10} {:>10} {:>14}  {:<5} {:<5} {}\n",
+        "{:>8}  {:<16} {:>5} {:<10} {:>10} {:>14}  {:<5} {:<14} {}\n",
         "pid", "command", "node", "kind", "pages", "bytes", "wall", "by", "is"
     );
     for one in findings {
-        let by = one.by.map_or("-", By::name);
+        let by = one.by.as_ref().map_or("-".to_owned(), By::to_string);
         let is = if one.is_clean { "on purpose" } else { "without" };
         let wall = one.wall.as_deref().unwrap_or("-");
         let Pages { node, kind, pages, bytes } = one.pages;
         text += &format!(
-            "{:>8}  {:<16} {node:>5} {kind:<10} {pages:>10} {bytes:>14}  {wall:<5} {by:<5} {is}\n",
+            "{:>8}  {:<16} {node:>5} {kind:<10} {pages:>10} {bytes:>14}  {wall:<5} {by:<14} {is}\n",
             one.pid, one.command
         );
     }
@@ -203,9 +264,9 @@ mod tests {
 
     #[test]
     fn bound_pages_are_clean_behind_an_easy_guard_only() {
-        assert!(is_clean(Some(By::Bind), Some(Guard::Easy)));
-        assert!(!is_clean(Some(By::Bind), Some(Guard::Hard)) && !is_clean(Some(By::Bind), None));
-        assert!(is_clean(Some(By::Door), Some(Guard::Hard)) && is_clean(Some(By::Run), Some(Guard::Hard)));
+        assert!(is_clean(Some(Kind::Bind), Some(Guard::Easy)));
+        assert!(!is_clean(Some(Kind::Bind), Some(Guard::Hard)) && !is_clean(Some(Kind::Bind), None));
+        assert!(is_clean(Some(Kind::Door), Some(Guard::Hard)) && is_clean(Some(Kind::Run), Some(Guard::Hard)));
         assert!(!is_clean(None, Some(Guard::Easy)));
     }
 

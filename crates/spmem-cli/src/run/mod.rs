@@ -40,6 +40,7 @@ use rustix::process::{Pid, Resource, Rlimit};
 use spmem::control::Control;
 use spmem::protocol::SOCKET_ENV;
 
+use spmem_node::roll::Roll;
 use crate::arguments::RunArguments;
 use crate::config::Config;
 use crate::heat;
@@ -99,6 +100,9 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     let swap = Swap::make(&targets).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
     targets.publish(&control, &config)?;
     // Before the wall: it has to reach what the program does not.
+    // Before the porter is forked, which is to have it, too: behind the wall nobody would be believed.
+    let roll = Roll::new().context("no memory for the roll")?;
+    targets.enroll(&roll, &control)?;
     let porter = if targets.has_mapped() { Some(Porter::start(&targets, &control)?) } else { None };
     if options.wall.is_wanted() {
         let company = porter.as_ref().map(Porter::pid);

@@ -20,9 +20,11 @@ use spmem_core::tier::{self, DRAM, Performance, Tiers};
 use spmem_core::units::{Bytes, DomainId, MAX_NODES, NodeId};
 use spmem_core::wall::Request;
 use spmem_node::machine::{Dax, DaxMode, Machine, Node};
+use spmem_node::roll::{Entry, Roll, What};
 use spmem_node::swapfile::CLUSTER_BYTES;
 use spmem_sys::{Errno, Result};
 
+use super::ControlPage;
 use crate::config::{Capacity, Config, DaxNode, FileNode, NumaNode};
 use crate::heat;
 use crate::machine::{kernel_nodes, reachable_nodes};
@@ -118,6 +120,21 @@ impl Targets {
     }
 
     /// Tells the agents.
+    /// Tells who audits what the run's grants are for: of these nodes, and of the compressed one.
+    ///
+    /// # Errors
+    /// The control page cannot be looked at.
+    pub fn enroll(&self, roll: &Roll, control: &ControlPage) -> anyhow::Result<()> {
+        let inode = rustix::fs::fstat(control).context("the control page cannot be looked at")?.st_ino;
+        let enter = |id, node, quota| roll.enter(&Entry { node, what: What::Run { control: inode, id, quota } });
+        enter(1, None, control.store_capacity_bytes.load(Relaxed)).context("the roll is full")?;
+        for target in &self.0 {
+            let node = (target.way == Way::Placed).then_some(target.node);
+            enter(target.id, node, target.quota.0).context("the roll is full")?;
+        }
+        Ok(())
+    }
+
     pub fn publish(&self, control: &Control, config: &Config) -> anyhow::Result<()> {
         for (to, target) in control.targets.iter().zip(&self.0) {
             to.id.store(target.id.into(), Relaxed);

@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use rustix::process::{Pid, Signal};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Running, can_manage, spm_run, text, wait_until};
 
@@ -39,7 +39,8 @@ fn an_audit_shows_what_a_run_has_copied_to_a_file_and_compressed() {
     if may_look {
         for (row, (node, kind)) in rows.iter().zip([(1, "compressed"), (2, "file")]) {
             assert_eq!((&row["pid"].to_string(), row["node"].as_u64()), (&pid, Some(node)), "{row}");
-            assert_eq!((row["kind"].as_str(), row["by"].as_str()), (Some(kind), Some("run")), "{row}");
+            let by = json!({ "kind": "run", "process": run.child.id(), "grant": node.to_string() });
+            assert_eq!((row["kind"].as_str(), &row["by"]), (Some(kind), &by), "{row}");
             assert!(row["is_clean"] == true && row["wall"].is_null() && row["command"] == "spm", "{row}");
             let (pages, bytes) = (row["pages"].as_u64().unwrap(), row["bytes"].as_u64().unwrap());
             assert!((500..=16384).contains(&pages) && (1..=pages * 4096).contains(&bytes), "{row}");
@@ -52,7 +53,8 @@ fn an_audit_shows_what_a_run_has_copied_to_a_file_and_compressed() {
             let of_it: Vec<_> = table.lines().map(words).filter(|words| words[0] == pid).collect();
             let nodes: Vec<_> = of_it.iter().map(|words| words[2..4].join(" ")).collect();
             assert_eq!(nodes, ["1 compressed", "2 file"], "{table}");
-            assert!(of_it.iter().all(|words| words[7..] == ["run", "on", "purpose"]), "{table}");
+            let by = |words: &Vec<String>| format!("{}/{}", run.child.id(), words[2]);
+            assert!(of_it.iter().all(|words| words[7..] == ["run", &by(words), "on", "purpose"]), "{table}");
         }
         let spm = run.child.id().to_string();
         assert_eq!(text(&audit(&spm, &["--json"]).stdout).trim(), "[]", "spm itself has nothing there");

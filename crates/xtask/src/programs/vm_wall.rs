@@ -22,6 +22,7 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_node::door::Door;
+use spmem_node::roll::Roll;
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping::{Mapping, populate_write};
 use spmem_sys::uffd::Uffd;
@@ -242,7 +243,7 @@ fn check_files(facts: &mut Facts, scene: &Scene, guard: &str) -> anyhow::Result<
 }
 
 fn far_file(is_filled: bool) -> anyhow::Result<(File, Mapping)> {
-    let file = File::from(rustix::fs::memfd_create("far", rustix::fs::MemfdFlags::CLOEXEC)?);
+    let file = File::from(rustix::fs::memfd_create("spmem-door", rustix::fs::MemfdFlags::CLOEXEC)?);
     let len = 16 * PAGE;
     file.set_len(len as u64)?;
     let memory = Mapping::shared(file.as_raw_fd(), len)?;
@@ -340,7 +341,7 @@ fn check_audit(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
         all.as_array()
             .into_iter()
             .flatten()
-            .find(|one| one["pid"] == pid && one["by"] == "bind")
+            .find(|one| one["pid"] == pid && one["by"]["kind"] == "bind")
             .cloned()
             .unwrap_or_default()
     };
@@ -401,11 +402,16 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     };
     registry.register(NodeId::ZERO, spec(NodeType::Sysram))?;
     let owner = registry.register(node, spec(NodeType::Spm))?.owner;
+    // What only has the name of a door's file, filled by who has no grant for it.
+    let (named, _memory) = far_file(true)?;
+    let mut liar = scene.wall(&["--"], &["file", "used"]);
+    let mut liar = liar.stdin(Stdio::from(named)).stdout(Stdio::piped()).spawn()?;
     let len = 16 * PAGE;
     let quota = Bytes((len + PAGE) as u64);
     let grant =
         registry.grant(&[&owner], Terms::new(Rights::ALLOC | Rights::MAP_READ | Rights::MAP_WRITE, quota))?;
-    let mut door = Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node };
+    let roll = Roll::new()?;
+    let mut door = Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node, roll: &roll };
 
     let (file, _charge) = door.file(len)?;
     // SAFETY: the descriptor is open as long as `file` is.
@@ -414,6 +420,10 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let ranges = ranges.stdin(Stdio::from(file_fd)).stdout(Stdio::piped()).spawn()?;
 
     let mut single = scene.wall(&["--"], &["door"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let by = serde_json::json!({ "kind": "door", "process": std::process::id(), "grant": grant.id().to_string() });
+    audit_doors(facts, scene, &by, [("file", ranges.id(), 16), ("page", single.id(), 1)], liar.id());
+    liar.kill()?;
+    liar.wait()?;
     let mut said = BufReader::new(single.stdout.take().context("no pipe")?);
     let mut line = String::new();
     said.read_line(&mut line)?;
@@ -424,6 +434,38 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let faults = rustix::process::pidfd_getfd(&pidfd, fd.parse()?, rustix::process::PidfdGetfdFlags::empty())?;
     let faults = Uffd::from_fd(Fd::from_raw(faults.into_raw_fd()));
     let _charge = door.page(&faults, single.id(), address.parse()?, &[DOOR_BYTE; PAGE])?;
+/// What came through doors is there by a grant; what has only the name of a door's file is not.
+fn audit_doors(
+    facts: &mut Facts,
+    scene: &Scene,
+    by: &serde_json::Value,
+    through: [(&str, u32, u64); 2],
+    liar: u32,
+) {
+    // A file is mapped soon.
+    let audit = |pid: u32, pages: u64| {
+        let mut command = Command::new(&scene.spm);
+        command.args(["audit", &pid.to_string(), "--json", "--config"]).arg(&scene.config);
+        let mut seen = (None, serde_json::Value::Null);
+        within_seconds(|| {
+            seen = command.output().map_or_else(
+                |_| (None, serde_json::Value::Null),
+                |output| (output.status.code(), serde_json::from_slice(&output.stdout).unwrap_or_default()),
+            );
+            seen.1[0]["pages"] == pages
+        });
+        seen
+    };
+    for (what, pid, pages) in through {
+        let seen = audit(pid, pages);
+        let is_so = seen.0 == Some(0) && seen.1[0]["by"] == *by && seen.1[0]["pages"] == pages;
+        facts.note(is_so && seen.1[1].is_null(), format!("doors: audit of the {what}: {seen:?}"));
+    }
+    let seen = audit(liar, 16);
+    let is_found = seen.0 == Some(1) && seen.1[0]["is_clean"] == false;
+    facts.note(is_found, format!("doors: audit of a file that is only called so: {seen:?}"));
+}
+
     let refused = door.page(&faults, single.id(), address.parse::<usize>()? + PAGE, &[DOOR_BYTE; PAGE]);
     facts.note(refused.is_err(), format!("doors: past the quota: {:?}", refused.err()));
     single.stdin.take().context("no pipe")?.write_all(b"go\n")?;
