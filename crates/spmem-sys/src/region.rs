@@ -158,6 +158,16 @@ impl Region {
         Ok(Self { fd, offset, base: core::ptr::with_exposed_provenance_mut(base), len, access, durability })
     }
 
+    /// A forked child does not get it.
+    ///
+    /// # Errors
+    /// As madvise(2).
+    pub fn keep_from_children(&self) -> Result<()> {
+        // SAFETY: changes what fork does, nothing here.
+        unsafe { syscall!(Sysno::madvise, self.start(), self.len, libc::MADV_DONTFORK) }?;
+        Ok(())
+    }
+
     /// First address.
     pub fn start(&self) -> usize {
         self.base.expose_provenance()

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 /// Ancestors that are asked for one process.
 pub const MAX_DEPTH: usize = 1024;
@@ -33,6 +34,31 @@ pub fn read_image(pid: u32) -> Option<PathBuf> {
 pub fn has_mapped(pid: u32, path: &Path) -> bool {
     let text = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     text.split(|byte| *byte == b'\n').any(|line| line.ends_with(path.as_os_str().as_bytes()))
+}
+
+/// Reads whether `pid` has the character device of this number mapped shared, by whichever file. O(mappings); false where this user may not look.
+pub fn has_device_mapped(pid: u32, device: u64) -> bool {
+    let text = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.lines().any(|line| {
+        let mut words = line.splitn(6, ' ');
+        let (Some(range), Some(rights), Some(path)) = (words.next(), words.next(), words.nth(3)) else {
+            return false;
+        };
+        let path = path.trim_start();
+        // The first takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE, the second a file that is still there.
+        let ways = [format!("/proc/{pid}/map_files/{range}"), format!("/proc/{pid}/root{path}")];
+        rights.ends_with('s') && path.starts_with('/') && ways.iter().any(|path| is_device(path, device))
+    })
+}
+
+fn is_device(path: &str, device: u64) -> bool {
+    // Whoever serves the file's file system is not asked: he could keep us waiting.
+    let seen = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE);
+    seen.is_ok_and(|seen| {
+        FileType::from_raw_mode(seen.stx_mode.into()) == FileType::CharacterDevice
+            && rustix::fs::makedev(seen.stx_rdev_major, seen.stx_rdev_minor) == device
+    })
 }
 
 /// Reads which pid namespace `pid` is in.

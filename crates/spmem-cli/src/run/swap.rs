@@ -5,16 +5,17 @@
 //! is allocated before the program starts, and charged to the run (R6, R12). It is read and written past the kernel's cache where the file system
 //! can do that: what is there takes no RAM.
 //!
-//! A dax device is opened for the run alone, by its lock (flock(2)), which it keeps for as long as a process of the run has it mapped. What was there is
-//! written over, and what the run leaves there stays.
+//! A dax device is opened for the run alone. Its file is locked (flock(2)), for as long as a process of the run has it mapped. That tells two runs apart that
+//! name the same file; a device may have several (mknod(2)). So `spm` maps a piece of it, and then looks whether another process has the device mapped,
+//! by its number: of two that come at the same time at least one sees the other. What was there is written over, and what the run leaves there stays.
 //!
-//! Holes: a device that has two files for it is locked by the one that is named; who maps it later, or where this user may not look, is not
+//! Holes: who maps it later, and is no run, or where this user may not look (another pid namespace), is not
 //! noticed, but by checksums. RAM below a file system (a RAM disk, the upper layer of an overlay) is not seen.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -23,6 +24,8 @@ use rustix::process::Resource;
 use spmem_core::grant::Charge;
 use spmem_core::units::Bytes;
 use spmem_sys::PAGE;
+use spmem_sys::fd::Fd;
+use spmem_sys::region::{Access, Durability, Region};
 
 use super::targets::{Targets, Way, Wicket};
 use super::{proc, shared};
@@ -37,6 +40,8 @@ const OF_RAM: [u32; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
 pub struct Swap {
     ledger: OwnedFd,
     files: Vec<File>,
+    /// Pieces of devices, for others to see that they are used; never touched.
+    _claims: Vec<Region>,
     /// The run's part of the nodes: all of each.
     _charges: (Wicket, Vec<Charge>),
 }
@@ -47,7 +52,7 @@ impl Swap {
     /// # Errors
     /// One cannot be made, or would be RAM; the wall refuses the grant.
     pub fn make(targets: &Targets) -> anyhow::Result<Option<Self>> {
-        let (mut files, mut charges) = (Vec::new(), Vec::new());
+        let (mut files, mut charges, mut claims) = (Vec::new(), Vec::new(), Vec::new());
         let mut wicket = Wicket::new(targets)?;
         for (number, target) in targets.copied() {
             let charge = wicket.charge(number, target.quota);
@@ -60,9 +65,12 @@ impl Swap {
                     let made = make(folder, target.quota);
                     made.with_context(|| format!("node {}: a file in {}", target.id, folder.display()))?
                 }
-                Way::Device { path, name, .. } => {
-                    let opened = open_device(path, name);
-                    opened.with_context(|| format!("node {}: {}", target.id, path.display()))?
+                Way::Device { path, align, .. } => {
+                    let opened = open_device(path, *align);
+                    let (file, claim) =
+                        opened.with_context(|| format!("node {}: {}", target.id, path.display()))?;
+                    claims.push(claim);
+                    file
                 }
             });
         }
@@ -70,7 +78,7 @@ impl Swap {
             return Ok(None);
         }
         let ledger = rustix::fs::memfd_create("spmem-ledger", MemfdFlags::CLOEXEC).context("no memfd")?;
-        Ok(Some(Self { ledger, files, _charges: (wicket, charges) }))
+        Ok(Some(Self { ledger, files, _claims: claims, _charges: (wicket, charges) }))
     }
 
     /// The ledger, opened once more: for one process.
@@ -88,8 +96,8 @@ impl Swap {
     }
 }
 
-/// A dax device that nobody else uses.
-fn open_device(path: &Path, name: &str) -> anyhow::Result<File> {
+/// A dax device that nobody else uses, and the piece of it by which others see that we do.
+fn open_device(path: &Path, align: u64) -> anyhow::Result<(File, Region)> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
@@ -98,12 +106,17 @@ fn open_device(path: &Path, name: &str) -> anyhow::Result<File> {
         }
         Err(error) => return Err(error).context("it cannot be locked"),
     }
-    let usual = Path::new("/dev").join(name);
-    let mapped = |pid: &u32| [path, &usual].into_iter().any(|path| proc::has_mapped(*pid, path));
-    if let Some(pid) = all_processes()?.into_iter().find(mapped) {
-        bail!("process {pid} has it mapped; a run needs a device of its own");
+    let device = file.metadata()?.rdev();
+    let (fd, align) = (Fd::from_raw(file.try_clone()?.into_raw_fd()), usize::try_from(align)?);
+    let claim = Region::of_device(fd, align, align, Access::Read, Durability::Volatile);
+    let claim = claim.map_err(|errno| anyhow::anyhow!("it cannot be mapped: {errno}"))?;
+    // A keeper of ours that outlives the run by a moment would stand in the next one's way.
+    claim.keep_from_children().map_err(|errno| anyhow::anyhow!("it cannot be claimed: {errno}"))?;
+    let is_others = |pid: &u32| *pid != std::process::id() && proc::has_device_mapped(*pid, device);
+    if let Some(pid) = all_processes()?.into_iter().find(is_others) {
+        bail!("process {pid} has it mapped, by this file or another; a run needs a device of its own");
     }
-    Ok(file)
+    Ok((file, claim))
 }
 
 fn make(folder: &Path, quota: Bytes) -> anyhow::Result<File> {

@@ -7,11 +7,13 @@
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::IntoRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 
 use anyhow::{Context, ensure};
+use rustix::fs::{FileType, Mode};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use spmem_node::dax;
@@ -193,15 +195,31 @@ fn refusal(bed: &Bed<'_>) -> anyhow::Result<(Option<i32>, String)> {
     Ok((output.status.code(), said(&output)))
 }
 
-/// While one run uses it no other does. `spm` is killed: the program goes on, and the device is its own until it has ended.
+/// The device by another name.
+fn another_file(bed: &Bed<'_>) -> anyhow::Result<String> {
+    let path = "/dev/another";
+    let device = fs::metadata(&bed.path)?.rdev();
+    rustix::fs::mknodat(rustix::fs::CWD, path, FileType::CharacterDevice, Mode::RWXU, device)?;
+    Ok(path.to_owned())
+}
+
+/// While one run uses it no other does, by whichever file. `spm` is killed: the program goes on, and the device is its own until it has ended.
 fn check_killed(facts: &mut Facts, bed: &Bed<'_>) -> anyhow::Result<()> {
     let mut waiting = Waiting::start(bed)?;
     let (status, why) = refusal(bed)?;
     facts.note(status == Some(125) && why.contains("another run"), format!("killed: a second run: {why}"));
+    let other = Bed { device: bed.device.clone(), path: another_file(bed)?, report: bed.report.clone(), ..*bed };
+    let (status, why) = refusal(&other)?;
+    facts.note(
+        status == Some(125) && why.contains("has it mapped"),
+        format!("killed: a second run by another file of the device: {why}"),
+    );
     kill_process(Pid::from_raw(waiting.spm.id().cast_signed()).context("no process")?, Signal::KILL)?;
     waiting.spm.wait()?;
     let (status, why) = refusal(bed)?;
     facts.note(status == Some(125) && why.contains("another run"), format!("killed: a run after it: {why}"));
+    let (status, why) = refusal(&other)?;
+    facts.note(status == Some(125) && why.contains("has it mapped"), format!("killed: by another file: {why}"));
     facts.equal("killed: the program goes on", waiting.go_on()?.as_str(), "done");
     // It may be a moment before it has ended.
     for _ in 0..1000 {
@@ -210,8 +228,15 @@ fn check_killed(facts: &mut Facts, bed: &Bed<'_>) -> anyhow::Result<()> {
         }
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    let (status, why) = refusal(bed)?;
-    facts.note(status == Some(0), format!("killed: a run after all have ended: {status:?} {why}"));
+    // One at once after the other, behind a wall, whose keeper is there a moment longer.
+    for turn in 1..=3 {
+        let config = std::env::temp_dir().join("64M.toml");
+        let mut command = Command::new(bed.spm);
+        command.args(["run", "--guard", "hard", "--config"]).arg(config).args(["--", "/bin/true"]);
+        let output = command.output()?;
+        let is_run = output.status.success();
+        facts.note(is_run, format!("killed: run {turn} after all have ended: {}", said(&output)));
+    }
     Ok(())
 }
 
