@@ -15,7 +15,7 @@ use spmem_core::units::Bytes;
 
 /// Marks a mapped control page; the low digits are the layout's version. `spm audit` reads the pages of other builds' runs: a change
 /// of what stands where, or means, is another version.
-pub const MAGIC: u64 = 0x5350_4d43_544c_0004;
+pub const MAGIC: u64 = 0x5350_4d43_544c_0005;
 /// The part of [`MAGIC`] that is the layout's version.
 pub const VERSION_MASK: u64 = 0xffff;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
@@ -67,6 +67,9 @@ pub struct Control {
     /// What happens to pages, for `spm run --trace`.
     pub recorder: Recorder,
 }
+
+/// Node 1, as [`Slot::reading_node`] has it.
+pub const NODE_1: u32 = 1;
 
 /// Events since the start, over the tree. All count pages unless the name says otherwise.
 #[repr(C)]
@@ -178,7 +181,7 @@ pub struct Slot {
     pub refused_bytes: AtomicU64,
     /// Processor time of the process's agent threads, ns.
     pub agent_ns: AtomicU64,
-    /// Address of the page whose encoding an agent thread reads or writes at this moment; 0 for none. Memory of node 1 that has failed ends
+    /// Address of the page of which an agent thread reads or writes what is stored at this moment; 0 for none. Memory that has failed ends
     /// the process there, by SIGBUS: only this tells why.
     pub reading: AtomicU64,
 }
@@ -196,6 +199,8 @@ pub struct Histogram {
 
 impl Histogram {
     /// Counts one duration.
+    /// The node that it is on, as the configuration numbers it; 0 for none that is known.
+    pub reading_node: AtomicU32,
     pub fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Relaxed);
         self.max_ns.fetch_max(ns, Relaxed);
@@ -313,6 +318,7 @@ impl Control {
             let floor = Floor::default().update(Bytes(limit), Bytes(0), Bytes(0), count).bytes().0;
             let floors = self.live_slots().map(|slot| slot.used_bytes.load(Relaxed).min(floor)).sum();
             self.floor_bytes_at_overrun.store(floors, Relaxed);
+            slot.reading_node.store(0, Relaxed);
         }
         let stored = self.sum(|slot| &slot.stored_bytes);
         if self.stored_bytes_peak.fetch_max(stored, Relaxed) < stored {

@@ -6,6 +6,7 @@
 //! that came back meanwhile keeps what was encoded as a copy. Copies still equal to their page cost no encoding.
 //! What cannot be stored goes back to the program (R19); when node 1 is full, demotion stops (R18).
 
+use crate::control::NODE_1;
 use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
 use crate::fault::lose_held;
 use crate::holding::{Span, State};
@@ -299,7 +300,8 @@ impl Demoter {
         }
         // What other processes have stored counts too; it was looked at a moment ago.
         let is_full = runtime.is_node_full.load(Relaxed) && !staged.is_same_filled();
-        let stored = if is_full { None } else { runtime.reading(held.owner, || space.store.store(staged).ok()) };
+        let stored =
+            if is_full { None } else { runtime.reading(held.owner, NODE_1, || space.store.store(staged).ok()) };
         let Some(handle) = stored else {
             runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
             space.holding.release(slot);
@@ -324,7 +326,7 @@ impl Demoter {
             return held.state != State::Busy;
         }
         let readback = &mut self.readback;
-        if !self.runtime.reading(held.owner, || space.store.same_as(kept, page, readback)) {
+        if !self.runtime.reading(held.owner, NODE_1, || space.store.same_as(kept, page, readback)) {
             return false;
         }
         let _ = space.holding.forget_kept(slot);

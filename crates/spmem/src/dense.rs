@@ -8,6 +8,7 @@
 //!
 //! `spm`'s side is [`serve`]. It makes the dictionaries, of the pages that it is sent, and leaves them in the lane.
 
+use crate::control::NODE_1;
 use crate::encoder::{Exchange, put};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
@@ -331,7 +332,7 @@ impl Densifier {
             let page = chunk.start + self.hand.1 * PAGE;
             self.hand.1 += 1;
             looked += 1;
-            let (is_moved, cold) = self.runtime.reading(page, || meet(space, page, compacts));
+            let (is_moved, cold) = self.runtime.reading(page, NODE_1, || meet(space, page, compacts));
             if is_moved {
                 looked += MOVE_LOOKS;
             }
@@ -339,7 +340,7 @@ impl Densifier {
                 && let Some(lane) = lane
                 && let Some(original) = space.store.original(handle)
             {
-                self.runtime.reading(page, || put(&lane.bytes[count], original.bytes));
+                self.runtime.reading(page, NODE_1, || put(&lane.bytes[count], original.bytes));
                 lane.items[count].send(label);
                 self.out[count] = Some((page, handle, label));
                 count += 1;
@@ -408,8 +409,9 @@ fn replace(
     if entry.copy() != Copy::Stored(handle.raw()) || !entry.is_away() {
         return;
     }
-    let result = dense
-        .map_or(Err(Kept::NoGain), |dense| runtime.reading(page, || space.store.densify(handle, label, &dense)));
+    let result = dense.map_or(Err(Kept::NoGain), |dense| {
+        runtime.reading(page, NODE_1, || space.store.densify(handle, label, &dense))
+    });
     match result {
         Ok(new) => {
             space.table.set(page, entry.stored_as(new.raw()));

@@ -307,7 +307,8 @@ impl Server {
             let buffer = self.pages.bytes_mut(count * PAGE, PAGE);
             let Ok(buffer) = <&mut [u8; PAGE]>::try_from(buffer) else { break };
             let load = || space.load(next.copy(), buffer);
-            match self.runtime.reading(page + count * PAGE, load) {
+            let node = self.runtime.node_of(next.copy());
+            match self.runtime.reading(page + count * PAGE, node, load) {
                 Ok(()) => count += 1,
                 Err(Unloaded::Lost(corrupt)) if count == 0 => return self.poison(uffd, page, &corrupt),
                 Err(_) => break,

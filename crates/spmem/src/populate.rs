@@ -341,7 +341,7 @@ pub(crate) fn give(
     let progress = match copy {
         Copy::Stored(_) | Copy::Swapped(_) => {
             let mut buffer = Buffer([0; PAGE]);
-            match runtime.reading(page, || space.load(copy, &mut buffer.0)) {
+            match runtime.reading(page, runtime.node_of(copy), || space.load(copy, &mut buffer.0)) {
                 Ok(()) => child.copy(page, &buffer.0),
                 Err(Unloaded::Later) => return Some(Errno::ENOMEM),
                 Err(Unloaded::Lost(corrupt)) => {

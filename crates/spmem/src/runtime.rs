@@ -15,7 +15,7 @@
     reason = "starts raw threads and refers to a mapping that is never unmapped: the control page"
 )]
 
-use crate::control::{self, Control, Slot};
+use crate::control::{self, Control, NODE_1, Slot};
 use crate::demote::TRASH_LEN;
 use crate::encoder::Exchange;
 use crate::fault;
@@ -28,14 +28,16 @@ use crate::reclaim;
 use crate::recorder::{Happening, Record};
 use crate::space::Space;
 use crate::swap;
-use crate::table::CHUNK;
+use crate::table::{CHUNK, Copy};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
 };
 use spmem_core::reclaim::{MAX_RECLAIMERS, holding_slots, reclaimers};
 use spmem_core::units::{Bytes, FrameCount};
+use spmem_node::Handle;
 use spmem_node::compressed::{GrantedFrames, Store};
+use spmem_node::swapfile::file;
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::{Event, Lock};
 use spmem_sys::mapping::Mapping;
@@ -235,9 +237,10 @@ impl Runtime {
         });
     }
 
-    /// Has what is stored of `page` read or written: see [`Slot::reading`]. Under the space's lock.
-    pub(crate) fn reading<T>(&self, page: usize, read: impl FnOnce() -> T) -> T {
+    /// Has what is stored of `page` on a node read or written: see [`Slot::reading`]. Under the space's lock.
+    pub(crate) fn reading<T>(&self, page: usize, node: u32, read: impl FnOnce() -> T) -> T {
         let slot = self.own_slot();
+        slot.reading_node.store(node, Ordering::Relaxed);
         slot.reading.store(page as u64, Ordering::Relaxed);
         // The compiler may not move what is read out from between the two.
         compiler_fence(Ordering::SeqCst);
@@ -245,6 +248,19 @@ impl Runtime {
         compiler_fence(Ordering::SeqCst);
         slot.reading.store(0, Ordering::Relaxed);
         result
+    }
+
+    /// The node of a copy, as the configuration numbers it; 0 of what is on none.
+    pub(crate) fn node_of(&self, copy: Copy) -> u32 {
+        match copy {
+            Copy::None | Copy::Holding(_) => 0,
+            Copy::Stored(_) => NODE_1,
+            Copy::Swapped(handle) => {
+                let handle = Handle::from_raw(handle);
+                let target = handle.and_then(|handle| self.shared().targets.get(file(handle)));
+                target.map_or(0, |target| target.id.load(Ordering::Relaxed))
+            }
+        }
     }
 
     pub(crate) fn own_slot(&self) -> &'static Slot {

@@ -36,12 +36,12 @@ use spmem_sys::uffd::Uffd;
 
 use super::encoder::Encoder;
 use super::kernel::{self, Userfaultfd};
+use super::loss::tell_of_loss;
 use super::orphans::Orphans;
 use super::porter::{Porter, Service};
 use super::proc;
 use super::shared::{self, ControlPage};
 use super::swap::Swap;
-use crate::remark::remark;
 
 /// Most processes connected at a time: every slot twice, since a process between two images may have two.
 const MAX_CONNECTED: usize = spmem::control::SLOTS * 2;
@@ -66,8 +66,6 @@ const SCAN_SHARE: u32 = 16;
 const MAX_UNMANAGED: usize = 1024;
 /// How long the image that an exec started may take until its agent says hello.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
-/// How long to wait for the last thread of a process that is ending, ms, where it matters: it gives the memory back.
-const FAREWELL_MS: u32 = 1000;
 /// Epoll tokens from here on are connections.
 pub const FIRST_TOKEN: u64 = 1 << 32;
 
@@ -185,7 +183,7 @@ impl Broker {
         let connected = self.connections.values().filter_map(|connection| connection.process.as_ref());
         let mut known = connected.chain(self.waiting.iter().map(|waiting| &waiting.process));
         if let Some(process) = known.find(|process| process.pid == pid) {
-            tell_of_loss(control, process);
+            tell_of_loss(control, process.pid, &process.pidfd);
         }
     }
 
@@ -581,27 +579,6 @@ fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>
 
 /// Gives up the slot of a process that is gone.
 fn bury(control: &Control, process: &Process) {
-    tell_of_loss(control, process);
+    tell_of_loss(control, process.pid, &process.pidfd);
     control.release_slot(process.pid);
-}
-
-/// Tells of memory under node 1 that has failed, if that has ended the process: its agent had to do with what lies there.
-fn tell_of_loss(control: &Control, process: &Process) {
-    let pid = process.pid;
-    let reading = control.live_slots().find(|slot| slot.pid.load(Relaxed) == pid).map(|slot| &slot.reading);
-    if let Some(page) = reading.map(|page| page.load(Relaxed)).filter(|&page| page != 0) {
-        // Its threads end one by one; only then is it known what ended it.
-        for _ in 0..FAREWELL_MS {
-            if proc::has_exited(&process.pidfd) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if proc::read_fatal_signal(pid) == Some(libc::SIGBUS) {
-            remark(format_args!(
-                "process {pid}: page {page:#x} is lost, and the process with it: SIGBUS has ended it while its agent had to do with what \
-                 is stored of that page on node 1, as happens where memory has failed"
-            ));
-        }
-    }
 }

@@ -12,6 +12,7 @@ mod course;
 mod elf;
 mod encoder;
 mod kernel;
+mod loss;
 mod orphans;
 mod plot;
 mod porter;
