@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 use serde_json::Value;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
 fn nodes_of(arguments: &[&str]) -> Output {
@@ -293,4 +294,57 @@ fn a_source_of_heat_that_is_not_to_be_had_is_refused_with_what_would_work() {
     let went_on = run("rwp", &["--best-effort"]);
     assert!(went_on.status.success());
     assert!(String::from_utf8(went_on.stderr).unwrap().contains("heat = \"auto\" in its place"));
+}
+
+#[test]
+fn a_node_of_a_dax_device_is_listed_and_one_that_is_not_there_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("spm.toml");
+    let text = "[[node]]\nid = 9\nkind = \"dax\"\npath = \"/dev/dax77.7\"\noverwrite = true\nclass = 3\n";
+    std::fs::write(&file, text).unwrap();
+    let config = file.to_str().unwrap();
+    let output = nodes_of(&["--json", "--config", config]);
+    assert_eq!(output.status.code(), Some(0));
+    let nodes: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let line = of_origin(&nodes, "spmem").into_iter().find(|node| node["node"] == 9).unwrap().clone();
+    assert_eq!((&line["capacity"], &line["class"], &line["owner"]), (&Value::Null, &3.into(), &"dax".into()));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("node 9: /dev/dax77.7: there is no such device"), "{said}");
+    let explained =
+        Command::new(env!("CARGO_BIN_EXE_spm")).args(["explain", "--here", "--config", config]).output();
+    let said = String::from_utf8(explained.unwrap().stderr).unwrap();
+    assert!(said.contains("node 9 of the configuration: /dev/dax77.7"), "{said}");
+}
+
+#[test]
+fn a_source_of_heat_that_spm_run_would_refuse_here_is_not_chosen() {
+    let spm = env!("CARGO_BIN_EXE_spm");
+    // Another user, who may read this folder or not: a copy of the program that he may execute.
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("spm");
+    std::fs::copy(spm, &copy).unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let as_user = |arguments: &[&str]| {
+        Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", "--"])
+            .arg(&copy)
+            .args(arguments)
+            .output()
+    };
+    let Ok(refused) = as_user(&["run", "--", "true"]) else {
+        println!("skipped: there is no setpriv");
+        return;
+    };
+    let refused = String::from_utf8(refused.stderr).unwrap();
+    if !refused.contains("refused: ") {
+        println!("skipped: another user is not refused, or there is none: {refused}");
+        return;
+    }
+    let nodes = as_user(&["nodes", "-v", "--json"]).unwrap();
+    let nodes: Value = serde_json::from_slice(&nodes.stdout).unwrap();
+    let heat = nodes.as_array().unwrap().iter().find_map(|group| group["heat"].as_array()).unwrap().clone();
+    let holding = heat.iter().find(|line| line["source"] == "holding").unwrap();
+    assert_eq!(holding["is_chosen"], false, "{holding}");
+    let reason = holding["reason"].as_str().unwrap().strip_prefix("spm run would refuse: ").unwrap();
+    assert!(refused.contains(reason), "{refused}: {reason}");
 }

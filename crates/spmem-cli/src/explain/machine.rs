@@ -14,10 +14,12 @@ use spmem_core::nodemask::NodeMask;
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_node::compressed::{cram_spec, sysram_spec};
-use spmem_node::machine::Node as KernelNode;
+use spmem_node::machine::{Machine as KernelMachine, Node as KernelNode};
 
 use crate::config::{Config, read_description};
 use crate::machine::{reachable_nodes, type_of};
+use crate::remark::remark;
+use crate::run::targets;
 use crate::size;
 
 /// A described machine, with every key.
@@ -51,7 +53,28 @@ impl Machine {
     /// /proc does not tell which nodes this process may use.
     pub fn here(config: &Config, guard: Guard) -> anyhow::Result<Self> {
         let machine = spmem_node::machine::Machine::read(Path::new("/"), &config.classes);
-        Self::of_kernel(&machine.nodes, config, guard, reachable_nodes()?)
+        let mems = reachable_nodes()?;
+        let mut here = Self::of_kernel(&machine.nodes, config, guard, mems)?;
+        here.add_devices(&machine, mems)?;
+        tell_of_devices(&machine, config);
+        Ok(here)
+    }
+
+    /// Nodes that are there as dax devices only: the page allocator lacks them, so their wall is hard and no cpuset is about them.
+    fn add_devices(&mut self, machine: &KernelMachine, mut mems: NodeMask) -> anyhow::Result<()> {
+        for id in machine.target_nodes() {
+            let devices = machine.dax.iter().filter(|dax| dax.target_node == Some(id));
+            let Some(first) = devices.max_by_key(|dax| dax.class.class.number()) else { continue };
+            let owner = first.driver.clone().unwrap_or_else(|| "none".to_owned());
+            let (class, services) = (first.class.class, Services::empty());
+            let spec =
+                NodeSpec { node_type: NodeType::Spm, class, services, guard: Guard::Hard, owner: owner.into() };
+            let node = NodeId::new(id)?;
+            self.register(node, spec)?;
+            mems.insert(node);
+        }
+        self.registry.set_mems(DomainId::ROOT, mems)?;
+        Ok(())
     }
 
     fn of_kernel(nodes: &[KernelNode], config: &Config, guard: Guard, mems: NodeMask) -> anyhow::Result<Self> {
@@ -192,6 +215,24 @@ impl Machine {
     /// A grant that is known.
     pub fn grant(&self, name: &str) -> Option<&Grant> {
         self.grants.get(name)
+    }
+}
+
+/// Says what runs do with the devices that the configuration names: its numbers are not the kernel's.
+fn tell_of_devices(machine: &KernelMachine, config: &Config) {
+    for node in &config.dax {
+        let (id, path) = (node.id, node.path.display());
+        let node = match targets::device_of(machine, &node.path).map(|dax| dax.target_node) {
+            Ok(Some(node)) => format!("node {node} here"),
+            Ok(None) => "no node that the kernel tells".to_owned(),
+            Err(error) => {
+                remark(format_args!("node {id} of the configuration: {path}: {error:#}"));
+                continue;
+            }
+        };
+        remark(format_args!(
+            "node {id} of the configuration is the dax device {path}, of {node}: spm run copies cold pages there, by a grant of its own"
+        ));
     }
 }
 

@@ -4,7 +4,6 @@
 //! is left out.
 
 use serde_json::{Map, Value, json};
-use spmem_core::heat::Standing;
 use spmem_node::machine::{Dax, Namespace, list_text};
 
 use super::Sizes;
@@ -84,8 +83,8 @@ fn heat(line: &HeatLine) -> Value {
     json!({
         "source": line.source.name(),
         "asked": line.source.asker().to_string(),
-        "is_chosen": line.standing == Standing::Chosen,
-        "reason": line.standing.to_string(),
+        "is_chosen": line.is_chosen(),
+        "reason": line.reason(),
     })
 }
 

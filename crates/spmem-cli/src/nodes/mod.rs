@@ -4,6 +4,7 @@
 //! `--measure`, [`measure`] -> [`table`], [`json`] or [`svg`]. What was odd goes to stderr and costs no exit status. The habits
 //! are those of `cxl list`: JSON is an array of objects, sizes are bytes, `-u` is for people.
 
+mod devices;
 mod files;
 mod json;
 mod list;
@@ -52,7 +53,8 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
     if options.create {
         files::create(&config.files)?;
     }
-    listing.lines.extend(config.files.iter().map(files::line));
+    let devices: Vec<NodeLine> = config.dax.iter().map(|node| devices::line(&listing.machine, node)).collect();
+    listing.lines.extend(config.files.iter().map(files::line).chain(devices));
     if options.measure {
         measure::measure(&mut listing);
     }

@@ -201,7 +201,7 @@ fn heat(listing: &Listing) -> String {
     }
     let rows = listing.heat.iter().map(|line| {
         let source = line.source;
-        [source.to_string(), source.summary().to_owned(), source.asker().to_string(), line.standing.to_string()]
+        [source.to_string(), source.summary().to_owned(), source.asker().to_string(), line.reason()]
     });
     columns(&["heat", "what it is", "asked", "is"], &[0; 4], [false; 4], rows)
 }

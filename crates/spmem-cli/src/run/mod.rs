@@ -11,7 +11,7 @@ mod broker;
 mod course;
 mod elf;
 mod encoder;
-mod kernel;
+pub mod kernel;
 mod loss;
 mod orphans;
 mod plot;
@@ -24,7 +24,7 @@ mod signals;
 pub mod stdio;
 mod supervise;
 mod swap;
-mod targets;
+pub mod targets;
 mod trace;
 pub mod witness;
 
@@ -40,8 +40,8 @@ use anyhow::{Context, bail};
 use rustix::process::{Pid, Resource, Rlimit};
 use spmem::control::Control;
 use spmem::protocol::SOCKET_ENV;
-
 use spmem_node::roll::Roll;
+
 use crate::arguments::RunArguments;
 use crate::config::Config;
 use crate::heat;
@@ -100,10 +100,10 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
     let targets = Targets::plan(&config).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
     let swap = Swap::make(&targets).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
     targets.publish(&control, &config)?;
-    // Before the wall: it has to reach what the program does not.
     // Before the porter is forked, which is to have it, too: behind the wall nobody would be believed.
     let roll = Roll::new().context("no memory for the roll")?;
     targets.enroll(&roll, &control)?;
+    // Before the wall: it has to reach what the program does not.
     let porter = if targets.has_mapped() { Some(Porter::start(&targets, &control)?) } else { None };
     if options.wall.is_wanted() {
         let company = porter.as_ref().map(Porter::pid);

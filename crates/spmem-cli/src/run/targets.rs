@@ -40,7 +40,8 @@ pub struct Target {
     pub id: u16,
     /// The kernel's number; of what pages are copied to one that no node of the run has.
     pub node: NodeId,
-    spec: NodeSpec,
+    /// What it is registered as.
+    pub spec: NodeSpec,
     /// What the run may have there.
     pub quota: Bytes,
     /// What takes them there.
@@ -99,7 +100,7 @@ impl Targets {
             }
             // In a tier the lower number comes first, and numbers are given from the highest on down.
             for node in config.dax.iter().rev() {
-                let added = find_device(&machine, &node.path).and_then(|device| order.add_device(node, device));
+                let added = device_of(&machine, &node.path).and_then(|device| order.add_device(node, device));
                 added.with_context(|| format!("node {}: {}", node.id, node.path.display()))?;
             }
         }
@@ -119,7 +120,6 @@ impl Targets {
         self.0.iter().enumerate().filter(|(_, target)| target.way != Way::Placed)
     }
 
-    /// Tells the agents.
     /// Tells who audits what the run's grants are for: of these nodes, and of the compressed one.
     ///
     /// # Errors
@@ -135,6 +135,7 @@ impl Targets {
         Ok(())
     }
 
+    /// Tells the agents.
     pub fn publish(&self, control: &Control, config: &Config) -> anyhow::Result<()> {
         for (to, target) in control.targets.iter().zip(&self.0) {
             to.id.store(target.id.into(), Relaxed);
@@ -277,8 +278,21 @@ impl Order {
     }
 }
 
+/// What a run would have of one node of kind "dax".
+///
+/// # Errors
+/// It cannot be used; the message says why and what would do.
+pub fn of_device(machine: &Machine, node: &DaxNode) -> anyhow::Result<Target> {
+    let mut order = Order::default();
+    order.add_device(node, device_of(machine, &node.path)?)?;
+    order.targets.pop().context("it was not added")
+}
+
 /// The device at a path, whatever it is called there.
-fn find_device<'a>(machine: &'a Machine, path: &Path) -> anyhow::Result<&'a Dax> {
+///
+/// # Errors
+/// There is none.
+pub fn device_of<'a>(machine: &'a Machine, path: &Path) -> anyhow::Result<&'a Dax> {
     let metadata = path.metadata().context("there is no such device; `spm nodes` lists those that there are")?;
     let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
     let link = std::fs::read_link(format!("/sys/dev/char/{major}:{minor}")).unwrap_or_default();

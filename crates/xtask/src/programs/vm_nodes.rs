@@ -130,6 +130,10 @@ pub(super) fn check_spm(facts: &mut Facts, spm: &Path, topology: &Topology, mode
         let seen = line.map(|line| (line["type"].clone(), line["guard"].clone(), line["owner"].clone()));
         let walled = ("spm".into(), "hard".into(), "device_dax".into());
         facts.equal(&format!("spm nodes: node {node} of a device"), seen, Some(walled));
+        check_explained(facts, spm, node)?;
+    }
+    for dax in mode.dax.iter().filter(|dax| dax.driver != "kmem") {
+        check_configured(facts, spm, &dax.name, dax.mib)?;
     }
     facts.equal("spm nodes: its own", ids("spmem"), vec![1]);
     let drawn = std::fs::read_to_string(&picture).unwrap_or_default();
@@ -142,6 +146,35 @@ pub(super) fn check_spm(facts: &mut Facts, spm: &Path, topology: &Topology, mode
         }
         facts.note(remarks.contains("the firmware says"), format!("spm nodes: disagreements are said: {remarks}"));
     }
+    Ok(())
+}
+
+/// What `spm explain --here` says of a node that is there as a device only.
+fn check_explained(facts: &mut Facts, spm: &Path, node: u64) -> anyhow::Result<()> {
+    let number = node.to_string();
+    let output = Command::new(spm).args(["explain", "--here", "--json", "--nodes", &number]).output()?;
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let seen = &answer["nodes"][0];
+    let is_walled = seen["type"] == "spm" && seen["obstacle"] == "needs-grant" && seen["node"] == node;
+    facts.note(output.status.code() == Some(1) && is_walled, format!("spm explain --here, node {node}: {answer}"));
+    Ok(())
+}
+
+/// A `[[node]]` of kind "dax" is listed with the size of its device, and explained.
+fn check_configured(facts: &mut Facts, spm: &Path, name: &str, mib: u64) -> anyhow::Result<()> {
+    let config = std::env::temp_dir().join("dax-nodes.toml");
+    let node = format!("[[node]]\nid = 9\nkind = \"dax\"\npath = \"/dev/{name}\"\noverwrite = true\n");
+    std::fs::write(&config, node)?;
+    let output = Command::new(spm).args(["nodes", "--json", "--config"]).arg(&config).output()?;
+    let listed: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let mut lines = listed.as_array().into_iter().flatten();
+    let line = lines.find(|line| line["node"] == 9 && line["origin"] == "spmem").cloned().unwrap_or_default();
+    facts.size(&format!("spm nodes: {name} as node 9"), line["capacity"].as_u64().unwrap_or(0), mib);
+    facts.equal(&format!("spm nodes: {name} as node 9, owner"), line["owner"].as_str(), Some("dax"));
+    let output = Command::new(spm).args(["explain", "--here", "--config"]).arg(&config).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let is_said = said.contains(&format!("node 9 of the configuration is the dax device /dev/{name}"));
+    facts.note(is_said, format!("spm explain --here, node 9: {}", said.trim()));
     Ok(())
 }
 
