@@ -52,6 +52,8 @@ pub struct Control {
     pub store_pressure_peak: AtomicU64,
     /// Mapped nodes that pages are placed on, best first; those after the first without a quota are none.
     pub targets: [Target; MAX_TARGETS],
+    /// What has become of the porter: 0 where there is none, else one of [`porter`]; the worst that was seen.
+    pub porter: AtomicU32,
     /// Whether the kernel tells which placed pages are used, so that none is taken out to see (0 or 1).
     pub is_tracked: AtomicU32,
     /// The kernel's nodes that pages come back to: bit n of word n / 64.
@@ -70,6 +72,16 @@ pub struct Control {
 
 /// Node 1, as [`Slot::reading_node`] has it.
 pub const NODE_1: u32 = 1;
+
+/// What becomes of a porter.
+pub mod porter {
+    /// It carries pages.
+    pub const WORKS: u32 = 1;
+    /// It was stopped for a while.
+    pub const WAS_STOPPED: u32 = 2;
+    /// It has ended before its run.
+    pub const HAS_ENDED: u32 = 3;
+}
 
 /// Events since the start, over the tree. All count pages unless the name says otherwise.
 #[repr(C)]
@@ -184,6 +196,8 @@ pub struct Slot {
     /// Address of the page of which an agent thread reads or writes what is stored at this moment; 0 for none. Memory that has failed ends
     /// the process there, by SIGBUS: only this tells why.
     pub reading: AtomicU64,
+    /// The node that it is on, as the configuration numbers it; 0 for none that is known.
+    pub reading_node: AtomicU32,
 }
 
 /// Buckets of a [`Histogram`]: eight to each power of two of nanoseconds, up to 2^40.
@@ -199,8 +213,6 @@ pub struct Histogram {
 
 impl Histogram {
     /// Counts one duration.
-    /// The node that it is on, as the configuration numbers it; 0 for none that is known.
-    pub reading_node: AtomicU32,
     pub fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Relaxed);
         self.max_ns.fetch_max(ns, Relaxed);
@@ -303,6 +315,7 @@ impl Control {
             ]) {
                 field.store(0, Relaxed);
             }
+            slot.reading_node.store(0, Relaxed);
             slot.pid.store(0, Relaxed);
         }
     }
@@ -318,7 +331,6 @@ impl Control {
             let floor = Floor::default().update(Bytes(limit), Bytes(0), Bytes(0), count).bytes().0;
             let floors = self.live_slots().map(|slot| slot.used_bytes.load(Relaxed).min(floor)).sum();
             self.floor_bytes_at_overrun.store(floors, Relaxed);
-            slot.reading_node.store(0, Relaxed);
         }
         let stored = self.sum(|slot| &slot.stored_bytes);
         if self.stored_bytes_peak.fetch_max(stored, Relaxed) < stored {

@@ -243,6 +243,9 @@ impl Broker {
     pub fn sweep(&mut self, control: &Control, epoll: BorrowedFd<'_>) {
         let now = Instant::now();
         self.orphans.sweep();
+        if let Some(porter) = &self.porter {
+            porter.watch(control);
+        }
         if self.is_paused {
             let listener = EventData::new_u64(super::supervise::BROKER);
             self.is_paused = epoll::modify(epoll, &self.listener, listener, EventFlags::IN).is_err();

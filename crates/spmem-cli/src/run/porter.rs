@@ -17,7 +17,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
-use spmem::control::Control;
+use spmem::control::{Control, porter as porter_state};
 use spmem::porter::{self, Crossing, Desk};
 use spmem_core::grant::Charge;
 use spmem_core::placing::{ALLOTMENT, Allotment, MAX_TARGETS, allotment, leaves_room};
@@ -27,9 +27,11 @@ use spmem_sys::mempolicy::{MPOL_F_STATIC_NODES, MPOL_PREFERRED, mask, set_policy
 use spmem_sys::uffd::Uffd;
 use spmem_sys::{Errno, Result};
 
+use super::proc;
 use super::shared::{ControlPage, Shared};
 use super::targets::{Targets, Wicket};
 use crate::apart;
+use crate::remark::remark;
 
 /// The porter, as `spm` sees it. It ends when this is dropped.
 pub struct Porter {
@@ -84,6 +86,35 @@ impl Porter {
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Takes note of what becomes of it, in the control page, and says so on stderr, once each.
+    pub fn watch(&self, control: &Control) {
+        let seen = match proc::has_hung_up(&self.channel) {
+            true => porter_state::HAS_ENDED,
+            // Of a process that has ended a moment ago another may have the number.
+            false if matches!(proc::read_state(self.pid), Some('T' | 't')) => porter_state::WAS_STOPPED,
+            false => porter_state::WORKS,
+        };
+        if control.porter.fetch_max(seen, Relaxed) >= seen || seen == porter_state::WORKS {
+            return;
+        }
+        let nodes: Vec<String> = control
+            .targets()
+            .filter(|target| !target.is_swap())
+            .map(|target| target.id.load(Relaxed).to_string())
+            .collect();
+        let (pid, nodes) = (self.pid, nodes.join(", "));
+        if seen == porter_state::HAS_ENDED {
+            remark(format_args!(
+                "the porter (process {pid}) has been ended: no page goes to node {nodes} any more, cold ones go elsewhere; what is \
+                 there stays"
+            ));
+        } else {
+            remark(format_args!(
+                "the porter (process {pid}) is stopped: until it goes on no page goes to node {nodes}, cold ones go elsewhere"
+            ));
+        }
     }
 
     /// Has a process's pages carried to its staging area: `memory` is its /proc/PID/mem, `userfault` what `staging` is registered with.

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
-use spmem::control::{Control, Histogram, Target as Mapped, UNLIMITED};
+use spmem::control::{Control, Histogram, Target as Mapped, UNLIMITED, porter};
 
 use super::course::{AutoReport, Course};
 use super::plot;
@@ -156,6 +156,9 @@ pub struct Summary {
     rescued_pages: u64,
     same_filled_pages: u64,
     dense_pages: u64,
+    /// What became of the porter; only of runs that have one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    porter: Option<&'static str>,
     /// What was stored of them was damaged: whoever used them got SIGBUS, and each was told of.
     lost_pages: u64,
     refused_pages: RefusedPages,
@@ -253,6 +256,12 @@ impl Summary {
             promoted_pages: read(&counters.promoted_pages) + placed(|target| &target.promoted_pages),
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
+            porter: match control.porter.load(Relaxed) {
+                porter::WORKS => Some("works"),
+                porter::WAS_STOPPED => Some("was_stopped"),
+                porter::HAS_ENDED => Some("has_ended"),
+                _ => None,
+            },
             dense_pages: read(&counters.dense_pages),
             lost_pages: read(&counters.corrupt_pages),
             refused_pages: RefusedPages {
@@ -294,6 +303,14 @@ impl Summary {
             self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages, self.dense_pages
         )?;
         if self.lost_pages > 0 {
+        let trouble = match self.porter {
+            Some("was_stopped") => Some("was stopped for a while"),
+            Some("has_ended") => Some("ended before the command"),
+            _ => None,
+        };
+        if let Some(trouble) = trouble {
+            writeln!(to, "  porter     {trouble}: meanwhile no page went to a node of the kernel's")?;
+        }
             writeln!(to, "  lost       {} pages: what was stored of them was damaged", self.lost_pages)?;
         }
         let refused = &self.refused_pages;

@@ -9,6 +9,7 @@ mod auto;
 mod exit_status;
 mod harness;
 mod managed;
+mod porter;
 mod programs;
 mod refusals;
 mod report;
