@@ -27,8 +27,6 @@ const KEEPER_NAMES: &str = "spm-keeper-";
 const NAMES: u32 = 64;
 const PROCESSES: &str = "cgroup.procs";
 const CHILDREN: &str = "cgroup.subtree_control";
-const REMEDY: &str =
-    "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset spm ...";
 /// What limits a cgroup, and what these say when they do not.
 const LIMITS: [(&str, &str); 9] = [
     ("memory.max", "max"),
@@ -49,6 +47,21 @@ enum Version {
     Two,
 }
 
+impl Version {
+    /// What a user who may not make a cgroup can do.
+    const fn remedy(self) -> &'static str {
+        match self {
+            Self::One => {
+                "run spm as root, or in a cpuset of your own, which root makes: mkdir job below it; copy cpuset.cpus and cpuset.mems \
+                 into job; chown -R USER job; echo PID >job/cgroup.procs"
+            }
+            Self::Two => {
+                "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset spm ..."
+            }
+        }
+    }
+}
+
 /// Our own cgroup, where cpusets are.
 #[derive(Debug, PartialEq, Eq)]
 struct Own {
@@ -60,9 +73,18 @@ struct Own {
 
 /// Where the wall stands.
 pub struct Site {
+    version: Version,
     wall: PathBuf,
     /// Where the keeper waits, and the cgroup that it gives back, if ours had to be emptied first.
     emptied: Option<(PathBuf, PathBuf)>,
+}
+
+impl Own {
+    /// A file of a cpuset. Version 1 may be mounted without their prefix (`mount -t cpuset`, or the option `noprefix`).
+    fn file(&self, directory: &Path, name: &str) -> PathBuf {
+        let is_bare = self.version == Version::One && self.directory.join("mems").exists();
+        directory.join(if is_bare { name.to_owned() } else { format!("cpuset.{name}") })
+    }
 }
 
 impl Site {
@@ -76,7 +98,9 @@ impl Site {
             .context("no cgroups are mounted; mount -t cgroup2 cgroup /sys/fs/cgroup")?;
         let name = format!("{WALL_NAMES}{guard}-");
         let site = match own.version {
-            Version::One => Self { wall: make(&own.directory, &name)?, emptied: None },
+            Version::One => {
+                Self { version: own.version, wall: make(&own.directory, &name, own.version)?, emptied: None }
+            }
             Version::Two => prepare_two(&own, &name, company)?,
         };
         let result = site.set(&own, mems);
@@ -89,11 +113,11 @@ impl Site {
     fn set(&self, own: &Own, mems: &NodeMask) -> anyhow::Result<()> {
         if own.version == Version::One {
             // A new one has no processors and takes no process.
-            let cpus =
-                fs::read_to_string(own.directory.join("cpuset.cpus")).context("cpuset.cpus cannot be read")?;
-            write(&self.wall.join("cpuset.cpus"), cpus.trim())?;
+            let cpus = own.file(&own.directory, "cpus");
+            let text = fs::read_to_string(&cpus).with_context(|| format!("{} cannot be read", cpus.display()))?;
+            write(&own.file(&self.wall, "cpus"), text.trim(), own.version)?;
         }
-        write(&self.wall.join("cpuset.mems"), &mems.to_string())
+        write(&own.file(&self.wall, "mems"), &mems.to_string(), own.version)
     }
 
     /// Moves this process in, and makes sure that it is walled off.
@@ -101,7 +125,7 @@ impl Site {
     /// # Errors
     /// The kernel does not let it in, or gives it other nodes.
     pub fn join(&self, mems: &NodeMask) -> anyhow::Result<()> {
-        write(&self.wall.join(PROCESSES), &std::process::id().to_string())?;
+        write(&self.wall.join(PROCESSES), &std::process::id().to_string(), self.version)?;
         let seen = machine::reachable_nodes()?;
         ensure!(seen == *mems, "the cpuset {} gives nodes {seen} instead of {mems}", self.wall.display());
         Ok(())
@@ -128,6 +152,7 @@ impl Site {
 
 /// Below our own cgroup if that can be, else beside it.
 fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Site> {
+    let (version, remedy) = (own.version, own.version.remedy());
     let above: Vec<&Path> =
         own.directory.ancestors().skip(1).take_while(|path| path.starts_with(&own.top)).collect();
     // Whoever may, passes cpusets down to us.
@@ -135,15 +160,15 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
         let _ = fs::write(directory.join(CHILDREN), "+cpuset");
     }
     if !has_word(&own.directory.join("cgroup.controllers"), "cpuset") {
-        bail!("the cgroup {} has no cpuset controller; {REMEDY}", own.directory.display());
+        bail!("the cgroup {} has no cpuset controller; {remedy}", own.directory.display());
     }
     let is_top = own.directory == own.top && !own.directory.join("cgroup.type").exists();
     let gives_on = has_word(&own.directory.join(CHILDREN), "cpuset");
     if is_top || gives_on {
         if !gives_on {
-            write(&own.directory.join(CHILDREN), "+cpuset")?;
+            write(&own.directory.join(CHILDREN), "+cpuset", version)?;
         }
-        return Ok(Site { wall: make(&own.directory, name)?, emptied: None });
+        return Ok(Site { version, wall: make(&own.directory, name, version)?, emptied: None });
     }
     let ours: Vec<String> =
         [Some(std::process::id()), company].into_iter().flatten().map(|id| id.to_string()).collect();
@@ -153,7 +178,7 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
     }
     let Some(parent) = above.first() else {
         bail!(
-            "other processes are in the cgroup {}, and it is the topmost that is seen here; {REMEDY}",
+            "other processes are in the cgroup {}, and it is the topmost that is seen here; {remedy}",
             own.directory.display()
         );
     };
@@ -167,21 +192,22 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
             own.directory.display()
         );
     }
-    let wall = make(parent, name)?;
+    let wall = make(parent, name, version)?;
     remark(format_args!(
         "other processes are in the cgroup {}: the wall stands beside it",
         own.directory.display()
     ));
-    Ok(Site { wall, emptied: None })
+    Ok(Site { version, wall, emptied: None })
 }
 
 /// We are alone in our cgroup, as in one that was delegated: leave it, so that it may give cpusets on.
 fn prepare_emptied(own: &Own, name: &str, ours: &[String]) -> anyhow::Result<Site> {
-    let keeper = make(&own.directory, KEEPER_NAMES)?;
-    let wall = make(&own.directory, name)?;
-    let site = Site { wall, emptied: Some((keeper.clone(), own.directory.clone())) };
-    let leave = || ours.iter().try_for_each(|id| write(&keeper.join(PROCESSES), id));
-    let result = leave().and_then(|()| write(&own.directory.join(CHILDREN), "+cpuset"));
+    let version = own.version;
+    let keeper = make(&own.directory, KEEPER_NAMES, version)?;
+    let wall = make(&own.directory, name, version)?;
+    let site = Site { version, wall, emptied: Some((keeper.clone(), own.directory.clone())) };
+    let leave = || ours.iter().try_for_each(|id| write(&keeper.join(PROCESSES), id, version));
+    let result = leave().and_then(|()| write(&own.directory.join(CHILDREN), "+cpuset", version));
     if result.is_err() {
         site.remove();
     }
@@ -189,7 +215,7 @@ fn prepare_emptied(own: &Own, name: &str, ours: &[String]) -> anyhow::Result<Sit
 }
 
 /// Makes a cgroup whose name begins so and ends with our number; removes what walls that are gone have left beside it.
-fn make(host: &Path, kind: &str) -> anyhow::Result<PathBuf> {
+fn make(host: &Path, kind: &str, version: Version) -> anyhow::Result<PathBuf> {
     let left = fs::read_dir(host).into_iter().flatten().flatten().map(|entry| entry.path());
     for path in left.filter(|path| is_left_over(path)) {
         remove_tree(&path);
@@ -202,7 +228,7 @@ fn make(host: &Path, kind: &str) -> anyhow::Result<PathBuf> {
         match fs::create_dir(&path) {
             Ok(()) => return Ok(path),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => bail!("no cgroup can be made in {}: {error}; {REMEDY}", host.display()),
+            Err(error) => bail!("no cgroup can be made in {}: {error}; {}", host.display(), version.remedy()),
         }
     }
     bail!(
@@ -246,9 +272,11 @@ fn has_word(path: &Path, word: &str) -> bool {
     fs::read_to_string(path).is_ok_and(|text| text.split_whitespace().any(|one| one == word))
 }
 
-fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+fn write(path: &Path, text: &str, version: Version) -> anyhow::Result<()> {
     fs::write(path, text).map_err(|error| match error.kind() {
-        ErrorKind::PermissionDenied => anyhow::anyhow!("{} may not be written: {error}; {REMEDY}", path.display()),
+        ErrorKind::PermissionDenied => {
+            anyhow::anyhow!("{} may not be written: {error}; {}", path.display(), version.remedy())
+        }
         _ => refused(path, text, &error),
     })
 }
@@ -285,7 +313,10 @@ fn mount_of(mounts: &str, version: Version) -> Option<(PathBuf, PathBuf)> {
         let mut rest = rest.split(' ');
         let (kind, options) = (rest.next()?, rest.nth(1)?);
         let is_it = match version {
-            Version::One => kind == "cgroup" && options.split(',').any(|option| option == "cpuset"),
+            // `mount -t cpuset` shows either kind, by the kernel's version.
+            Version::One => {
+                kind == "cpuset" || kind == "cgroup" && options.split(',').any(|option| option == "cpuset")
+            }
             Version::Two => kind == "cgroup2",
         };
         let mut fields = fields.split(' ').skip(3);
@@ -317,6 +348,32 @@ mod tests {
         let own = find(mounts, "3:cpuset:/jobs/a\n0::/x\n").unwrap();
         let directory = PathBuf::from("/sys/fs/cgroup/cpuset/jobs/a");
         assert_eq!(own, Own { version: Version::One, top: "/sys/fs/cgroup/cpuset".into(), directory });
+    }
+
+    #[test]
+    fn a_cpuset_of_version_1_without_prefix_is_set_by_its_own_names() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().display();
+        for kind in ["cpuset cpuset rw,cpuset,noprefix", "cgroup cgroup rw,cpuset,noprefix", "cpuset none rw"] {
+            let mounts = format!("34 31 0:31 / {path} rw,relatime - {kind}\n");
+            let own = find(&mounts, "3:cpuset:/\n0::/\n").unwrap();
+            assert_eq!((own.version, own.directory.as_path()), (Version::One, top.path()), "{kind}");
+            fs::write(top.path().join("cpus"), "0-1\n").unwrap();
+            fs::write(top.path().join("mems"), "0-3\n").unwrap();
+            let site = Site { version: own.version, wall: top.path().join("wall"), emptied: None };
+            fs::create_dir_all(&site.wall).unwrap();
+            site.set(&own, &NodeMask::parse("0-1", NodeMask::EMPTY).unwrap()).unwrap();
+            let read = |name| fs::read_to_string(site.wall.join(name)).unwrap();
+            assert_eq!((read("cpus").as_str(), read("mems").as_str()), ("0-1", "0-1"));
+        }
+    }
+
+    #[test]
+    fn the_remedy_is_that_of_the_version_that_is_there() {
+        let host = Path::new("/nonexistent");
+        let said = |version| make(host, WALL_NAMES, version).unwrap_err().to_string();
+        assert!(said(Version::One).contains("cpuset.mems") && !said(Version::One).contains("systemd"));
+        assert!(said(Version::Two).contains("systemd-run"));
     }
 
     #[test]
@@ -369,7 +426,8 @@ mod tests {
     #[test]
     fn a_number_that_has_a_wall_already_gets_another_which_is_known_by_it_too() {
         let host = tempfile::tempdir().unwrap();
-        let made: Vec<PathBuf> = (0..3).map(|_| make(host.path(), "spm-wall-easy-").unwrap()).collect();
+        let made: Vec<PathBuf> =
+            (0..3).map(|_| make(host.path(), "spm-wall-easy-", Version::Two).unwrap()).collect();
         assert!(made.iter().all(|path| path.is_dir() && !is_left_over(path)), "{made:?}");
         assert!(is_left_over(Path::new("/c/spm-wall-easy-2-4194304")));
     }
@@ -382,7 +440,7 @@ mod tests {
         fs::create_dir_all(&inhabited).unwrap();
         fs::create_dir_all(&empty).unwrap();
         fs::write(inhabited.join(PROCESSES), "7\n").unwrap();
-        make(host.path(), "spm-wall-hard-").unwrap();
+        make(host.path(), "spm-wall-hard-", Version::Two).unwrap();
         assert!(!remove_tree(&wall) && empty.is_dir());
         fs::remove_file(inhabited.join(PROCESSES)).unwrap();
         assert!(remove_tree(&wall) && !wall.exists());

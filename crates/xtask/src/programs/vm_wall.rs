@@ -30,12 +30,12 @@ use spmem_sys::{PAGE, mempolicy};
 
 use super::vm_facts::Facts;
 use super::vm_wall_probe::DOOR_BYTE;
-use super::vm_wall_rights::{check_join, check_keeper, check_rights};
+use super::vm_wall_rights::{check_bare_names, check_join, check_keeper, check_rights, mount_version_1};
 
 /// A user without rights.
 pub(super) const NOBODY: u32 = 1000;
 /// Where cpusets of cgroup version 1 are mounted for a part of the rows.
-const CPUSETS_1: &str = "/run/cpusets";
+pub(super) const CPUSETS_1: &str = "/run/cpusets";
 const TYPES: &str = "[type]\nnode2 = \"spm\"\nnode3 = \"spm\"\n";
 
 /// What to hold against.
@@ -123,6 +123,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         return facts.end();
     }
     if options.version_1 {
+        check_bare_names(&mut facts, &scene)?;
         mount_version_1(&mut facts, &scene)?;
     }
     let guards = [("hard", 0), ("easy", 1)];
@@ -158,24 +159,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     facts.end()
 }
 
-/// From here on cpusets are version 1's, and walls have to find them there.
-fn mount_version_1(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
-    fs::create_dir_all(CPUSETS_1)?;
-    rustix::mount::mount("cpuset", CPUSETS_1, "cgroup", rustix::mount::MountFlags::empty(), Some(c"cpuset"))
-        .context("no cpusets of cgroup version 1 in this kernel")?;
-    let mut command = Command::new(&scene.spm);
-    command.args(["wall", "--config"]).arg(&scene.config).args(["--", "cat", "/proc/self/cgroup"]);
-    let said = String::from_utf8_lossy(&command.output()?.stdout).into_owned();
-    let is_one = said.lines().any(|line| line.contains(":cpuset:/spm-wall-hard-"));
-    facts.note(is_one, format!("a wall of version 1: {}", said.trim().replace('\n', "; ")));
-    Ok(())
-}
-
 /// What the rows share.
 pub(super) struct Scene {
     pub(super) spm: PathBuf,
     own: PathBuf,
-    config: PathBuf,
+    pub(super) config: PathBuf,
 }
 
 impl Scene {
@@ -402,10 +390,6 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     };
     registry.register(NodeId::ZERO, spec(NodeType::Sysram))?;
     let owner = registry.register(node, spec(NodeType::Spm))?.owner;
-    // What only has the name of a door's file, filled by who has no grant for it.
-    let (named, _memory) = far_file(true)?;
-    let mut liar = scene.wall(&["--"], &["file", "used"]);
-    let mut liar = liar.stdin(Stdio::from(named)).stdout(Stdio::piped()).spawn()?;
     let len = 16 * PAGE;
     let quota = Bytes((len + PAGE) as u64);
     let grant =
@@ -418,12 +402,12 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let file_fd = unsafe { BorrowedFd::borrow_raw(file.fd().raw()) }.try_clone_to_owned()?;
     let mut ranges = scene.wall(&["--"], &["file", "used"]);
     let ranges = ranges.stdin(Stdio::from(file_fd)).stdout(Stdio::piped()).spawn()?;
+    // What only has the name of a door's file, filled by who has no grant for it.
+    let (named, _memory) = far_file(true)?;
+    let mut liar = scene.wall(&["--"], &["file", "used"]);
+    let mut liar = liar.stdin(Stdio::from(named)).stdout(Stdio::piped()).spawn()?;
 
     let mut single = scene.wall(&["--"], &["door"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let by = serde_json::json!({ "kind": "door", "process": std::process::id(), "grant": grant.id().to_string() });
-    audit_doors(facts, scene, &by, [("file", ranges.id(), 16), ("page", single.id(), 1)], liar.id());
-    liar.kill()?;
-    liar.wait()?;
     let mut said = BufReader::new(single.stdout.take().context("no pipe")?);
     let mut line = String::new();
     said.read_line(&mut line)?;
@@ -434,6 +418,22 @@ fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let faults = rustix::process::pidfd_getfd(&pidfd, fd.parse()?, rustix::process::PidfdGetfdFlags::empty())?;
     let faults = Uffd::from_fd(Fd::from_raw(faults.into_raw_fd()));
     let _charge = door.page(&faults, single.id(), address.parse()?, &[DOOR_BYTE; PAGE])?;
+    let refused = door.page(&faults, single.id(), address.parse::<usize>()? + PAGE, &[DOOR_BYTE; PAGE]);
+    facts.note(refused.is_err(), format!("doors: past the quota: {:?}", refused.err()));
+    let by = serde_json::json!({ "kind": "door", "process": std::process::id(), "grant": grant.id().to_string() });
+    audit_doors(facts, scene, &by, [("file", ranges.id(), 16), ("page", single.id(), 1)], liar.id());
+    liar.kill()?;
+    liar.wait()?;
+    single.stdin.take().context("no pipe")?.write_all(b"go\n")?;
+    let mut nodes = String::new();
+    said.read_line(&mut nodes)?;
+    facts.equal("doors: a page placed by UFFDIO_COPY, used for 10 s", nodes.trim(), "nodes 2");
+    single.wait()?;
+    let output = ranges.wait_with_output()?;
+    note(facts, "doors: a sealed file, used for 10 s", &output, On("2"));
+    Ok(())
+}
+
 /// What came through doors is there by a grant; what has only the name of a door's file is not.
 fn audit_doors(
     facts: &mut Facts,
@@ -464,18 +464,6 @@ fn audit_doors(
     let seen = audit(liar, 16);
     let is_found = seen.0 == Some(1) && seen.1[0]["is_clean"] == false;
     facts.note(is_found, format!("doors: audit of a file that is only called so: {seen:?}"));
-}
-
-    let refused = door.page(&faults, single.id(), address.parse::<usize>()? + PAGE, &[DOOR_BYTE; PAGE]);
-    facts.note(refused.is_err(), format!("doors: past the quota: {:?}", refused.err()));
-    single.stdin.take().context("no pipe")?.write_all(b"go\n")?;
-    let mut nodes = String::new();
-    said.read_line(&mut nodes)?;
-    facts.equal("doors: a page placed by UFFDIO_COPY, used for 10 s", nodes.trim(), "nodes 2");
-    single.wait()?;
-    let output = ranges.wait_with_output()?;
-    note(facts, "doors: a sealed file, used for 10 s", &output, On("2"));
-    Ok(())
 }
 
 fn check_nothing_is_left(facts: &mut Facts) {

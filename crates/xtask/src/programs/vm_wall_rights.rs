@@ -10,12 +10,12 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::process::Pid;
 
 use super::vm_facts::Facts;
 use super::vm_wall::Is::{self, Error, On, Within};
-use super::vm_wall::{NOBODY, Scene, note, within_seconds};
+use super::vm_wall::{CPUSETS_1, NOBODY, Scene, note, within_seconds};
 
 /// Whether programs of one user may look into each other (kernel.org, LSM, Yama); not there without Yama.
 const YAMA: &str = "/proc/sys/kernel/yama/ptrace_scope";
@@ -60,6 +60,56 @@ fn check_unseen(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
         facts.note(said.contains("yama.ptrace_scope"), format!("it says so: {}", said.trim()));
     }
     fs::write(YAMA, "0").context("no Yama in this kernel")?;
+    Ok(())
+}
+
+/// Cpusets of version 1 whose files are called `mems`, not `cpuset.mems`; and what is said to a user there.
+pub(super) fn check_bare_names(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    fs::create_dir_all(CPUSETS_1)?;
+    rustix::mount::mount("cpuset", CPUSETS_1, "cpuset", rustix::mount::MountFlags::empty(), None)
+        .context("no cpusets of cgroup version 1 in this kernel")?;
+    facts.note(Path::new(CPUSETS_1).join("mems").exists(), "mount -t cpuset: files have no prefix".to_owned());
+    scene.check(facts, "mount -t cpuset", &["--"], &["policy", "interleave", "0-3"], On("0-1"))?;
+    let output = as_nobody(scene.wall(&["--"], &["touch"])).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let is_right =
+        output.status.code() == Some(125) && said.contains("which root makes") && !said.contains("systemd");
+    facts.note(is_right, format!("a user: version 1: {}", said.trim()));
+    // As the remedy says.
+    let job = Path::new(CPUSETS_1).join("job");
+    fs::create_dir(&job)?;
+    for name in ["cpus", "mems"] {
+        fs::write(job.join(name), fs::read_to_string(Path::new(CPUSETS_1).join(name))?.trim())?;
+    }
+    for name in ["", "cgroup.procs", "cpus", "mems"] {
+        std::os::unix::fs::chown(job.join(name), Some(NOBODY), Some(NOBODY))?;
+    }
+    let mut command = as_nobody(scene.wall(&["--"], &["policy", "interleave", "0-3"]));
+    start_in(&mut command, &job)?;
+    note(facts, "a user: version 1, in a cpuset of its own", &command.output()?, On("0-1"));
+    // It has a file of the cpuset open.
+    drop(command);
+    let is_empty = within_seconds(|| fs::remove_dir(&job).is_ok());
+    facts.note(is_empty, "version 1: a cpuset of a user's is given back empty".to_owned());
+    let is_gone =
+        within_seconds(|| rustix::mount::unmount(CPUSETS_1, rustix::mount::UnmountFlags::empty()).is_ok());
+    facts.note(is_gone, "mount -t cpuset: nothing is left".to_owned());
+    Ok(())
+}
+
+/// From here on cpusets are version 1's, and walls have to find them there.
+pub(super) fn mount_version_1(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    fs::create_dir_all(CPUSETS_1)?;
+    let flags = rustix::mount::MountFlags::empty();
+    // What was mounted otherwise goes a moment after its mount.
+    let is_mounted =
+        within_seconds(|| rustix::mount::mount("cpuset", CPUSETS_1, "cgroup", flags, Some(c"cpuset")).is_ok());
+    ensure!(is_mounted, "no cpusets of cgroup version 1 in this kernel");
+    let mut command = Command::new(&scene.spm);
+    command.args(["wall", "--config"]).arg(&scene.config).args(["--", "cat", "/proc/self/cgroup"]);
+    let said = String::from_utf8_lossy(&command.output()?.stdout).into_owned();
+    let is_one = said.lines().any(|line| line.contains(":cpuset:/spm-wall-hard-"));
+    facts.note(is_one, format!("a wall of version 1: {}", said.trim().replace('\n', "; ")));
     Ok(())
 }
 
