@@ -67,8 +67,8 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
     /// Print a table at the end, on stderr or into FILE
-    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub report: Option<OsString>,
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub report: Option<Option<PathBuf>>,
     /// Write the report as one JSON object to FILE, - for stdout
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -49,6 +49,7 @@ fn dispatch() -> i32 {
             return match error.print() {
                 // A reader that went away is no reason to say more.
                 Err(unwritten) if !error.use_stderr() && unwritten.kind() != ErrorKind::BrokenPipe => {
+                    let unwritten = run::stdio::true_cause(unwritten);
                     remark(format_args!("stdout does not take the answer: {unwritten}"));
                     failure
                 }

@@ -28,10 +28,11 @@ fn a_full_stdout_is_a_failure() {
 
 #[test]
 fn a_closed_stdout_is_a_failure() {
-    for arguments in ["--help", "nodes", "explain --nodes 0"] {
+    for arguments in ["--help", "nodes", "explain --nodes 0", "audit $$"] {
         let script = format!("'{}' {arguments} >&-", env!("CARGO_BIN_EXE_spm"));
         let output = Command::new("sh").args(["-c", &script]).output().unwrap();
-        assert!(!output.status.success() && !output.stderr.is_empty(), "{arguments}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("Bad file descriptor"), "{arguments}: {said}");
     }
 }
 

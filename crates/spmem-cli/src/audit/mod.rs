@@ -15,7 +15,7 @@ mod rolls;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::Context;
@@ -29,6 +29,7 @@ use crate::arguments::AuditArguments;
 use crate::config::Config;
 use crate::machine;
 use crate::remark::remark;
+use crate::run::stdio::write_out;
 use crate::wall::WALL_NAMES;
 use copied::{CONTROL, copied_pages};
 use maps::Memfds;
@@ -74,9 +75,9 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     processes.sort_unstable();
     processes.dedup();
     let (mut findings, mut unseen, mut untold) = (Vec::new(), 0, 0);
-    for pid in processes {
     let memfds = Memfds::find()?;
     let rolls = Rolls::read(&all_processes()?, &memfds);
+    for pid in processes {
         match of_process(pid, &spm, &memfds, &rolls) {
             Ok((found, copied)) => {
                 findings.extend(found);
@@ -98,14 +99,14 @@ pub fn audit(options: &AuditArguments) -> anyhow::Result<i32> {
     } else {
         table(&findings)
     };
-    std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the answer")?;
+    write_out(&text).context("stdout does not take the answer")?;
     let is_clean = findings.iter().all(|finding| finding.is_clean);
-    if unseen > 0 && !is_asked_for {
     if rolls.is_part && !is_clean {
         remark(format_args!(
             "what some holders of grants tell cannot be read: that takes root with CAP_SYS_ADMIN"
         ));
     }
+    if unseen > 0 && !is_asked_for {
         remark(format_args!("{unseen} of the processes cannot be looked at: {TAKES}"));
     }
     // What a run has copied is there on purpose: without nodes of the kernel's that are spm, all others can be answered for unseen.
@@ -181,13 +182,12 @@ fn of_process(
         command: command.clone(),
         pages,
         wall: guard.map(|guard| guard.to_string()),
-        by,
         is_clean: is_clean(by.as_ref().map(|by| by.kind), guard),
+        by,
     };
     Ok((found.into_iter().map(finding).collect(), copied))
 }
 
-/// R9: strict bind opens an easy node, and no other. A door is opened by a grant only, and a run's porter has one.
 /// What has come to a process through doors.
 struct Doors<'a> {
     process: &'a Process,
@@ -222,6 +222,7 @@ impl<'a> Doors<'a> {
     }
 }
 
+/// R9: strict bind opens an easy node, and no other. A door is opened by a grant only, and a run's porter has one.
 fn is_clean(by: Option<Kind>, guard: Option<Guard>) -> bool {
     match by {
         Some(Kind::Door | Kind::Run) => true,

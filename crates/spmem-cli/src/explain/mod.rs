@@ -8,7 +8,6 @@
 mod machine;
 
 use std::fmt::Write as _;
-use std::io::Write;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -24,6 +23,7 @@ pub use self::machine::EXAMPLE;
 use self::machine::{Machine, parse_mask};
 use crate::arguments::{ExplainArguments, PolicyName};
 use crate::config::Config;
+use crate::run::stdio::write_out;
 
 /// No node is allowed.
 const REFUSED: i32 = 1;
@@ -88,7 +88,7 @@ pub fn explain(options: &ExplainArguments) -> anyhow::Result<i32> {
     } else {
         table(&answer)
     };
-    std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the answer")?;
+    write_out(&text).context("stdout does not take the answer")?;
     Ok(if answer.allowed.is_empty() { REFUSED } else { 0 })
 }
 

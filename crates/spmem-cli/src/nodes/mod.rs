@@ -12,7 +12,6 @@ mod measure;
 mod svg;
 mod table;
 
-use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
@@ -25,6 +24,7 @@ use crate::config::Config;
 use crate::heat;
 use crate::machine::{self, Ram};
 use crate::remark::remark;
+use crate::run::stdio::write_out;
 use list::{Listing, Origin};
 
 pub use list::NodeLine;
@@ -78,7 +78,7 @@ pub fn print(options: &NodesArguments) -> anyhow::Result<()> {
     } else {
         table::all(&listing, sizes, options.verbose)
     };
-    std::io::stdout().write_all(text.as_bytes()).context("stdout does not take the list")
+    write_out(&text).context("stdout does not take the list")
 }
 
 /// The nodes registered with `mm`, lowest first, as the table of `spm nodes` has them.

@@ -18,7 +18,7 @@ use serde::Serialize;
 use spmem::control::{Control, Histogram, Target as Mapped, UNLIMITED, porter};
 
 use super::course::{AutoReport, Course};
-use super::plot;
+use super::{plot, stdio};
 use crate::arguments::RunArguments;
 use crate::size::human;
 
@@ -41,10 +41,10 @@ impl Outputs {
     /// # Errors
     /// A file cannot be written.
     pub fn open(options: &RunArguments) -> anyhow::Result<Self> {
-        let table = match options.report.as_deref() {
+        let table = match &options.report {
             None => None,
-            Some(path) if path.is_empty() => Some(Target::Stderr),
-            Some(path) => Some(Target::open(Path::new(path))?),
+            Some(None) => Some(Target::Stderr),
+            Some(Some(path)) => Some(Target::open(path)?),
         };
         let json = match options.json.as_deref() {
             None => None,
@@ -115,9 +115,7 @@ impl Target {
 
     fn write(self, text: &str) -> anyhow::Result<()> {
         match self {
-            Self::Stdout => {
-                io::stdout().write_all(text.as_bytes()).context("the report cannot be written to stdout")
-            }
+            Self::Stdout => stdio::write_out(text).context("the report cannot be written to stdout"),
             Self::Stderr => {
                 io::stderr().write_all(text.as_bytes()).context("the report cannot be written to stderr")
             }
@@ -156,11 +154,11 @@ pub struct Summary {
     rescued_pages: u64,
     same_filled_pages: u64,
     dense_pages: u64,
+    /// What was stored of them was damaged: whoever used them got SIGBUS, and each was told of.
+    lost_pages: u64,
     /// What became of the porter; only of runs that have one.
     #[serde(skip_serializing_if = "Option::is_none")]
     porter: Option<&'static str>,
-    /// What was stored of them was damaged: whoever used them got SIGBUS, and each was told of.
-    lost_pages: u64,
     refused_pages: RefusedPages,
     fault_us: FaultTimes,
     nodes: Vec<NodeUse>,
@@ -256,14 +254,14 @@ impl Summary {
             promoted_pages: read(&counters.promoted_pages) + placed(|target| &target.promoted_pages),
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
+            dense_pages: read(&counters.dense_pages),
+            lost_pages: read(&counters.corrupt_pages),
             porter: match control.porter.load(Relaxed) {
                 porter::WORKS => Some("works"),
                 porter::WAS_STOPPED => Some("was_stopped"),
                 porter::HAS_ENDED => Some("has_ended"),
                 _ => None,
             },
-            dense_pages: read(&counters.dense_pages),
-            lost_pages: read(&counters.corrupt_pages),
             refused_pages: RefusedPages {
                 pinned: read(&counters.refused_pinned),
                 shared_by_fork: read(&counters.refused_shared),
@@ -303,6 +301,8 @@ impl Summary {
             self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages, self.dense_pages
         )?;
         if self.lost_pages > 0 {
+            writeln!(to, "  lost       {} pages: what was stored of them was damaged", self.lost_pages)?;
+        }
         let trouble = match self.porter {
             Some("was_stopped") => Some("was stopped for a while"),
             Some("has_ended") => Some("ended before the command"),
@@ -310,8 +310,6 @@ impl Summary {
         };
         if let Some(trouble) = trouble {
             writeln!(to, "  porter     {trouble}: meanwhile no page went to a node of the kernel's")?;
-        }
-            writeln!(to, "  lost       {} pages: what was stored of them was damaged", self.lost_pages)?;
         }
         let refused = &self.refused_pages;
         writeln!(

@@ -36,7 +36,7 @@ pub fn tour() -> anyhow::Result<i32> {
     let (config, ram) = (Config::default(), Ram::read()?);
     let mut frames = machine::set_up_nodes(&config, ram)?;
     let out = &mut io::stdout();
-    show_nodes(out, &frames, ram).context("stdout does not take the tour")?;
+    show_nodes(out, &frames, ram).map_err(run::stdio::true_cause).context("stdout does not take the tour")?;
     show_wall(out, &mut frames)?;
     let exit_code = show_run(out, &config, ram)?;
     Ok(exit_code)

@@ -117,6 +117,17 @@ fn a_report_that_cannot_be_written_stops_the_run_before_it_starts() {
 }
 
 #[test]
+fn a_report_without_a_name_is_refused_whichever_it_is() {
+    for option in ["--json=", "--report="] {
+        let mut spm = Command::new(env!("CARGO_BIN_EXE_spm"));
+        spm.args(["run", option, "--", "echo", "ran"]);
+        let output = finish(spm);
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(125), 0), "{option}");
+        assert!(text(&output.stderr).contains("a value is required"), "{option}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
 fn a_refused_run_leaves_the_last_report_alone() {
     let directory = tempfile::tempdir().unwrap();
     let program = static_program(directory.path());
