@@ -236,6 +236,9 @@ impl Runtime {
         for working in &self.working {
             working.store(0, Ordering::Relaxed);
         }
+        // SAFETY: as above.
+        unsafe { self.waiting.reset() };
+        mapping::forget_kept();
         for fd in [&self.device, &self.socket, &self.uffd, &self.scratch, &self.listener, &self.pagemap] {
             fd.store(-1, Ordering::Relaxed);
         }

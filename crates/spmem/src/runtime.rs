@@ -29,6 +29,7 @@ use crate::recorder::{Happening, Record};
 use crate::space::Space;
 use crate::swap;
 use crate::table::CHUNK;
+use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
@@ -90,6 +91,8 @@ pub struct Runtime {
     pub(crate) listener_name: Lock<([u8; MAX_NAME], usize)>,
     pub(crate) spm_name: Lock<([u8; MAX_NAME], usize)>,
     pub(crate) space: Lock<Option<Space<Cram>>>,
+    /// The fault handler's, as long as it runs. Here because a forked child uses the same memory again.
+    pub(crate) waiting: Lock<Vec<fault::Waiting>>,
     /// Where the holding area is; 0 before it is there.
     pub(crate) holding_start: AtomicUsize,
     /// A page that nobody may read, to ask the kernel questions with.
@@ -166,6 +169,7 @@ impl Runtime {
             listener_name: Lock::new(([0; MAX_NAME], 0)),
             spm_name: Lock::new(([0; MAX_NAME], 0)),
             space: Lock::new(None),
+            waiting: Lock::new(Vec::new()),
             holding_start: AtomicUsize::new(0),
             guard_start: AtomicUsize::new(0),
             trash_start: AtomicUsize::new(0),
@@ -439,6 +443,8 @@ impl Runtime {
         let _ = self.hire_encoder();
         // And without a porter they go to node 1.
         let _ = self.hire_porter();
+        // All at once, and not by the handler: nothing is allocated while a fork may be copying the heap.
+        self.waiting.lock().try_reserve_exact(fault::MAX_WAITING).map_err(|_| Errno::ENOMEM)?;
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         // With fewer it is slower.
         let _ = (1..reclaimers(process::cpu_count()))

@@ -269,10 +269,11 @@ impl<B: Backend> Space<B> {
         }
         // What is shared with the parent is the parent's to count; a page that is written is somewhere else then.
         self.table.forget_placed();
-        core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
-        core::mem::forget(core::mem::replace(&mut self.swap_orphans, Vec::with_capacity(ORPHANS)));
-        core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
-        self.table.leak_spares();
+        // Where these lists are has not changed since before the fork, only what is in them.
+        self.orphans.clear();
+        self.swap_orphans.clear();
+        self.promoted.clear();
+        self.table.settle_spares();
         self.holding.settle();
     }
 
