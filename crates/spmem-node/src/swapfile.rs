@@ -218,6 +218,7 @@ impl SwapFiles {
         match file.medium.load(frame(handle), page) {
             Ok(()) => {}
             Err(Errno::EAGAIN | Errno::ENOMEM | Errno::EINTR) => return Err(Unloaded::Later),
+            Err(Errno::EPERM | Errno::EACCES) => return Err(lost(Damage::Forbidden)),
             // It was cut short, or the device is broken, or gone.
             Err(_) => return Err(lost(Damage::Unreadable)),
         }

@@ -145,12 +145,17 @@ impl Target {
         self.clusters.load(Relaxed) > 0
     }
 
+    /// Whether it is a dax device.
+    pub fn is_device(&self) -> bool {
+        self.is_swap() && self.align.load(Relaxed) > 0
+    }
+
     /// Its kind, as a configuration names it.
     pub fn kind(&self) -> &'static str {
-        match (self.is_swap(), self.align.load(Relaxed)) {
+        match (self.is_swap(), self.is_device()) {
             (false, _) => "numa",
-            (true, 0) => "file",
-            (true, _) => "dax",
+            (true, false) => "file",
+            (true, true) => "dax",
         }
     }
 }

@@ -385,7 +385,9 @@ impl Gauge {
 
     /// Resident anonymous memory; pages shared with relatives count in part.
     fn read_used(&mut self, now: u64) -> u64 {
-        let Ok(anonymous) = self.memory.read_anonymous_bytes() else { return self.last_used };
+        let Ok(anonymous) = self.memory.read_anonymous_bytes() else {
+            return self.runtime.own_slot().used_bytes.load(Relaxed);
+        };
         if self.runtime.is_shared.load(Relaxed) && self.sharing.is_due(now) {
             let proportional = self.memory.read_proportional_bytes().ok().map(Bytes);
             if !self.sharing.note(now, Bytes(anonymous), proportional) {
