@@ -142,7 +142,7 @@ fn herd(ctx: &Ctx) -> Outcome {
 
 fn crowd(ctx: &Ctx) -> Outcome {
     const COUNT: usize = 1100;
-    const EACH: usize = 8;
+    const EACH: usize = 2;
     let area = Area::filled(ctx.seed, COUNT * EACH)?;
     let mut ballast = Ballast::new(ctx)?;
     let ready = AtomicUsize::new(0);
