@@ -28,7 +28,7 @@ pub const UNLIMITED: u64 = u64::MAX;
 pub struct Control {
     /// [`MAGIC`], written by `spm` before the first agent sees the page.
     pub magic: AtomicU64,
-    /// The pid namespace of `spm`, of whose processes alone it keeps slots: the inode of /proc/PID/ns/pid.
+    /// The pid namespace of `spm`, by whose numbers slots are known: the inode of /proc/PID/ns/pid.
     pub pid_namespace: AtomicU64,
     /// RAM the tree's managed memory may take in all, bytes; [`UNLIMITED`] for none.
     pub limit_bytes: AtomicU64,
@@ -163,7 +163,7 @@ impl Target {
 /// A process's share, written by its own agent only.
 #[repr(C, align(128))]
 pub struct Slot {
-    /// Process id; 0 = free. Taken by compare-and-swap, freed by `spm` when the process is gone.
+    /// Process id, as `spm`'s pid namespace has it; 0 = free. Taken by compare-and-swap, freed by `spm` when the process is gone.
     pub pid: AtomicU32,
     /// 1 while a forked child is taking over its own faults, 2 when it has.
     pub adoption: AtomicU32,

@@ -16,8 +16,8 @@
 //! the program does: it runs once the child serves itself, and a child that cannot ends.
 //!
 //! A fork that nobody announced (a raw system call) gets all its pages at once ([`crate::populate`]) and runs unmanaged.
-//! So does a child that cannot be told from such a one, that forks before it serves itself, or that was forked while other
-//! threads moved ranges: its copy of the entries may be torn.
+//! So does a child that cannot be told from such a one, that forks before it serves itself, that could not serve itself ([`hurdle`]), or that was
+//! forked while other threads moved ranges: its copy of the entries may be torn.
 //!
 //! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
@@ -25,7 +25,7 @@
 //! Over 500 lines: both sides of one protocol, which are read against each other.
 
 use crate::changes;
-use crate::control::Target;
+use crate::hurdle;
 use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
@@ -187,7 +187,6 @@ impl Runtime {
 
     /// After fork(2), in the child.
     pub fn after_fork_in_child(&'static self) {
-        let parent = self.pid.load(Ordering::Relaxed);
         if self.stage() == Stage::Dormant {
             return;
         }
@@ -195,21 +194,6 @@ impl Runtime {
         let pid = process::pid();
         self.pid.store(pid, Ordering::Relaxed);
         self.reset_after_fork();
-        let Some((slot, is_new)) = self.shared().claim_slot(pid) else {
-            // More processes than slots. Without a budget's share it cannot be managed, with pages away it must be.
-            if self.stage() == Stage::Active {
-                crate::complain(format_args!("spm: process {parent}: no slot for its forked child {pid}\n"));
-                process::abort();
-            }
-            self.set_stage(Stage::Dormant);
-            self.end_fork_in_child();
-            process::set_signal_mask(mask);
-            return;
-        };
-        if is_new {
-            self.shared().counters.processes.fetch_add(1, Ordering::Relaxed);
-        }
-        self.slot.store(slot, Ordering::Relaxed);
         let entry = if self.stage() == Stage::Active { adopt } else { reclaim::monitor_of_child };
         if self.start_thread(0, Table::Private, entry).is_err() {
             crate::complain(format_args!("spm: process {pid}: cannot start a thread in a forked child\n"));
@@ -247,6 +231,7 @@ impl Runtime {
         self.dismiss_encoder();
         self.dismiss_porter();
         spmem_sys::fd::set_proc(-1);
+        self.number.store(0, Ordering::Relaxed);
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
@@ -477,7 +462,7 @@ extern "C" fn adopt(argument: usize) -> ! {
         Ok(false) => {
             // All pages are here; whatever the entries say is history.
             runtime.set_stage(Stage::Dormant);
-            runtime.shared().release_slot(process::pid());
+            runtime.give_slot_back();
             runtime.end_fork_in_child();
             thread::exit()
         }
@@ -516,20 +501,16 @@ fn ask_parent(runtime: &Runtime, can_serve: bool, bytes: &mut [u8]) -> Result<Re
 }
 
 fn take_over(runtime: &'static Runtime) -> Result<bool> {
-    let refused = {
-        let has_devices = runtime.shared().targets().any(Target::is_device);
-        first_refused(Need::Serving { has_devices })
-    };
+    let (hurdle, mut hello) = hurdle::find(runtime);
     let mut bytes = [0; WORDS * 8];
-    let mut received = ask_parent(runtime, refused.is_none(), &mut bytes)?;
-    if let Some(call) = refused {
+    let mut received = ask_parent(runtime, hurdle.is_none(), &mut bytes)?;
+    if let Some(hurdle) = hurdle {
         if received.len == 0 {
             // The parent has begun to give all pages, and answers whoever connects once that is done.
             received = ask_parent(runtime, false, &mut bytes)?;
         }
         crate::complain(format_args!(
-            "spm: process {}: forked under a seccomp filter that refuses {call}, which its agent needs; it gets all its pages and runs without \
-             a budget\n",
+            "spm: process {}: forked, and {hurdle}; it gets all its pages and runs without a budget\n",
             process::pid()
         ));
     }
@@ -546,9 +527,9 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
     let uffd = Uffd::from_fd(given[0].take().ok_or(Errno(libc::EPROTO))?);
     spmem_sys::fd::set_proc(given[1].take().map_or(-1, Fd::into_raw));
     let mut device = given[2].take();
-    if let Ok((socket, other)) = runtime.hello_again() {
-        runtime.socket.store(socket.into_fd().into_raw(), Ordering::Relaxed);
-        device = device.or(other);
+    hello = hello.or_else(|| runtime.hello_again().ok());
+    if let Some(other) = hello.and_then(|hello| runtime.meet(hello)) {
+        device = device.or(Some(other));
     }
     runtime.device.store(device.map_or(-1, Fd::into_raw), Ordering::Relaxed);
     let _ = runtime.enlist(&uffd, 0);

@@ -27,6 +27,8 @@ mod fork;
 mod frames;
 mod gate;
 pub mod holding;
+mod hurdle;
+mod identity;
 mod nurse;
 mod pins;
 mod place;

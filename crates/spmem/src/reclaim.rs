@@ -10,6 +10,7 @@ use crate::demote::Demoter;
 use crate::dense::Densifier;
 use crate::follow::Shadow;
 use crate::gate::GateKeeper;
+use crate::hurdle::Hurdle;
 use crate::place::Checker;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
@@ -46,8 +47,22 @@ pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
     thread::set_name(c"spm-monitor");
     thread::leave_directory();
     let _ = close_all_but(&[]);
-    if let Ok((socket, device)) = runtime.hello_again() {
-        runtime.socket.store(socket.into_fd().into_raw(), Relaxed);
+    let hello = match runtime.take_slot() {
+        Ok(hello) => hello.or_else(|| runtime.hello_again().ok()),
+        Err(errno) => {
+            crate::complain(format_args!(
+                "spm: process {}: forked, and {}; it runs without a budget\n",
+                process::pid(),
+                Hurdle::Slot(errno)
+            ));
+            runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
+            runtime.set_stage(Stage::Dormant);
+            runtime.end_fork_in_child();
+            thread::exit()
+        }
+    };
+    if let Some(hello) = hello {
+        let device = runtime.meet(hello);
         runtime.device.store(device.map_or(-1, spmem_sys::fd::Fd::into_raw), Relaxed);
     }
     run_monitor(runtime, true)

@@ -26,7 +26,7 @@ const CONTROL: &str = "/memfd:spmem-control (deleted)";
 /// /proc/PID/maps.
 ///
 /// # Errors
-/// The control page cannot be opened, another version of spm has made it, or the process is in another pid namespace than that.
+/// The control page cannot be opened, another version of spm has made it, or neither the process nor this one is in its pid namespace.
 pub fn copied_pages(pid: u32, maps: &str) -> anyhow::Result<Vec<Pages>> {
     let mut found = Vec::new();
     for range in control_pages(maps)? {
@@ -41,11 +41,16 @@ pub fn copied_pages(pid: u32, maps: &str) -> anyhow::Result<Vec<Pages>> {
         };
         let page = ControlPage::of_other_run(file)?;
         let (Ok(status), Ok(namespace)) = (super::read(pid, "status"), read_pid_namespace(pid)) else { continue };
-        ensure!(
-            namespace == page.pid_namespace.load(Relaxed),
-            "it is in another pid namespace than the run's spm, which keeps no count of it"
-        );
-        let own = pid_within(&status).unwrap_or(pid);
+        let of_run = page.pid_namespace.load(Relaxed);
+        let own = if read_pid_namespace(std::process::id()).is_ok_and(|own| own == of_run) {
+            pid
+        } else {
+            ensure!(
+                namespace == of_run,
+                "it is in another pid namespace than the run's spm, by whose numbers that counts, and so is this audit"
+            );
+            pid_within(&status).unwrap_or(pid)
+        };
         if let Some(slot) = page.live_slots().find(|slot| slot.pid.load(Relaxed) == own) {
             found.extend(of_slot(&page, slot));
         }
