@@ -118,7 +118,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
     let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
-    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
+    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { crate::die_without_memory() };
     for mapping in [&pages, &zeros] {
         let _ = mapping.keep_from_children();
     }

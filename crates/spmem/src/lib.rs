@@ -53,6 +53,16 @@ pub(crate) fn complain(text: fmt::Arguments<'_>) {
     spmem_sys::process::write_stderr(&line.bytes[..line.len]);
 }
 
+/// Ends the process after it was refused memory that an agent thread cannot do without.
+pub fn die_without_memory() -> ! {
+    complain(format_args!(
+        "spm: process {}: no memory is left for its agent: RLIMIT_AS or RLIMIT_DATA is too low, or the system has no more. Set limits before spm \
+         run, or leave a few MiB\n",
+        spmem_sys::process::pid()
+    ));
+    spmem_sys::process::abort()
+}
+
 /// Ends the process after a broken invariant in an agent thread: going on might hand out wrong bytes.
 pub fn die(info: &core::panic::PanicInfo<'_>) -> ! {
     complain(format_args!("spm: process {}: {info}\n", spmem_sys::process::pid()));
