@@ -2,9 +2,12 @@
 //!
 //! Numbers are those of `spm`'s pid namespace. A process in that namespace knows its own; a child that was forked into another one
 //! (unshare(2) with CLONE_NEWPID) has a number there that others have as well, and asks `spm`, whom the kernel tells (SO_PEERCRED in unix(7)).
+//!
+//! Slots are given back by `spm`. Once it is gone, each process does that for those that have ended ([`Runtime::bury_dead`]).
 
 use core::sync::atomic::Ordering::Relaxed;
 
+use spmem_sys::fd::{Poll, poll};
 use spmem_sys::{Errno, Result, process};
 
 use crate::runtime::{Hello, Runtime};
@@ -42,5 +45,24 @@ impl Runtime {
         if number != 0 {
             self.shared().release_slot(number);
         }
+    }
+
+    /// Gives the slots of processes that have ended back, where `spm` is gone and this process can tell. O(slots).
+    pub(crate) fn bury_dead(&self) {
+        if !self.is_among_others.load(Relaxed) || !self.is_spm_gone() {
+            return;
+        }
+        for slot in self.shared().live_slots() {
+            let number = slot.pid.load(Relaxed);
+            if number != 0 && !process::exists(number) {
+                self.shared().release_slot(number);
+            }
+        }
+    }
+
+    fn is_spm_gone(&self) -> bool {
+        let socket = self.socket.load(Relaxed);
+        let mut entry = [Poll { fd: socket, events: 0, revents: 0 }];
+        socket < 0 || poll(&mut entry, Some(0)).is_ok_and(|ready| ready > 0)
     }
 }

@@ -134,6 +134,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         progress: Progress::default(),
         throttle: Throttle::new(clock::now_ns()),
         is_unfit: false,
+        buried_ns: clock::now_ns(),
     };
     loop {
         let sleep = monitor.round();
@@ -155,7 +156,12 @@ struct Monitor {
     throttle: Throttle,
     /// Nothing can be moved, and that was said.
     is_unfit: bool,
+    /// When processes that have ended were looked for.
+    buried_ns: u64,
 }
+
+/// How often that is due, ns.
+const BURIAL_NS: u64 = 1_000_000_000;
 
 /// What exists once pages may leave.
 struct Tools {
@@ -187,6 +193,7 @@ impl Monitor {
         let runtime = self.runtime;
         let ticket = runtime.demand.ticket();
         let limit = runtime.shared().limit_bytes.load(Relaxed);
+        self.bury_dead();
         let facts = self.gauge.measure(limit);
         let plan = plan(&facts);
         if is_near(&facts) && !self.prepare(limit) {
@@ -226,6 +233,15 @@ impl Monitor {
         let rest_ns = rest?;
         runtime.working(0, || tools.demoter.drain());
         Some((ticket, rest_ns))
+    }
+
+    /// Now and then: who has ended is counted no more.
+    fn bury_dead(&mut self) {
+        let now = clock::now_ns();
+        if now.saturating_sub(self.buried_ns) >= BURIAL_NS {
+            self.buried_ns = now;
+            self.runtime.bury_dead();
+        }
     }
 
     /// Gets everything ready that moving pages takes; whether it is.
