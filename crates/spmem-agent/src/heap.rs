@@ -3,6 +3,7 @@
 //! Program threads never use it: one that faulted while it held the lock would wait for the handler, which may want it.
 
 use core::alloc::{GlobalAlloc, Layout};
+use core::sync::atomic::{AtomicBool, Ordering};
 use dlmalloc::{Allocator, Dlmalloc};
 use spmem_sys::futex::Lock;
 use spmem_sys::mapping::Mapping;
@@ -12,6 +13,14 @@ const STEP: usize = 1 << 20;
 
 /// See the module's page.
 pub struct Heap(Lock<Dlmalloc<Source>>);
+
+/// The kernel has refused memory.
+static HAS_RUN_OUT: AtomicBool = AtomicBool::new(false);
+
+/// Whether that has ever been so, which is what an allocation that fails comes from.
+pub fn has_run_out() -> bool {
+    HAS_RUN_OUT.load(Ordering::Relaxed)
+}
 
 struct Source;
 
@@ -23,7 +32,10 @@ unsafe impl Allocator for Source {
                 let len = mapping.len();
                 (mapping.leak(), len, 0)
             }
-            Err(_) => (core::ptr::null_mut(), 0, 0),
+            Err(_) => {
+                HAS_RUN_OUT.store(true, Ordering::Relaxed);
+                (core::ptr::null_mut(), 0, 0)
+            }
         }
     }
 

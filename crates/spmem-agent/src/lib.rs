@@ -132,5 +132,8 @@ unsafe extern "C" fn exclude_library(info: *mut libc::dl_phdr_info, _: usize, _:
 
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    if heap::has_run_out() {
+        spmem::die_without_memory()
+    }
     spmem::die(info)
 }

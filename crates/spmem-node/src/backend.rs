@@ -153,6 +153,8 @@ pub enum Damage {
     Poisoned,
     /// The medium did not do what it was to.
     Unreadable,
+    /// This process may not read it.
+    Forbidden,
     /// Somebody else may write it now.
     HandedOver,
 }
@@ -179,6 +181,9 @@ impl fmt::Display for Corrupt {
             }
             Damage::Poisoned => f.write_str("the memory of the frame is broken"),
             Damage::Unreadable => f.write_str("the medium failed"),
+            Damage::Forbidden => f.write_str(
+                "this process may not read it any more, as under a seccomp filter without pread64, or read, write and pipe2",
+            ),
             Damage::HandedOver => f.write_str("it was handed over to a peer"),
         }
     }

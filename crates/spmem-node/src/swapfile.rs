@@ -218,6 +218,7 @@ impl SwapFiles {
         match file.medium.load(frame(handle), page) {
             Ok(()) => {}
             Err(Errno::EAGAIN | Errno::ENOMEM | Errno::EINTR) => return Err(Unloaded::Later),
+            Err(Errno::EPERM | Errno::EACCES) => return Err(lost(Damage::Forbidden)),
             // It was cut short, or the device is broken, or gone.
             Err(_) => return Err(lost(Damage::Unreadable)),
         }
@@ -265,10 +266,14 @@ impl SwapFiles {
         Ok(())
     }
 
-    /// In a forked child: these are all the pages that it has, whatever its copy of the frames says.
+    /// These are all the pages that there are, whatever is known of the frames. In a forked child, whose copy of that may be torn; and where more has been
+    /// given up than could be remembered.
     pub fn retain(&mut self, live: impl Iterator<Item = Handle>) {
-        for cluster in self.files.iter_mut().flatten().flat_map(|file| file.held.values_mut()) {
-            (cluster.used, cluster.live) = ([0; CLUSTER_FRAMES as usize / 64], 0);
+        for file in self.files.iter_mut().flatten() {
+            file.pages = 0;
+            for cluster in file.held.values_mut() {
+                (cluster.used, cluster.live) = ([0; CLUSTER_FRAMES as usize / 64], 0);
+            }
         }
         for handle in live {
             let (number, cluster, frame) = place(handle);
@@ -281,9 +286,12 @@ impl SwapFiles {
         for (number, file) in
             files.iter_mut().enumerate().filter_map(|(number, file)| Some((number, file.as_mut()?)))
         {
-            file.held.retain(|&at, cluster| {
+            let SwapFile { held, pages, .. } = file;
+            held.retain(|&at, cluster| {
                 if cluster.live == 0 {
                     release(number, at, ledger);
+                } else if !cluster.is_inherited {
+                    *pages += u64::from(cluster.live);
                 }
                 cluster.live > 0
             });

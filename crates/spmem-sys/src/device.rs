@@ -10,7 +10,7 @@
 use syscalls::{Sysno, syscall};
 
 use crate::fd::Fd;
-use crate::mapping::{forget_own, next_place, note_own, populate_read, populate_write, unmap};
+use crate::mapping::{forget_own, keep_from_children, next_place, note_own, populate_read, populate_write, unmap};
 use crate::region::{Access, map_at};
 use crate::{Errno, PAGE, Result};
 
@@ -103,6 +103,14 @@ impl Part {
             return Err(errno);
         }
         Ok(Self { start, len, access })
+    }
+
+    /// A forked child does not get it.
+    ///
+    /// # Errors
+    /// As madvise(2).
+    pub fn keep_from_children(&self) -> Result<()> {
+        keep_from_children(self.start, self.len)
     }
 
     /// Reads bytes from `offset` on.

@@ -16,6 +16,7 @@
 //! | [`region`] | mmap(2), msync(2), clwb: memory of a node, a file or a dax device, mapped shared |
 //! | [`device`] | pipe(2): a dax device, mapped, that the kernel copies from and to |
 //! | [`seccomp`] | seccomp(2): calls that another process answers |
+//! | [`filter`] | which calls a seccomp filter refuses |
 //! | [`thread`] | clone(2) without libc, sched_setaffinity(2) |
 //! | [`futex`] | futex(2): [`futex::Lock`], [`futex::Event`] |
 //! | [`socket`] | unix(7) seqpacket sockets with descriptors |
@@ -35,6 +36,7 @@ compile_error!("spmem-sys speaks the x86-64 Linux ABI only");
 pub mod clock;
 pub mod device;
 pub mod fd;
+pub mod filter;
 pub mod futex;
 pub mod mapping;
 pub mod maps;

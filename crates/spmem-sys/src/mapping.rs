@@ -2,17 +2,25 @@
 
 use crate::{PAGE, Result};
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use syscalls::{Sysno, syscall};
 
 /// Every live [`Mapping`] of this process, so that nobody takes spmem's own memory for the program's. Names in
 /// /proc/PID/maps would tell as well, but not every kernel keeps them (CONFIG_ANON_VMA_NAME).
-static OWN: [(AtomicUsize, AtomicUsize); MAX_MAPPINGS] =
-    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; MAX_MAPPINGS];
+static OWN: [Own; MAX_MAPPINGS] =
+    [const { Own { start: AtomicUsize::new(0), end: AtomicUsize::new(0), is_kept: AtomicBool::new(false) } };
+        MAX_MAPPINGS];
 /// Entries of [`OWN`] from this one on were never used.
 static OWN_EVER: AtomicUsize = AtomicUsize::new(0);
 /// Most mappings at a time.
 const MAX_MAPPINGS: usize = 1024;
+
+struct Own {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    /// A forked child does not have it.
+    is_kept: AtomicBool,
+}
 
 /// The first of our own mappings that overlaps a range, as its bounds.
 pub fn own_in(start: usize, end: usize) -> Option<(usize, usize)> {
@@ -20,16 +28,17 @@ pub fn own_in(start: usize, end: usize) -> Option<(usize, usize)> {
     // The start is written before, and cleared after, the end: an end that is not 0 has its start.
     OWN[..ever]
         .iter()
-        .map(|(from, to)| (to.load(Ordering::Acquire), from))
+        .map(|own| (own.end.load(Ordering::Acquire), &own.start))
         .filter(|&(to, from)| to > start && from.load(Ordering::Acquire) < end)
         .map(|(to, from)| (from.load(Ordering::Acquire), to))
         .min()
 }
 
 pub(crate) fn note_own(start: usize, end: usize) -> Result<()> {
-    for (index, (from, to)) in OWN.iter().enumerate() {
-        if from.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            to.store(end, Ordering::Release);
+    for (index, own) in OWN.iter().enumerate() {
+        if own.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            own.is_kept.store(false, Ordering::Relaxed);
+            own.end.store(end, Ordering::Release);
             OWN_EVER.fetch_max(index + 1, Ordering::AcqRel);
             return Ok(());
         }
@@ -38,10 +47,31 @@ pub(crate) fn note_own(start: usize, end: usize) -> Result<()> {
 }
 
 pub(crate) fn forget_own(start: usize) {
-    if let Some((from, to)) = OWN.iter().find(|(from, _)| from.load(Ordering::Acquire) == start) {
-        to.store(0, Ordering::Release);
-        from.store(0, Ordering::Release);
+    if let Some(own) = OWN.iter().find(|own| own.start.load(Ordering::Acquire) == start) {
+        own.forget();
     }
+}
+
+impl Own {
+    fn forget(&self) {
+        self.end.store(0, Ordering::Release);
+        self.start.store(0, Ordering::Release);
+    }
+}
+
+/// A forked child does not get a mapping of our own.
+pub(crate) fn keep_from_children(start: usize, len: usize) -> Result<()> {
+    // SAFETY: changes what fork does, nothing here.
+    unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_DONTFORK) }?;
+    if let Some(own) = OWN.iter().find(|own| own.start.load(Ordering::Acquire) == start) {
+        own.is_kept.store(true, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// In a forked child: what was [kept](Mapping::keep_from_children) from it is not there.
+pub fn forget_kept() {
+    OWN.iter().filter(|own| own.is_kept.swap(false, Ordering::Relaxed)).for_each(Own::forget);
 }
 
 /// Where the next mapping is to be; 0 before the first.
@@ -152,14 +182,12 @@ impl Mapping {
         Ok(Self { base: core::ptr::with_exposed_provenance_mut(base), len })
     }
 
-    /// A forked child does not get it.
+    /// A forked child does not get it, and calls [`forget_kept`].
     ///
     /// # Errors
     /// As madvise(2).
     pub fn keep_from_children(&self) -> Result<()> {
-        // SAFETY: changes what fork does, nothing here.
-        unsafe { syscall!(Sysno::madvise, self.start(), self.len, libc::MADV_DONTFORK) }?;
-        Ok(())
+        keep_from_children(self.start(), self.len)
     }
 
     /// A forked child finds it empty.

@@ -90,8 +90,9 @@ impl Pagemap {
         max_pages: usize,
         runs: &mut [Run; RUNS],
     ) -> Result<(usize, usize)> {
-        let (inverted, mask) = (IS_ZERO | IS_FILE, IS_PRESENT | IS_ZERO | IS_FILE);
-        self.scan_by(start..end, max_pages, inverted, mask, runs)
+        let category_mask = IS_PRESENT | IS_ZERO | IS_FILE;
+        let args = ScanArgs { category_inverted: IS_ZERO | IS_FILE, category_mask, ..Default::default() };
+        self.scan_by(start..end, max_pages, args, runs)
     }
 
     /// As [`Pagemap::scan`], the runs of present pages that were accessed since [`crate::uffd::Uffd::begin_tracking`]. What was
@@ -106,7 +107,8 @@ impl Pagemap {
         max_pages: usize,
         runs: &mut [Run; RUNS],
     ) -> Result<(usize, usize)> {
-        self.scan_by(start..end, max_pages, 0, IS_PRESENT | IS_ACCESSED, runs)
+        let args = ScanArgs { category_mask: IS_PRESENT | IS_ACCESSED, ..Default::default() };
+        self.scan_by(start..end, max_pages, args, runs)
     }
 
     /// As [`Pagemap::scan`], the runs of pages that are in the kernel's swap or whose memory has failed.
@@ -114,15 +116,15 @@ impl Pagemap {
     /// # Errors
     /// As ioctl(2).
     pub fn scan_gone(&self, start: usize, end: usize, runs: &mut [Run; RUNS]) -> Result<usize> {
-        self.scan_by(start..end, usize::MAX, 0, IS_SWAPPED, runs).map(|(count, _)| count)
+        let args = ScanArgs { category_mask: IS_SWAPPED, ..Default::default() };
+        self.scan_by(start..end, usize::MAX, args, runs).map(|(count, _)| count)
     }
 
     fn scan_by(
         &self,
         range: core::ops::Range<usize>,
         max_pages: usize,
-        category_inverted: u64,
-        category_mask: u64,
+        categories: ScanArgs,
         runs: &mut [Run; RUNS],
     ) -> Result<(usize, usize)> {
         let mut args = ScanArgs {
@@ -132,10 +134,8 @@ impl Pagemap {
             vec: runs.as_mut_ptr().expose_provenance() as u64,
             vec_len: RUNS as u64,
             max_pages: max_pages as u64,
-            category_inverted,
-            category_mask,
             return_mask: IS_HUGE,
-            ..Default::default()
+            ..categories
         };
         // SAFETY: the kernel writes at most `vec_len` runs and the args.
         let count = unsafe { syscall!(Sysno::ioctl, self.0.raw(), PAGEMAP_SCAN, core::ptr::from_mut(&mut args)) }?;
@@ -145,9 +145,12 @@ impl Pagemap {
     /// Whether there is a page at `address`: present, being migrated, or in swap space.
     ///
     /// # Errors
-    /// As read(2).
+    /// As ioctl(2).
     pub fn is_there(&self, address: usize) -> Result<bool> {
-        Ok(self.read(address)? >> 62 != 0)
+        let page = address & !(PAGE - 1);
+        let mut runs = [Run::default(); RUNS];
+        let args = ScanArgs { category_anyof_mask: IS_PRESENT | IS_SWAPPED, ..Default::default() };
+        self.scan_by(page..page + PAGE, 1, args, &mut runs).map(|(count, _)| count > 0)
     }
 
     /// Whether the page of `address` is present and mapped by no other process.

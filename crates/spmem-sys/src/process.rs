@@ -73,6 +73,29 @@ pub fn cpu_count() -> usize {
     crate::thread::Affinity::of_caller().count().max(1)
 }
 
+/// Which pid namespace this process is in (pid_namespaces(7)): the inode of /proc/PID/ns/pid. `None` where the kernel does not tell: before 6.11
+/// without a /proc of its own.
+pub fn pid_namespace() -> Option<u64> {
+    /// `_IO(PIDFS_IOCTL_MAGIC, 5)` (include/uapi/linux/pidfd.h).
+    const PIDFD_GET_PID_NAMESPACE: u32 = 0xff05;
+    // What is looked up in /proc has to be thrown out of the kernel's cache when the process ends.
+    // SAFETY: takes no pointer.
+    let space =
+        own_pidfd().and_then(|own| Ok(unsafe { syscall!(Sysno::ioctl, own.raw(), PIDFD_GET_PID_NAMESPACE, 0) }?));
+    let space = space.map(|raw| Fd::from_raw(raw_fd(raw)));
+    let space = space.or_else(|_| Fd::open_in_proc(c"/proc/thread-self/ns/pid")).ok()?;
+    let mut found = core::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: the kernel writes one stat.
+    unsafe { syscall!(Sysno::fstat, space.raw(), found.as_mut_ptr()) }.ok()?;
+    // SAFETY: it was zeroed, and all of its fields are numbers.
+    Some(unsafe { found.assume_init() }.st_ino)
+}
+
+fn own_pidfd() -> Result<Fd> {
+    // SAFETY: takes no pointer.
+    Ok(unsafe { syscall!(Sysno::pidfd_open, pid(), 0) }.map(raw_fd).map(Fd::from_raw)?)
+}
+
 /// Whether a process of this id exists.
 pub fn exists(pid: u32) -> bool {
     // SAFETY: signal 0 is never delivered.
@@ -185,9 +208,8 @@ pub fn write_stderr(text: &[u8]) {
 
 /// The first thread's descriptor 2 itself, with its place in the file; opened anew it would overwrite or be overwritten.
 fn standard_error() -> Result<Fd> {
+    let process = own_pidfd()?;
     // SAFETY: takes no pointer.
-    let process = unsafe { syscall!(Sysno::pidfd_open, pid(), 0) }.map(raw_fd).map(Fd::from_raw)?;
-    // SAFETY: as above.
     let fd = unsafe { syscall!(Sysno::pidfd_getfd, process.raw(), 2, 0) }?;
     Ok(Fd::from_raw(raw_fd(fd)))
 }
@@ -275,6 +297,13 @@ fn parse_decimal(digits: &[u8]) -> Option<u64> {
 mod tests {
     extern crate std;
     use super::*;
+
+    #[test]
+    fn the_pid_namespace_is_the_one_that_proc_names() {
+        use std::os::unix::fs::MetadataExt;
+        let named = std::fs::metadata("/proc/self/ns/pid").expect("/proc");
+        assert_eq!(pid_namespace(), Some(named.ino()));
+    }
 
     #[test]
     fn memory_use_follows_what_is_touched() {

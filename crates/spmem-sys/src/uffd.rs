@@ -313,7 +313,12 @@ impl Uffd {
                 Ok(true) => progress.done += PAGE,
                 Ok(false) => return progress,
                 // Whatever is assumed now may lose a page.
-                Err(_) => process::abort(),
+                Err(_) => {
+                    process::write_stderr(
+                        b"spm: the kernel does not tell where a page is that was to be moved (PAGEMAP_SCAN)\n",
+                    );
+                    process::abort()
+                }
             }
         }
         progress.stopped = None;

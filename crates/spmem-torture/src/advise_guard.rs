@@ -3,6 +3,7 @@
 use crate::area::{Area, Ballast, State};
 use crate::harness::{Case, Ctx, Outcome, bail, ensure};
 use crate::process;
+use crate::seccomp::{give, install, load, unless};
 use crate::sys;
 
 pub const CASES: &[Case] = &[
@@ -68,24 +69,13 @@ fn guard_refused(ctx: &Ctx) -> Outcome {
 }
 
 fn refuse_guards() -> Outcome {
-    let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
-    let load = |offset| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-    let unless = |value, skip| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, value);
-    let give = |value| step(libc::BPF_RET | libc::BPF_K, 0, 0, value);
     // struct seccomp_data: the number at 0, the third argument at 32.
-    let mut steps = [
+    install(&mut [
         load(0),
         unless(libc::SYS_madvise as u32, 3),
         load(32),
         unless(102, 1),
         give(libc::SECCOMP_RET_ERRNO | libc::EINVAL as u32),
         give(libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
-    // SAFETY: the program lives as long as the calls.
-    unsafe {
-        sys::ok("PR_SET_NO_NEW_PRIVS", libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
-        sys::ok("PR_SET_SECCOMP", libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program).into())?;
-    }
-    Ok(())
+    ])
 }

@@ -30,6 +30,11 @@ pub const CASES: &[Case] = &[
         without_counter,
     ),
     Case::new("fork-works", "a child works for long on data of its own, cold and hot", works),
+    Case::new(
+        "fork-generations",
+        "the address space of a descendant does not grow with the number of its ancestors",
+        generations,
+    ),
 ];
 
 fn both(ctx: &Ctx) -> Outcome {
@@ -337,4 +342,32 @@ fn works(ctx: &Ctx) -> Outcome {
     }
     process::succeed("working child", child)?;
     area.check_all("the parent's memory, at the end")
+}
+
+fn generations(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
+    descend(&area, &mut ballast, &mut Vec::new())
+}
+
+/// `sizes`: what the address space of each ancestor took, pages.
+fn descend(area: &Area, ballast: &mut Ballast, sizes: &mut Vec<usize>) -> Outcome {
+    const DEPTH: usize = 8;
+    // The first ones are not like their descendants: who forks for the first time makes lists for it.
+    const FIRST: usize = 2;
+    // The heap of an agent grows by a MiB.
+    const MOST: usize = 3 * 256;
+    ballast.sweep_part(sizes.len(), DEPTH)?;
+    area.check_all(&format!("generation {}", sizes.len()))?;
+    let statm = sys::slurp("/proc/self/statm");
+    let size = statm.split(' ').next().and_then(|pages| pages.parse().ok());
+    let Some(size) = size else { crate::harness::bail!("/proc/self/statm: {statm:?}") };
+    sizes.push(size);
+    if sizes.len() < DEPTH {
+        let child = process::fork(|| descend(area, ballast, sizes))?;
+        return process::succeed("the next generation", child);
+    }
+    let grown = size.saturating_sub(sizes[FIRST]);
+    ensure!(grown <= MOST, "{grown} pages more than {} generations before: {sizes:?}", DEPTH - 1 - FIRST);
+    Ok(())
 }

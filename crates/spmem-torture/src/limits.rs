@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
         limited(ctx, address_space)
     }),
     Case::new("limit-data", "a tight RLIMIT_DATA: growth fails, memory stays", |ctx| limited(ctx, data)),
+    Case::new("limit-none-left", "children of a process that may map nothing more keep their pages", none_left),
     Case::new("limit-nofile", "RLIMIT_NOFILE 10 and 0", |ctx| limited(ctx, files)),
     Case::new("limit-stack", "a small RLIMIT_STACK, threads and recursion", |ctx| limited(ctx, stack)),
     Case::new("limit-nproc", "RLIMIT_NPROC 0 and RLIMIT_CORE 0", |ctx| limited(ctx, processes)),
@@ -76,6 +77,28 @@ fn data(_: &Ctx) -> Outcome {
     let beyond = sys::anon(64 << 8);
     ensure!(beyond.is_err(), "64 MiB were mapped beyond RLIMIT_DATA");
     Ok(())
+}
+
+/// What is mapped already may be more than the limit, too.
+fn none_left(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    for (what, key) in [(libc::RLIMIT_AS, "VmSize:"), (libc::RLIMIT_DATA, "VmData:")] {
+        for part in [2, 1] {
+            let limited = process::fork(|| {
+                set(what, status_bytes(key) / part)?;
+                let child = process::fork(|| {
+                    area.check_all("child of a process that may map nothing more")?;
+                    let grandchild = process::fork(|| area.check_all("grandchild of such a process"))?;
+                    process::succeed("grandchild of such a process", grandchild)
+                })?;
+                process::succeed("child of a process that may map nothing more", child)
+            })?;
+            process::succeed(&format!("process with a limit of {key} / {part}"), limited)?;
+        }
+    }
+    area.check_all("parent of processes that may map nothing more")
 }
 
 /// Soft limits only: a process whose hard limit is 0 cannot be sent the descriptor that a fork brings (README, Limits).

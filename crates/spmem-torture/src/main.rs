@@ -42,6 +42,7 @@ mod protect;
 mod raw_clone;
 mod raw_crowd;
 mod remap;
+mod seccomp;
 mod signals;
 mod stacks;
 mod store;
@@ -61,6 +62,7 @@ const THEMES: &[&[Case]] = &[
     fork::CASES,
     fork_busy::CASES,
     fork_traced::CASES,
+    seccomp::CASES,
     exec::CASES,
     raw_clone::CASES,
     raw_crowd::CASES,

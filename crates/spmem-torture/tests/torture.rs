@@ -71,6 +71,8 @@ const WITH_SWAP: &[&str] = &[
     "fork-while-remapping",
     "fork-while-advising",
     "fork-killed",
+    "fork-filtered",
+    "fork-generations",
     "fork-nursed",
     "fork-served",
     "exec-vfork",

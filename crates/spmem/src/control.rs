@@ -5,7 +5,7 @@
 //! unless said otherwise: the values are statistics and hints, no memory is published through them. The one claim
 //! that must be exclusive, taking a slot, is a compare-and-swap on [`Slot::pid`].
 //!
-//! Known hole: a process that dies without its `spm` alive keeps its slot until another agent finds the pid gone.
+//! Slots of processes that have ended are given back by `spm`, or without it by the other processes (identity.rs).
 
 use crate::recorder::Recorder;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -20,6 +20,8 @@ pub const MAGIC: u64 = 0x5350_4d43_544c_0005;
 pub const VERSION_MASK: u64 = 0xffff;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
 pub const SLOTS: usize = 4096;
+/// Of a [`Slot::pid`]: it is about to be free.
+const LEAVING: u32 = u32::MAX;
 /// The limit that means "no limit" (`--sysram max`).
 pub const UNLIMITED: u64 = u64::MAX;
 
@@ -28,7 +30,7 @@ pub const UNLIMITED: u64 = u64::MAX;
 pub struct Control {
     /// [`MAGIC`], written by `spm` before the first agent sees the page.
     pub magic: AtomicU64,
-    /// The pid namespace of `spm`, of whose processes alone it keeps slots: the inode of /proc/PID/ns/pid.
+    /// The pid namespace of `spm`, by whose numbers slots are known: the inode of /proc/PID/ns/pid.
     pub pid_namespace: AtomicU64,
     /// RAM the tree's managed memory may take in all, bytes; [`UNLIMITED`] for none.
     pub limit_bytes: AtomicU64,
@@ -160,12 +162,17 @@ impl Target {
         self.clusters.load(Relaxed) > 0
     }
 
+    /// Whether it is a dax device.
+    pub fn is_device(&self) -> bool {
+        self.is_swap() && self.align.load(Relaxed) > 0
+    }
+
     /// Its kind, as a configuration names it.
     pub fn kind(&self) -> &'static str {
-        match (self.is_swap(), self.align.load(Relaxed)) {
+        match (self.is_swap(), self.is_device()) {
             (false, _) => "numa",
-            (true, 0) => "file",
-            (true, _) => "dax",
+            (true, false) => "file",
+            (true, true) => "dax",
         }
     }
 }
@@ -173,7 +180,7 @@ impl Target {
 /// A process's share, written by its own agent only.
 #[repr(C, align(128))]
 pub struct Slot {
-    /// Process id; 0 = free. Taken by compare-and-swap, freed by `spm` when the process is gone.
+    /// Process id, as `spm`'s pid namespace has it; 0 = free. Taken by compare-and-swap, freed by `spm` when the process is gone.
     pub pid: AtomicU32,
     /// 1 while a forked child is taking over its own faults, 2 when it has.
     pub adoption: AtomicU32,
@@ -284,7 +291,7 @@ impl Control {
 
     fn live_indices(&self) -> impl Iterator<Item = usize> {
         let ever = self.slots_ever.load(Relaxed).min(SLOTS as u64) as usize;
-        (0..ever).filter(|&index| self.slots[index].pid.load(Relaxed) != 0)
+        (0..ever).filter(|&index| !matches!(self.slots[index].pid.load(Relaxed), 0 | LEAVING))
     }
 
     /// Takes a free slot for `pid`, or finds the one it has: its index and whether it is new; `None` when all are
@@ -300,9 +307,10 @@ impl Control {
         Some((index, true))
     }
 
-    /// Gives the slot of `pid` back; nothing happens when it has none.
+    /// Gives the slot of `pid` back; nothing happens when it has none. Whoever else does so at the same time touches no slot that is another's by then.
     pub fn release_slot(&self, pid: u32) {
-        for slot in self.slots.iter().filter(|slot| slot.pid.load(Relaxed) == pid) {
+        let is_taken = |slot: &&Slot| slot.pid.compare_exchange(pid, LEAVING, Relaxed, Relaxed).is_ok();
+        for slot in self.slots.iter().filter(is_taken) {
             for field in slot.placed_bytes.iter().chain([
                 &slot.used_bytes,
                 &slot.holding_bytes,
@@ -368,7 +376,36 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
     use super::*;
+
+    /// A control page of zeros.
+    fn control() -> std::boxed::Box<Control> {
+        #![allow(unsafe_code, reason = "too large for a stack")]
+        // SAFETY: of the layout of a `Control`, which is not empty.
+        let zeros = unsafe { std::alloc::alloc_zeroed(std::alloc::Layout::new::<Control>()) };
+        // SAFETY: as above; zeros are a valid value.
+        unsafe { std::boxed::Box::from_raw(zeros.cast()) }
+    }
+
+    #[test]
+    fn a_slot_is_given_back_by_its_number_and_no_other_is_touched() {
+        let control = control();
+        let slots: std::vec::Vec<usize> =
+            (1..=5).map(|pid| control.claim_slot(pid).expect("a free slot").0).collect();
+        assert_eq!(control.claim_slot(3), Some((slots[2], false)));
+        for slot in &control.slots[..5] {
+            slot.used_bytes.store(7, Relaxed);
+        }
+        control.release_slot(3);
+        control.release_slot(3);
+        assert_eq!((control.count_processes(), control.sum(|slot| &slot.used_bytes)), (4, 28));
+        // Who is giving a slot back holds it until it is empty.
+        control.slots[slots[1]].pid.store(LEAVING, Relaxed);
+        assert_eq!((control.count_processes(), control.sum(|slot| &slot.used_bytes)), (3, 21));
+        assert_eq!(control.claim_slot(9), Some((slots[2], true)));
+        assert_eq!(control.claim_slot(10), Some((5, true)));
+    }
 
     #[test]
     fn every_duration_falls_into_the_bucket_whose_edges_hold_it() {

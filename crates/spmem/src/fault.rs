@@ -22,7 +22,6 @@ use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Copy, Entry};
-use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru;
@@ -45,7 +44,7 @@ const RETRY_NS: u64 = 50_000;
 /// it in vain takes as long as what it would spare.
 const MAX_READS: usize = 16;
 /// Faults that can wait: a thread has one, or a few where signals interrupt it. Address space, most of it never touched.
-const MAX_WAITING: usize = 1 << 16;
+pub(crate) const MAX_WAITING: usize = 1 << 16;
 
 /// Why a thread waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +65,7 @@ impl Fault {
 
 /// A fault that could not be served yet.
 #[derive(Clone, Copy)]
-struct Waiting {
+pub(crate) struct Waiting {
     address: usize,
     kind: Fault,
     tid: u32,
@@ -119,7 +118,10 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
     let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages");
     let zeros = Mapping::new(PAGE, c"spmem zeros");
-    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { process::abort() };
+    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { crate::die_without_memory() };
+    for mapping in [&pages, &zeros] {
+        let _ = mapping.keep_from_children();
+    }
     let pagemap = runtime.shared_pagemap();
     let mut server = Server {
         runtime,
@@ -138,11 +140,9 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
 impl Server {
     fn run(&mut self, uffd: &Uffd) -> ! {
         let runtime = self.runtime;
-        // All at once: nothing is allocated while a fork may be copying the heap.
-        let mut waiting = Vec::new();
-        if waiting.try_reserve_exact(MAX_WAITING).is_err() {
-            process::abort();
-        }
+        let mut waiting = runtime.waiting.lock();
+        // What a forked child finds there is its parent's.
+        waiting.clear();
         let mut is_settled = true;
         let listener = runtime.listener.load(Relaxed);
         let mut read_before = None;

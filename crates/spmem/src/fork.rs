@@ -16,8 +16,8 @@
 //! the program does: it runs once the child serves itself, and a child that cannot ends.
 //!
 //! A fork that nobody announced (a raw system call) gets all its pages at once ([`crate::populate`]) and runs unmanaged.
-//! So does a child that cannot be told from such a one, that forks before it serves itself, or that was forked while other
-//! threads moved ranges: its copy of the entries may be torn.
+//! So does a child that cannot be told from such a one, that forks before it serves itself, that could not serve itself ([`hurdle`]), or that was
+//! forked while other threads moved ranges: its copy of the entries may be torn.
 //!
 //! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
@@ -25,6 +25,7 @@
 //! Over 500 lines: both sides of one protocol, which are read against each other.
 
 use crate::changes;
+use crate::hurdle;
 use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
@@ -34,11 +35,12 @@ use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use spmem_core::placing::MAX_TARGETS;
 use spmem_sys::fd::{Fd, close_all_but};
+use spmem_sys::filter::{Need, first_refused};
 use spmem_sys::mapping;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::process::DescriptorLimit;
-use spmem_sys::socket::{Listener, MAX_FDS, MAX_NAME, Socket};
+use spmem_sys::socket::{Listener, MAX_FDS, MAX_NAME, Received, Socket};
 use spmem_sys::thread::{self, Table};
 use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, Result, clock, futex, process};
@@ -185,7 +187,6 @@ impl Runtime {
 
     /// After fork(2), in the child.
     pub fn after_fork_in_child(&'static self) {
-        let parent = self.pid.load(Ordering::Relaxed);
         if self.stage() == Stage::Dormant {
             return;
         }
@@ -193,21 +194,6 @@ impl Runtime {
         let pid = process::pid();
         self.pid.store(pid, Ordering::Relaxed);
         self.reset_after_fork();
-        let Some((slot, is_new)) = self.shared().claim_slot(pid) else {
-            // More processes than slots. Without a budget's share it cannot be managed, with pages away it must be.
-            if self.stage() == Stage::Active {
-                crate::complain(format_args!("spm: process {parent}: no slot for its forked child {pid}\n"));
-                process::abort();
-            }
-            self.set_stage(Stage::Dormant);
-            self.end_fork_in_child();
-            process::set_signal_mask(mask);
-            return;
-        };
-        if is_new {
-            self.shared().counters.processes.fetch_add(1, Ordering::Relaxed);
-        }
-        self.slot.store(slot, Ordering::Relaxed);
         let entry = if self.stage() == Stage::Active { adopt } else { reclaim::monitor_of_child };
         if self.start_thread(0, Table::Private, entry).is_err() {
             crate::complain(format_args!("spm: process {pid}: cannot start a thread in a forked child\n"));
@@ -236,12 +222,16 @@ impl Runtime {
         for working in &self.working {
             working.store(0, Ordering::Relaxed);
         }
+        // SAFETY: as above.
+        unsafe { self.waiting.reset() };
+        mapping::forget_kept();
         for fd in [&self.device, &self.socket, &self.uffd, &self.scratch, &self.listener, &self.pagemap] {
             fd.store(-1, Ordering::Relaxed);
         }
         self.dismiss_encoder();
         self.dismiss_porter();
         spmem_sys::fd::set_proc(-1);
+        self.number.store(0, Ordering::Relaxed);
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
@@ -385,7 +375,7 @@ pub(crate) fn end_quiet(runtime: &Runtime, space: &mut Space<Cram>) {
 
 /// Somebody connects who is not being nursed: a child that has all its pages, which is told so.
 pub(crate) fn dismiss(runtime: &Runtime) {
-    if hand_over(runtime, None, &[], None) {
+    if hand_over(runtime, None, &[], None) == Handed::Over {
         stand_alone(runtime);
     }
 }
@@ -395,21 +385,36 @@ pub(crate) fn stand_alone(runtime: &Runtime) {
     runtime.fork_turn.changed.signal();
 }
 
+/// What became of a child that connects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Handed {
+    /// It has what it needs.
+    Over,
+    /// It was somebody else, or is gone.
+    Nothing,
+    /// It cannot serve itself, and is to get all its pages.
+    Back,
+}
+
 /// Gives the child that connects its userfaultfd (`None`: it has all its pages and runs unmanaged), and what it needs of swap files.
 pub(crate) fn hand_over(
     runtime: &Runtime,
     child: Option<&Uffd>,
     changes: &[Event],
     swap: Option<(Fd, [i32; MAX_TARGETS])>,
-) -> bool {
+) -> Handed {
     let listening = Listener::from_fd(Fd::from_raw(runtime.listener.load(Ordering::Relaxed)));
     let accepted = listening.accept();
     let _ = listening.into_fd().into_raw();
-    let Ok(socket) = accepted else { return false };
-    let mut nonce = [0; 8];
-    let asked = socket.receive(&mut nonce).is_ok_and(|received| received.len == 8);
+    let Ok(socket) = accepted else { return Handed::Nothing };
+    let mut question = [0; 9];
+    let asked = socket.receive(&mut question).is_ok_and(|received| received.len == question.len());
+    let [nonce @ .., can_serve] = question;
     if !asked || u64::from_ne_bytes(nonce) != runtime.fork_turn.nonce.load(Ordering::Relaxed) {
-        return false;
+        return Handed::Nothing;
+    }
+    if child.is_some() && can_serve == 0 {
+        return Handed::Back;
     }
     let mut words = [0_u64; WORDS];
     words[1] = changes.len() as u64;
@@ -441,7 +446,7 @@ pub(crate) fn hand_over(
     for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
-    socket.send(&bytes, &fds[..count]).is_ok()
+    if socket.send(&bytes, &fds[..count]).is_ok() { Handed::Over } else { Handed::Nothing }
 }
 
 /// Entry of a forked child's first agent thread: takes its faults over from the parent.
@@ -457,22 +462,29 @@ extern "C" fn adopt(argument: usize) -> ! {
         Ok(false) => {
             // All pages are here; whatever the entries say is history.
             runtime.set_stage(Stage::Dormant);
-            runtime.shared().release_slot(process::pid());
+            runtime.give_slot_back();
             runtime.end_fork_in_child();
             thread::exit()
         }
         Err(errno) => {
-            crate::complain(format_args!(
-                "spm: process {}: forked, and cannot take its pages over from its parent: {errno}\n",
-                process::pid()
-            ));
+            let pid = process::pid();
+            match first_refused(Need::Asking) {
+                Some(call) => crate::complain(format_args!(
+                    "spm: process {pid}: forked under a seccomp filter that refuses {call}, by which its agent takes its pages over from its \
+                     parent; let that through, or fork before the filter is there\n"
+                )),
+                None => crate::complain(format_args!(
+                    "spm: process {pid}: forked, and cannot take its pages over from its parent: {errno}\n"
+                )),
+            }
             process::abort();
         }
     }
     reclaim::run_monitor(runtime, true)
 }
 
-fn take_over(runtime: &'static Runtime) -> Result<bool> {
+/// Asks the parent for what it takes to serve itself, or, where it could not, for all its pages: the answer.
+fn ask_parent(runtime: &Runtime, can_serve: bool, bytes: &mut [u8]) -> Result<Received> {
     let (name, len): ([u8; MAX_NAME], usize) = *runtime.listener_name.lock();
     let socket = match Socket::connect(&name[..len]) {
         // The program has left the network name space that its agent, and `spm`, listen in.
@@ -482,9 +494,26 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
         }
         other => other?,
     };
-    socket.send(&runtime.fork_turn.nonce.load(Ordering::Relaxed).to_ne_bytes(), &[])?;
+    let mut question = [u8::from(can_serve); 9];
+    question[..8].copy_from_slice(&runtime.fork_turn.nonce.load(Ordering::Relaxed).to_ne_bytes());
+    socket.send(&question, &[])?;
+    socket.receive(bytes)
+}
+
+fn take_over(runtime: &'static Runtime) -> Result<bool> {
+    let (hurdle, mut hello) = hurdle::find(runtime);
     let mut bytes = [0; WORDS * 8];
-    let mut received = socket.receive(&mut bytes)?;
+    let mut received = ask_parent(runtime, hurdle.is_none(), &mut bytes)?;
+    if let Some(hurdle) = hurdle {
+        if received.len == 0 {
+            // The parent has begun to give all pages, and answers whoever connects once that is done.
+            received = ask_parent(runtime, false, &mut bytes)?;
+        }
+        crate::complain(format_args!(
+            "spm: process {}: forked, and {hurdle}; it gets all its pages and runs without a budget\n",
+            process::pid()
+        ));
+    }
     if received.len != bytes.len() {
         return Err(Errno(libc::EPROTO));
     }
@@ -498,9 +527,9 @@ fn take_over(runtime: &'static Runtime) -> Result<bool> {
     let uffd = Uffd::from_fd(given[0].take().ok_or(Errno(libc::EPROTO))?);
     spmem_sys::fd::set_proc(given[1].take().map_or(-1, Fd::into_raw));
     let mut device = given[2].take();
-    if let Ok((socket, other)) = runtime.hello_again() {
-        runtime.socket.store(socket.into_fd().into_raw(), Ordering::Relaxed);
-        device = device.or(other);
+    hello = hello.or_else(|| runtime.hello_again().ok());
+    if let Some(other) = hello.and_then(|hello| runtime.meet(hello)) {
+        device = device.or(Some(other));
     }
     runtime.device.store(device.map_or(-1, Fd::into_raw), Ordering::Relaxed);
     let _ = runtime.enlist(&uffd, 0);

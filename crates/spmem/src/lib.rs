@@ -27,6 +27,8 @@ mod fork;
 mod frames;
 mod gate;
 pub mod holding;
+mod hurdle;
+mod identity;
 mod nurse;
 mod pins;
 mod place;
@@ -49,6 +51,16 @@ pub(crate) fn complain(text: fmt::Arguments<'_>) {
     let mut line = Line { bytes: [0; 512], len: 0 };
     let _ = line.write_fmt(text);
     spmem_sys::process::write_stderr(&line.bytes[..line.len]);
+}
+
+/// Ends the process after it was refused memory that an agent thread cannot do without.
+pub fn die_without_memory() -> ! {
+    complain(format_args!(
+        "spm: process {}: no memory is left for its agent: RLIMIT_AS or RLIMIT_DATA is too low, or the system has no more. Set limits before spm \
+         run, or leave a few MiB\n",
+        spmem_sys::process::pid()
+    ));
+    spmem_sys::process::abort()
 }
 
 /// Ends the process after a broken invariant in an agent thread: going on might hand out wrong bytes.

@@ -8,7 +8,7 @@ use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, clock, process};
 
 use crate::fault::{Fault, Served, Server};
-use crate::fork::{MAX_EVENTS, end_quiet, hand_over, stand_alone};
+use crate::fork::{Handed, MAX_EVENTS, end_quiet, hand_over, stand_alone};
 use crate::populate::{Since, give, populate};
 use crate::protocol::Heir;
 use crate::runtime::Runtime;
@@ -72,12 +72,16 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             }
         }
         let may_take_over = entries[2].is_ready() && can_be_handed_over(&since);
-        let is_handed_over = may_take_over && {
+        let mut handed = Handed::Nothing;
+        if may_take_over {
             // A child that could not read swap files is given what is there.
             let Ok(swap) = swap::lend(runtime) else { break true };
-            pass_on(runtime, &child, &since, swap)
-        };
-        if is_handed_over || ready == 0 && is_gone(&child) {
+            handed = pass_on(runtime, &child, &since, swap);
+        }
+        if handed == Handed::Back {
+            break true;
+        }
+        if handed == Handed::Over || ready == 0 && is_gone(&child) {
             stand_alone(runtime);
             break false;
         }
@@ -97,16 +101,16 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
 ///
 /// `spm` lets go of it first: it may answer for none that could have its userfaultfd. Should this process be killed in between
 /// nobody holds it, but a child that has connected waits, and ends itself.
-fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since, swap: Option<(Fd, [i32; MAX_TARGETS])>) -> bool {
+fn pass_on(runtime: &Runtime, child: &Uffd, since: &Since, swap: Option<(Fd, [i32; MAX_TARGETS])>) -> Handed {
     if !runtime.release(child) {
         process::sleep_ns(1_000_000);
-        return false;
+        return Handed::Nothing;
     }
-    let is_handed_over = hand_over(runtime, Some(child), since.changes(), swap);
-    if !is_handed_over {
+    let handed = hand_over(runtime, Some(child), since.changes(), swap);
+    if handed != Handed::Over {
         runtime.entrust(child, Heir::Later);
     }
-    is_handed_over
+    handed
 }
 
 /// Not one to which more has happened than can be passed on, or that has forked before it can serve itself: whom it has

@@ -7,7 +7,7 @@
 //!
 //! | kind | request carries | reply carries |
 //! |---|---|---|
-//! | `Hello` | `value` 1: a forked child, which is managed even without a connection | memfd of the [control page](crate::control::Control), `/dev/userfaultfd` |
+//! | `Hello` | `value` 1: a forked child, which is managed even without a connection | memfd of the [control page](crate::control::Control), `/dev/userfaultfd`; `value`: the process's number in `spm`'s pid namespace |
 //! | `Userfault` | a fresh userfaultfd of the agent's process | - ; `spm` has done the UFFDIO_API handshake on it with the features in `value` and keeps it as second holder; features 0: it is enabled already, hold it only |
 //! | `Child` | the userfaultfd of a forked child that its parent serves, for `spm` to hold; `value`: its number in the agent's table, and a [`Heir`]. None: the child of that number is about to stand alone | no reply |
 //! | `Encoder` | the process's /proc/self/mem, opened by itself | memfd of an [`Exchange`](crate::encoder::Exchange) that a thread of `spm` serves |
@@ -17,7 +17,7 @@
 /// Environment variable that names the socket.
 pub const SOCKET_ENV: &str = "SPMEM_SOCKET";
 /// First word of every message; the low digits are the version.
-pub const MAGIC: u64 = 0x5350_4d50_524f_0005;
+pub const MAGIC: u64 = 0x5350_4d50_524f_0006;
 
 /// What a message asks.
 #[repr(u32)]

@@ -10,6 +10,7 @@ use crate::demote::Demoter;
 use crate::dense::Densifier;
 use crate::follow::Shadow;
 use crate::gate::GateKeeper;
+use crate::hurdle::Hurdle;
 use crate::place::Checker;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
@@ -46,8 +47,22 @@ pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
     thread::set_name(c"spm-monitor");
     thread::leave_directory();
     let _ = close_all_but(&[]);
-    if let Ok((socket, device)) = runtime.hello_again() {
-        runtime.socket.store(socket.into_fd().into_raw(), Relaxed);
+    let hello = match runtime.take_slot() {
+        Ok(hello) => hello.or_else(|| runtime.hello_again().ok()),
+        Err(errno) => {
+            crate::complain(format_args!(
+                "spm: process {}: forked, and {}; it runs without a budget\n",
+                process::pid(),
+                Hurdle::Slot(errno)
+            ));
+            runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
+            runtime.set_stage(Stage::Dormant);
+            runtime.end_fork_in_child();
+            thread::exit()
+        }
+    };
+    if let Some(hello) = hello {
+        let device = runtime.meet(hello);
         runtime.device.store(device.map_or(-1, spmem_sys::fd::Fd::into_raw), Relaxed);
     }
     run_monitor(runtime, true)
@@ -119,6 +134,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         progress: Progress::default(),
         throttle: Throttle::new(clock::now_ns()),
         is_unfit: false,
+        buried_ns: clock::now_ns(),
     };
     loop {
         let sleep = monitor.round();
@@ -140,7 +156,12 @@ struct Monitor {
     throttle: Throttle,
     /// Nothing can be moved, and that was said.
     is_unfit: bool,
+    /// When processes that have ended were looked for.
+    buried_ns: u64,
 }
+
+/// How often that is due, ns.
+const BURIAL_NS: u64 = 1_000_000_000;
 
 /// What exists once pages may leave.
 struct Tools {
@@ -172,6 +193,7 @@ impl Monitor {
         let runtime = self.runtime;
         let ticket = runtime.demand.ticket();
         let limit = runtime.shared().limit_bytes.load(Relaxed);
+        self.bury_dead();
         let facts = self.gauge.measure(limit);
         let plan = plan(&facts);
         if is_near(&facts) && !self.prepare(limit) {
@@ -211,6 +233,15 @@ impl Monitor {
         let rest_ns = rest?;
         runtime.working(0, || tools.demoter.drain());
         Some((ticket, rest_ns))
+    }
+
+    /// Now and then: who has ended is counted no more.
+    fn bury_dead(&mut self) {
+        let now = clock::now_ns();
+        if now.saturating_sub(self.buried_ns) >= BURIAL_NS {
+            self.buried_ns = now;
+            self.runtime.bury_dead();
+        }
     }
 
     /// Gets everything ready that moving pages takes; whether it is.
@@ -385,7 +416,9 @@ impl Gauge {
 
     /// Resident anonymous memory; pages shared with relatives count in part.
     fn read_used(&mut self, now: u64) -> u64 {
-        let Ok(anonymous) = self.memory.read_anonymous_bytes() else { return self.last_used };
+        let Ok(anonymous) = self.memory.read_anonymous_bytes() else {
+            return self.runtime.own_slot().used_bytes.load(Relaxed);
+        };
         if self.runtime.is_shared.load(Relaxed) && self.sharing.is_due(now) {
             let proportional = self.memory.read_proportional_bytes().ok().map(Bytes);
             if !self.sharing.note(now, Bytes(anonymous), proportional) {

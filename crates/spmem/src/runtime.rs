@@ -29,6 +29,7 @@ use crate::recorder::{Happening, Record};
 use crate::space::Space;
 use crate::swap;
 use crate::table::{CHUNK, Copy};
+use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::{
     AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
@@ -78,6 +79,10 @@ pub struct Runtime {
     control: AtomicPtr<Control>,
     pub(crate) slot: AtomicUsize,
     pub(crate) pid: AtomicU32,
+    /// The number by which its slot is known; 0: it has none.
+    pub(crate) number: AtomicU32,
+    /// `spm`'s pid namespace is this process's.
+    pub(crate) is_among_others: AtomicBool,
     stage: AtomicU32,
     /// Descriptors in the agent threads' table; -1 when there is none.
     pub(crate) device: AtomicI32,
@@ -92,6 +97,8 @@ pub struct Runtime {
     pub(crate) listener_name: Lock<([u8; MAX_NAME], usize)>,
     pub(crate) spm_name: Lock<([u8; MAX_NAME], usize)>,
     pub(crate) space: Lock<Option<Space<Cram>>>,
+    /// The fault handler's, as long as it runs. Here because a forked child uses the same memory again.
+    pub(crate) waiting: Lock<Vec<fault::Waiting>>,
     /// Where the holding area is; 0 before it is there.
     pub(crate) holding_start: AtomicUsize,
     /// A page that nobody may read, to ask the kernel questions with.
@@ -157,6 +164,8 @@ impl Runtime {
             control: AtomicPtr::new(core::ptr::null_mut()),
             slot: AtomicUsize::new(0),
             pid: AtomicU32::new(0),
+            number: AtomicU32::new(0),
+            is_among_others: AtomicBool::new(false),
             stage: AtomicU32::new(0),
             device: AtomicI32::new(-1),
             socket: AtomicI32::new(-1),
@@ -168,6 +177,7 @@ impl Runtime {
             listener_name: Lock::new(([0; MAX_NAME], 0)),
             spm_name: Lock::new(([0; MAX_NAME], 0)),
             space: Lock::new(None),
+            waiting: Lock::new(Vec::new()),
             holding_start: AtomicUsize::new(0),
             guard_start: AtomicUsize::new(0),
             trash_start: AtomicUsize::new(0),
@@ -273,15 +283,11 @@ impl Runtime {
     /// Why it stays unmanaged: `ECONNREFUSED` when `spm` is gone, `ENOSPC` when the tree has too many processes.
     pub fn attach(&'static self, spm_name: &[u8]) -> Result<()> {
         let pid = process::pid();
-        let (socket, control, device) = hello(spm_name, 0)?;
+        let Hello { socket, control, device, .. } = hello(spm_name, 0)?;
         let mapping = Mapping::shared(control.raw(), size_of::<Control>())?;
         self.control.store(mapping.leak().cast(), Ordering::Release);
-        let shared = self.shared();
-        let (slot, is_new) = shared.claim_slot(pid).ok_or(Errno(libc::ENOSPC))?;
-        if is_new {
-            shared.counters.processes.fetch_add(1, Ordering::Relaxed);
-        }
-        self.slot.store(slot, Ordering::Relaxed);
+        // `spm` has let nobody in whose number is not the same there.
+        self.claim(pid, true)?;
         self.pid.store(pid, Ordering::Relaxed);
         {
             let mut name = self.spm_name.lock();
@@ -334,9 +340,15 @@ impl Runtime {
     }
 
     /// Connects to `spm` again (a forked child) and hands it a userfaultfd to hold.
-    pub(crate) fn hello_again(&self) -> Result<(Socket, Option<Fd>)> {
+    pub(crate) fn hello_again(&self) -> Result<Hello> {
         let name = self.spm_name.lock();
-        hello(&name.0[..name.1], 1).map(|(socket, _control, device)| (socket, device))
+        hello(&name.0[..name.1], 1)
+    }
+
+    /// This process is connected to `spm`. The device for userfaultfds that came, if one did.
+    pub(crate) fn meet(&self, hello: Hello) -> Option<Fd> {
+        self.socket.store(hello.socket.into_fd().into_raw(), Ordering::Relaxed);
+        hello.device
     }
 
     /// A userfaultfd of this process with the features that managing takes, held by `spm` too.
@@ -455,6 +467,8 @@ impl Runtime {
         let _ = self.hire_encoder();
         // And without a porter they go to node 1.
         let _ = self.hire_porter();
+        // All at once, and not by the handler: nothing is allocated while a fork may be copying the heap.
+        self.waiting.lock().try_reserve_exact(fault::MAX_WAITING).map_err(|_| Errno::ENOMEM)?;
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         // With fewer it is slower.
         let _ = (1..reclaimers(process::cpu_count()))
@@ -571,7 +585,7 @@ impl Runtime {
     }
 
     pub(crate) fn ask_spm(&self, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
-        self.with_socket(|socket| ask(socket, kind, value, fds))
+        self.with_socket(|socket| ask(socket, kind, value, fds)).map(|(_, fds)| fds)
     }
 
     fn with_socket<T>(&self, work: impl FnOnce(&Socket) -> Result<T>) -> Result<T> {
@@ -598,12 +612,24 @@ fn new_userfaultfd(device: i32) -> Result<Uffd> {
     Uffd::from_syscall()
 }
 
-/// Says hello: the connection, the control page's memfd and /dev/userfaultfd. `is_managed`: 1 in a forked child.
-fn hello(name: &[u8], is_managed: u64) -> Result<(Socket, Fd, Option<Fd>)> {
+/// What comes of a hello.
+pub(crate) struct Hello {
+    socket: Socket,
+    /// The control page's memfd.
+    control: Fd,
+    /// /dev/userfaultfd.
+    device: Option<Fd>,
+    /// This process's, in `spm`'s pid namespace.
+    pub(crate) number: u32,
+}
+
+/// Says hello. `is_managed`: 1 in a forked child.
+fn hello(name: &[u8], is_managed: u64) -> Result<Hello> {
     let socket = Socket::connect(name)?;
-    let mut fds = ask(&socket, Kind::Hello, is_managed, &[])?;
+    let (number, mut fds) = ask(&socket, Kind::Hello, is_managed, &[])?;
     let control = fds[0].take().ok_or(Errno(libc::EPROTO))?;
-    Ok((socket, control, fds[1].take()))
+    let number = u32::try_from(number).ok().filter(|&number| number > 0).ok_or(Errno(libc::EPROTO))?;
+    Ok(Hello { socket, control, device: fds[1].take(), number })
 }
 
 /// What came with a reply.
@@ -613,7 +639,8 @@ fn request(kind: Kind, value: u64) -> Message {
     Message { magic: MAGIC, kind: kind as u32, errno: 0, pid: process::pid(), pad: 0, value }
 }
 
-fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<Descriptors> {
+/// The value and the descriptors of the reply.
+fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<(u64, Descriptors)> {
     socket.send(&request(kind, value).to_bytes(), fds)?;
     let mut bytes = [0; size_of::<Message>()];
     let received = socket.receive(&mut bytes)?;
@@ -624,5 +651,5 @@ fn ask(socket: &Socket, kind: Kind, value: u64, fds: &[i32]) -> Result<Descripto
     if reply.errno != 0 {
         return Err(Errno(reply.errno));
     }
-    Ok(received.fds)
+    Ok((reply.value, received.fds))
 }

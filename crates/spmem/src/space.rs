@@ -27,7 +27,7 @@ pub enum Mode {
     Quiet,
 }
 
-/// Handles that can wait for the end of a quiet time; more are leaked in the store.
+/// Handles that can wait for the end of a quiet time. More are leaked in the store; what swap files have is counted anew then.
 const ORPHANS: usize = 1 << 16;
 
 /// See the module's page.
@@ -49,6 +49,8 @@ pub struct Space<B> {
     orphans: Vec<Handle>,
     /// Those of swap files.
     swap_orphans: Vec<Handle>,
+    /// There were more of those.
+    has_more_swap_orphans: bool,
     /// Pages promoted in a quiet time: their entries still say `away`.
     promoted: Vec<usize>,
 }
@@ -66,6 +68,7 @@ impl<B: Backend> Space<B> {
             returned: (0, 0),
             orphans: Vec::with_capacity(ORPHANS),
             swap_orphans: Vec::with_capacity(ORPHANS),
+            has_more_swap_orphans: false,
             promoted: Vec::with_capacity(4096),
         }
     }
@@ -114,10 +117,12 @@ impl<B: Backend> Space<B> {
         } else if self.swap_orphans.len() < self.swap_orphans.capacity() {
             // A child that is being forked may need it.
             self.swap_orphans.push(handle);
+        } else {
+            self.has_more_swap_orphans = true;
         }
     }
 
-    /// In a forked child: keeps what the entries refer to of the swap files, and lets go of the rest.
+    /// Keeps what the entries refer to of the swap files, and lets go of the rest. While nothing is on its way there.
     pub fn settle_swap(&mut self) {
         if let Some(swap) = &mut self.swap {
             swap.retain(self.table.swapped().filter_map(Handle::from_raw));
@@ -251,6 +256,9 @@ impl<B: Backend> Space<B> {
         while let Some(handle) = self.swap_orphans.pop() {
             self.forget_swapped(handle.raw());
         }
+        if core::mem::take(&mut self.has_more_swap_orphans) {
+            self.settle_swap();
+        }
     }
 
     /// This is the forked child: what may be torn is thrown away, what the parent's threads had claimed is free.
@@ -269,10 +277,12 @@ impl<B: Backend> Space<B> {
         }
         // What is shared with the parent is the parent's to count; a page that is written is somewhere else then.
         self.table.forget_placed();
-        core::mem::forget(core::mem::replace(&mut self.orphans, Vec::with_capacity(ORPHANS)));
-        core::mem::forget(core::mem::replace(&mut self.swap_orphans, Vec::with_capacity(ORPHANS)));
-        core::mem::forget(core::mem::replace(&mut self.promoted, Vec::with_capacity(4096)));
-        self.table.leak_spares();
+        // Where these lists are has not changed since before the fork, only what is in them.
+        self.orphans.clear();
+        self.swap_orphans.clear();
+        self.has_more_swap_orphans = false;
+        self.promoted.clear();
+        self.table.settle_spares();
         self.holding.settle();
     }
 
@@ -285,5 +295,58 @@ impl<B: Backend> Space<B> {
     /// Whether a slot's page can be moved back whole, or only copied.
     pub fn is_movable(&self, slot: u32) -> bool {
         self.mode == Mode::Normal && self.holding.get(slot).state == State::Held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::frames::{Frames, lend_metadata};
+    use crate::runtime::Cram;
+    use spmem_core::lru::Age;
+    use spmem_core::units::FrameCount;
+    use spmem_node::compressed::{GrantedFrames, Store};
+    use spmem_node::swapfile::{CLUSTER_FRAMES, Medium};
+    use spmem_sys::fd::Fd;
+    use spmem_sys::mapping::Mapping;
+    use std::os::fd::IntoRawFd;
+
+    /// A file of no bytes that ends with the test.
+    fn file(name: &str) -> Fd {
+        let path = std::env::temp_dir().join(std::format!("spmem-space-{name}-{}", std::process::id()));
+        let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path);
+        std::fs::remove_file(&path).expect("it is there");
+        Fd::from_raw(file.expect("a file").into_raw_fd())
+    }
+
+    fn space(clusters: u32) -> Space<Cram> {
+        let capacity = FrameCount(1024);
+        let mapping = Mapping::reserve(2 * CHUNK, CHUNK, c"spmem test").expect("mmap");
+        let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity).expect("mmap")).expect("frames");
+        let mut swap = SwapFiles::new(file("ledger"), 1);
+        swap.add(0, NodeId::new(2).expect("a node"), Medium::file(file("data")), clusters, 0);
+        let store = Store::new(granted, Frames { mapping, committed: 0 }, 1);
+        Space::new(Holding::new(CHUNK, 16), store, Some(swap))
+    }
+
+    #[test]
+    fn pages_dropped_in_a_quiet_time_leave_no_frame_of_a_swap_file_behind_however_many_they_are() {
+        let count = ORPHANS + 3 * CLUSTER_FRAMES as usize;
+        let mut space = space(u32::try_from(count).expect("few") / CLUSTER_FRAMES + 1);
+        let mut handles = std::vec![None; count];
+        assert_eq!(space.swap.as_mut().map(|swap| swap.take(0, &mut handles)), Some(count));
+        let address = |page: usize| 8 * CHUNK + page * PAGE;
+        for (page, handle) in handles.into_iter().flatten().enumerate() {
+            space.table.find_or_add(address(page));
+            space.table.set(address(page), Entry::away(Copy::Swapped(handle.raw()), Age::COLDEST));
+        }
+        assert!(space.quieten());
+        space.drop_range(address(0), address(count - 1), Some(Entry::discarded()));
+        space.end_quiet();
+        let swap = space.swap.as_ref().expect("it was given");
+        assert_eq!(swap.pages(0), 1, "the last one was not dropped");
+        let (one, all) = (swap.metadata_bytes(), u64::from(CLUSTER_FRAMES) * size_of::<u64>() as u64);
+        assert!((all..2 * all).contains(&one), "{one} bytes: more than one cluster is held");
     }
 }

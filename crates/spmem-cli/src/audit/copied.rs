@@ -26,7 +26,7 @@ pub const CONTROL: &str = "/memfd:spmem-control (deleted)";
 /// /proc/PID/maps. A run inside a run has two control pages.
 ///
 /// # Errors
-/// The control page cannot be opened, another version of spm has made it, or the process is in another pid namespace than that.
+/// The control page cannot be opened, another version of spm has made it, or neither the process nor this one is in its pid namespace.
 pub fn copied_pages(
     process: &Process,
     maps: &str,
@@ -46,11 +46,16 @@ pub fn copied_pages(
         };
         let page = ControlPage::of_other_run(file)?;
         let (Ok(status), Ok(namespace)) = (super::read(pid, "status"), read_pid_namespace(pid)) else { continue };
-        ensure!(
-            namespace == page.pid_namespace.load(Relaxed),
-            "it is in another pid namespace than the run's spm, which keeps no count of it"
-        );
-        let own = pid_within(&status).unwrap_or(pid);
+        let of_run = page.pid_namespace.load(Relaxed);
+        let own = if read_pid_namespace(std::process::id()).is_ok_and(|own| own == of_run) {
+            pid
+        } else {
+            ensure!(
+                namespace == of_run,
+                "it is in another pid namespace than the run's spm, by whose numbers that counts, and so is this audit"
+            );
+            pid_within(&status).unwrap_or(pid)
+        };
         if let Some(slot) = page.live_slots().find(|slot| slot.pid.load(Relaxed) == own) {
             let by = |pages: &Pages| By::run(rolls.of_copied(process, control.inode, pages.node));
             found.extend(of_slot(&page, slot).into_iter().map(|pages| (pages, by(&pages))));

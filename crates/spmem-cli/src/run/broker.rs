@@ -8,8 +8,8 @@
 //! without the agent in its memory became something that cannot be managed and is counted. A child of vfork(2) or
 //! posix_spawn(3) announces itself only if it has an agent: the others are looked for below those that are known.
 //! Holes: one that becomes unmanageable and ends within a few milliseconds may be missed in that count, and so may one that
-//! was spawned and ends before it is looked for ([`SCAN_PERIOD`]). A process in another pid namespace than `spm`'s is refused,
-//! since its number means nothing here.
+//! was spawned and ends before it is looked for ([`SCAN_PERIOD`]). A program that is executed in another pid namespace than `spm`'s is refused; a
+//! child that is forked into one is told its number here.
 //!
 //! Over 500 lines: one state machine, the life of a connection.
 
@@ -334,8 +334,9 @@ impl Broker {
         let ledger;
         let mut descriptors: Vec<BorrowedFd<'_>> = Vec::new();
         if request.kind == Kind::Hello as u32 {
-            match self.greet(token, request.pid) {
-                Ok(()) => {
+            match self.greet(token, (request.value == 0).then_some(request.pid)) {
+                Ok(number) => {
+                    reply.value = number.into();
                     descriptors.push(control.as_fd());
                     descriptors.extend(self.userfaultfd.device.as_ref().map(AsFd::as_fd));
                 }
@@ -373,11 +374,12 @@ impl Broker {
         send(connection.socket.as_fd(), &reply, &descriptors)
     }
 
-    /// Lets a process in: it must be of this tree and be the one it says.
-    fn greet(&mut self, token: u64, pid: u32) -> Result<(), Errno> {
+    /// Lets a process in: it must be of this tree, and be the one it says, unless it asks. Its number.
+    fn greet(&mut self, token: u64, says: Option<u32>) -> Result<u32, Errno> {
         let connection = self.connections.get(&token).ok_or(Errno::NOTCONN)?;
         let peer = rustix::net::sockopt::socket_peercred(&connection.socket)?;
-        if u32::try_from(peer.pid.as_raw_nonzero().get()) != Ok(pid) {
+        let pid = peer.pid.as_raw_nonzero().get().cast_unsigned();
+        if says.is_some_and(|says| says != pid) {
             return Err(Errno::SRCH);
         }
         if peer.uid != rustix::process::geteuid() && !self.is_of_this_tree(pid) {
@@ -397,7 +399,7 @@ impl Broker {
         // What an earlier image of this process was waited for has come, however soon it leaves again.
         self.waiting.retain(|earlier| earlier.process.pid != pid);
         self.has_greeted = true;
-        Ok(())
+        Ok(pid)
     }
 
     /// Whether `pid` or an ancestor of it is known: a process of another user must not get in by knowing the address.

@@ -101,7 +101,7 @@ fn offset(FrameNumber(frame): FrameNumber) -> u64 {
     u64::from(frame) * PAGE_SIZE
 }
 
-/// One thread's way to write pages.
+/// One thread's way to write pages. A forked child, which has none of its parent's threads, does not get what it maps.
 #[derive(Debug)]
 pub struct Writer {
     readback: Mapping,
@@ -123,7 +123,9 @@ impl Writer {
     /// # Errors
     /// As mmap(2).
     pub fn new(pages: usize) -> Result<Self> {
-        Ok(Self { readback: Mapping::new(pages * PAGE, c"spmem readback")?, pipe: None, window: None })
+        let readback = Mapping::new(pages * PAGE, c"spmem readback")?;
+        readback.keep_from_children()?;
+        Ok(Self { readback, pipe: None, window: None })
     }
 
     /// Writes pages to frames in a row, and reads them back (R19); how many of them, from the first on, are there as they were.
@@ -185,7 +187,9 @@ impl Window {
         // The medium's, which closes it.
         let device = mem::ManuallyDrop::new(Fd::from_raw(fd));
         let bytes = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
-        Ok(Self { fd, start, len, part: Part::map(&device, start, bytes, align, Access::ReadWrite)? })
+        let part = Part::map(&device, start, bytes, align, Access::ReadWrite)?;
+        part.keep_from_children()?;
+        Ok(Self { fd, start, len, part })
     }
 }
 

@@ -240,6 +240,23 @@ fn pages_are_written_in_rows_across_windows_and_what_has_gone_is_not_there() {
 }
 
 #[test]
+fn a_forked_child_does_not_get_what_a_writer_has_mapped() {
+    for align in [PAGE as u64, 2 * CLUSTER_BYTES] {
+        let run = Run::new(4, Some(align));
+        let files = run.process();
+        let mut writer = Writer::new(1).expect("mmap(2)");
+        let outlet = files.outlet(0).expect("it was added");
+        assert_eq!(writer.write(outlet, FrameNumber(0), &page(1)), Ok(1));
+        let path = run.folder.path().join("data");
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("/proc");
+        let is_window = |line: &&str| line.ends_with(path.to_str().expect("a name")) && line.contains(" rw-s ");
+        let window = maps.split_once(maps.lines().find(is_window).expect("a window")).expect("it is there").1;
+        let flags = window.lines().find(|line| line.starts_with("VmFlags:")).expect("proc_pid_smaps(5)");
+        assert!(flags.contains(" dc"), "{flags}");
+    }
+}
+
+#[test]
 fn damage_is_told_and_never_handed_out() {
     for medium in MEDIA {
         use std::os::unix::fs::FileExt;
