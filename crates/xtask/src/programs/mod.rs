@@ -10,6 +10,7 @@ mod vm_backends;
 mod vm_facts;
 mod vm_nodes;
 mod vm_poison_probe;
+mod vm_reboots;
 mod vm_runs;
 mod vm_runs_dax;
 mod vm_runs_probe;
@@ -44,6 +45,8 @@ pub(crate) enum Program {
     VmPoisonProbe(vm_poison_probe::Options),
     /// In a virtual machine: does every kind of node hold what all must?
     VmBackends(vm_backends::Options),
+    /// In a virtual machine that boots more than once: is a persistent node what it was?
+    VmReboots(vm_reboots::Options),
 }
 
 /// Runs it.
@@ -60,5 +63,6 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::VmRunsProbe(options) => vm_runs_probe::run(options),
         Program::VmPoisonProbe(options) => vm_poison_probe::run(options),
         Program::VmBackends(options) => vm_backends::run(options),
+        Program::VmReboots(options) => vm_reboots::run(options),
     }
 }

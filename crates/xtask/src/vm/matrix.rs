@@ -1,9 +1,9 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! Four checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
+//! Five checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
 //! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; on [`WALLED`] `vm-wall`, does
 //! `spm wall` keep what docs/walls.md says (on 6.1, with cgroup version 1); and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
-//! whole. Each in a guest of its own. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
+//! whole; and where a medium outlives its guest `vm-reboots`, is a persistent node what it was. Each in a guest of its own, the last in several. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -15,6 +15,7 @@ use anyhow::{Context, ensure};
 
 use super::archive::Kernel;
 use super::machine::{self, Ending, Machine};
+use super::reboots;
 use super::topology::{Mode, Topology};
 use crate::launch::{Bed, NeedSpm};
 
@@ -25,9 +26,9 @@ const WALLED: &str = "numa4";
 /// Where runs use a dax device: the topology and its mode.
 const WITH_DEVICE: (&str, &str) = ("hmem", "devdax");
 /// Only what hangs takes as long, on a busy machine too.
-const LIMIT: Duration = Duration::from_secs(1800);
+pub(super) const LIMIT: Duration = Duration::from_secs(1800);
 /// Guests that stand still because of the emulator are started again so often.
-const RETRIES: u32 = 2;
+pub(super) const RETRIES: u32 = 2;
 /// Exit status when nothing could be fetched, so nothing was checked: CI counts it as a skip.
 const EXIT_SKIPPED: u8 = 77;
 
@@ -46,10 +47,13 @@ pub(crate) struct Options {
     /// Only this kernel.
     #[arg(long, value_enum, value_name = "V", conflicts_with = "quick")]
     kernel: Option<Kernel>,
+    /// Only these checks: facts, backends, walls, walls-1, runs, reboots.
+    #[arg(long, value_name = "NAME", conflicts_with = "quick")]
+    check: Vec<String>,
 }
 
 /// What became of a row.
-enum Verdict {
+pub(super) enum Verdict {
     Passed(String),
     Failed(String),
     /// There is no such kernel here.
@@ -85,16 +89,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
         let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
         let checks = modes.flat_map(|(topo, mode)| {
-            let is_walled = topo.name == WALLED;
-            let has_device = (topo.name.as_str(), mode.name.as_str()) == WITH_DEVICE;
-            let checks: &[&str] = match (kernel, is_walled, has_device) {
-                (Kernel::V6_1, true, _) => &["walls-1"],
-                (Kernel::V6_1, false, _) => &[],
-                (_, true, _) => &["facts", "backends", "walls", "runs"],
-                (_, false, true) => &["facts", "backends", "runs"],
-                (_, false, false) => &["facts", "backends"],
-            };
-            checks.iter().map(move |&check| (topo, mode, check))
+            let is_wanted =
+                |check: &&str| options.check.is_empty() || options.check.iter().any(|one| one == check);
+            checks_of(kernel, topo, mode).into_iter().filter(is_wanted).map(move |check| (topo, mode, check))
         });
         for (topology, mode, check) in checks {
             let started = Instant::now();
@@ -130,6 +127,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(if passed > 0 { ExitCode::SUCCESS } else { ExitCode::from(EXIT_SKIPPED) })
 }
 
+fn checks_of(kernel: Kernel, topology: &Topology, mode: &Mode) -> Vec<&'static str> {
+    let is_walled = topology.name == WALLED;
+    if kernel == Kernel::V6_1 {
+        return if is_walled { vec!["walls-1"] } else { Vec::new() };
+    }
+    let has_device = (topology.name.as_str(), mode.name.as_str()) == WITH_DEVICE;
+    let which = [
+        ("facts", true),
+        ("backends", true),
+        ("walls", is_walled),
+        ("runs", is_walled || has_device),
+        ("reboots", mode.setup_again.is_some()),
+    ];
+    which.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(check, _)| check).collect()
+}
+
 fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
     if options.quick {
         return QUICK.iter().map(|name| Topology::load(name)).collect();
@@ -147,6 +160,9 @@ fn run_check(
     check: &str,
     is_quick: bool,
 ) -> anyhow::Result<Verdict> {
+    if check == "reboots" {
+        return reboots::check(bed, machine, (topology, mode), is_quick);
+    }
     let own = std::env::current_exe().context("cannot find this program's own file")?;
     let words: &[&str] = match check {
         "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
@@ -164,14 +180,14 @@ fn run_check(
     }
     let log = bed.dir.join("check.log");
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-    let mut ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+    let mut ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
     for _ in 0..RETRIES {
         if !matches!(ending, Ending::Stalled) {
             break;
         }
         eprintln!("xtask: {} {} stood still, its emulator has lost a timer: once more", topology.name, mode.name);
         let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-        ending = machine.run((topology, mode), &command, LIMIT, file.into())?;
+        ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
     }
     let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();
     Ok(match ending {
@@ -179,6 +195,8 @@ fn run_check(
         Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
         Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
         Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
-        Ending::Stalled => Verdict::Failed(format!("{said}\nthe emulator lost a timer {} times", RETRIES + 1)),
+        Ending::Cut | Ending::Stalled => {
+            Verdict::Failed(format!("{said}\nthe emulator lost a timer {} times", RETRIES + 1))
+        }
     })
 }

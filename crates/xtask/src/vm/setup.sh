@@ -54,6 +54,10 @@ make_namespace() {
     esac
 }
 
-mount_dax() {
-    mkfs.ext4 -q -b 4096 -E nodiscard "$1" && mkdir -p /mnt && mount -t ext4 -o dax "$1" /mnt
+make_files() {
+    mkfs.ext4 -q -b 4096 -E nodiscard "$1" && mount_files "$@"
+}
+
+mount_files() {
+    wait_for "$1" && mkdir -p /mnt && mount -t ext4 -o "$2" "$1" /mnt
 }
