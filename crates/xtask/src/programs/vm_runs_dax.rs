@@ -1,8 +1,8 @@
 //! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a dax device.
 //!
 //! As [`vm_runs`](super::vm_runs), with the same probe, on the first device in devdax mode: alone and too small, forked, several processes
-//! at a time, `spm` killed, the device used by somebody else, failed, and taken away under a run. Called by `cargo xtask vm-test` on [the topology
-//! hmem](crate::vm): QEMU answers each access to a CXL window by a function of its own, so there it would take minutes.
+//! at a time, `spm` killed, the device used by somebody else, failed, and taken away under a run. Called by `cargo xtask vm-test` on [the topologies
+//! hmem and gib](crate::vm), in units of 2 MiB and of 1 GiB: QEMU answers each access to a CXL window by a function of its own, so there it would take minutes.
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Write};

@@ -24,7 +24,7 @@ const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
 /// Where walls are tried: four nodes of the kernel's.
 const WALLED: &str = "numa4";
 /// Where runs use a dax device: the topology and its mode.
-const WITH_DEVICE: (&str, &str) = ("hmem", "devdax");
+const WITH_DEVICE: [(&str, &str); 2] = [("hmem", "devdax"), ("gib", "devdax")];
 /// Only what hangs takes as long, on a busy machine too.
 pub(super) const LIMIT: Duration = Duration::from_secs(1800);
 /// Guests that stand still because of the emulator are started again so often.
@@ -132,7 +132,7 @@ fn checks_of(kernel: Kernel, topology: &Topology, mode: &Mode) -> Vec<&'static s
     if kernel == Kernel::V6_1 {
         return if is_walled { vec!["walls-1"] } else { Vec::new() };
     }
-    let has_device = (topology.name.as_str(), mode.name.as_str()) == WITH_DEVICE;
+    let has_device = WITH_DEVICE.contains(&(topology.name.as_str(), mode.name.as_str()));
     let which = [
         ("facts", true),
         ("backends", true),

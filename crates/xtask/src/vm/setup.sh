@@ -20,6 +20,13 @@ set_dax_mode() {
     [ "$2" = devdax ] || daxctl online-memory "$1" || true
 }
 
+# Bytes; daxctl sets it only for a device that it makes.
+set_dax_align() {
+    echo "$1" >/sys/bus/dax/drivers/device_dax/unbind &&
+        echo "$2" >"/sys/bus/dax/devices/$1/align" &&
+        echo "$1" >/sys/bus/dax/drivers/device_dax/bind
+}
+
 # Volatile regions through /sys: cxl(1) 76 cannot make them. One device, MiB.
 make_cxl_ram_region() {
     devices=/sys/bus/cxl/devices

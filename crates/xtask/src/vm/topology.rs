@@ -143,6 +143,9 @@ pub(crate) struct DaxFact {
     pub(crate) node: Option<u32>,
     /// `device_dax` or `kmem`.
     pub(crate) driver: String,
+    /// What mappings are multiples of.
+    #[serde(default = "huge_page_mib")]
+    pub(crate) align_mib: u64,
     /// What spmem takes it for.
     #[serde(default = "plain")]
     pub(crate) class: u8,
@@ -162,6 +165,10 @@ pub(crate) struct PmemFact {
 
 const fn plain() -> u8 {
     1
+}
+
+const fn huge_page_mib() -> u64 {
+    2
 }
 
 fn default_machine() -> String {
@@ -371,7 +378,7 @@ mod tests {
     #[test]
     fn every_topology_of_the_tree_is_right() {
         let all = Topology::load_all().unwrap();
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), 9);
         assert!(all.iter().all(|topology| !topology.summary.is_empty()));
     }
 
