@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -77,8 +78,9 @@ pub(crate) enum Ending {
     Silent(String),
     /// The power was cut: QEMU was killed.
     Cut,
-    /// The emulator lost a timer of the guest's, which then stands still: seen on a host with more to do than processors.
-    Stalled,
+    /// The emulator failed, not the guest; how. Seen on a host with more to do than processors: a timer that does not go off, an
+    /// assertion about memory sections.
+    NoEmulator(String),
 }
 
 /// Whether it stands on the console so far.
@@ -164,7 +166,10 @@ impl<'a> Machine<'a> {
             return Ok(Ending::Status(status));
         }
         if is_stalled {
-            return Ok(Ending::Stalled);
+            return Ok(Ending::NoEmulator("it has lost a timer of the guest's".to_owned()));
+        }
+        if let Some(signal) = ended.and_then(|status| status.signal()) {
+            return Ok(Ending::NoEmulator(format!("it ended by signal {signal}")));
         }
         let cause = match ended {
             None => format!("it was ended after {} s", limit.as_secs()),

@@ -27,7 +27,7 @@ const WALLED: &str = "numa4";
 const WITH_DEVICE: [(&str, &str); 2] = [("hmem", "devdax"), ("gib", "devdax")];
 /// Only what hangs takes as long, on a busy machine too.
 pub(super) const LIMIT: Duration = Duration::from_secs(1800);
-/// Guests that stand still because of the emulator are started again so often.
+/// Guests whose emulator fails are started again so often.
 pub(super) const RETRIES: u32 = 2;
 /// Exit status when nothing could be fetched, so nothing was checked: CI counts it as a skip.
 const EXIT_SKIPPED: u8 = 77;
@@ -182,10 +182,8 @@ fn run_check(
     let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
     let mut ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
     for _ in 0..RETRIES {
-        if !matches!(ending, Ending::Stalled) {
-            break;
-        }
-        eprintln!("xtask: {} {} stood still, its emulator has lost a timer: once more", topology.name, mode.name);
+        let Ending::NoEmulator(how) = &ending else { break };
+        eprintln!("xtask: {} {}: the emulator failed, {how}: once more", topology.name, mode.name);
         let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
         ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
     }
@@ -195,8 +193,9 @@ fn run_check(
         Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
         Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
         Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
-        Ending::Cut | Ending::Stalled => {
-            Verdict::Failed(format!("{said}\nthe emulator lost a timer {} times", RETRIES + 1))
+        Ending::Cut => unreachable!("nothing is kept"),
+        Ending::NoEmulator(how) => {
+            Verdict::Failed(format!("{said}\nthe emulator failed {} times: {how}", RETRIES + 1))
         }
     })
 }

@@ -88,10 +88,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             NO_STATUS
         }
         Ending::Cut => unreachable!("it is never time to"),
-        Ending::Stalled => {
-            eprintln!(
-                "xtask: the guest stood still: its emulator has lost a timer; run it again, on a machine with less to do"
-            );
+        Ending::NoEmulator(how) => {
+            eprintln!("xtask: the emulator failed: {how}; run it again, on a machine with less to do");
             NO_STATUS
         }
         Ending::Silent(what) => {

@@ -53,7 +53,7 @@ pub(super) fn check(
     let own = std::env::current_exe().context("cannot find this program's own file")?;
     let log = bed.dir.join("check.log");
     let boots = if is_quick { &QUICK_BOOTS[..] } else { &BOOTS };
-    let (mut all, mut cuts, mut stalls) = (String::new(), 0, 0);
+    let (mut all, mut cuts, mut failures) = (String::new(), 0, 0);
     let mut left = boots.iter().copied();
     let mut next = left.next();
     while let Some(end) = next {
@@ -72,8 +72,8 @@ pub(super) fn check(
             (Ending::Cut, End::CutMaking | End::Cut(_)) => cuts += 1,
             (Ending::Status(0), End::Orderly(_)) => {}
             // As good as a power cut, at another moment.
-            (Ending::Stalled, _) if stalls < RETRIES => {
-                stalls += 1;
+            (Ending::NoEmulator(_), _) if failures < RETRIES => {
+                failures += 1;
                 if !folder.join(TOLD).exists() {
                     fs::remove_dir_all(&folder)?;
                     fs::create_dir_all(&folder)?;
@@ -83,7 +83,10 @@ pub(super) fn check(
             (Ending::NoSetup(what), _) => return Ok(Verdict::Failed(format!("{all}the set-up failed: {what}"))),
             (Ending::Silent(what), _) => return Ok(Verdict::Failed(all + &what)),
             (Ending::Status(status), _) => return Ok(Verdict::Failed(format!("{all}status {status}"))),
-            (Ending::Stalled | Ending::Cut, _) => return Ok(Verdict::Failed(all + "the guest stood still")),
+            (Ending::NoEmulator(how), _) => {
+                return Ok(Verdict::Failed(format!("{all}the emulator failed: {how}")));
+            }
+            (Ending::Cut, End::Orderly(_)) => unreachable!("it is never time to"),
         }
         next = left.next();
     }
