@@ -27,8 +27,8 @@ const KEEPER_NAMES: &str = "spm-keeper-";
 const NAMES: u32 = 64;
 const PROCESSES: &str = "cgroup.procs";
 const CHILDREN: &str = "cgroup.subtree_control";
-const REMEDY: &str =
-    "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset spm ...";
+const REMEDY: &str = "run spm as root, or in a cgroup delegated to you: systemd-run --user --scope -p Delegate=cpuset \
+                      spm ... (of version 1: in a cpuset whose folder is yours)";
 /// What limits a cgroup, and what these say when they do not.
 const LIMITS: [(&str, &str); 9] = [
     ("memory.max", "max"),

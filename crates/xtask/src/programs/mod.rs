@@ -15,6 +15,7 @@ mod vm_runs;
 mod vm_runs_dax;
 mod vm_runs_probe;
 mod vm_wall;
+mod vm_wall_doors;
 mod vm_wall_probe;
 mod vm_wall_rights;
 

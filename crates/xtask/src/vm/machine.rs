@@ -257,7 +257,7 @@ fn plain(path: &Path) -> anyhow::Result<&str> {
 }
 
 /// A word for the shell.
-fn quote(word: &OsStr) -> Vec<u8> {
+pub(super) fn quote(word: &OsStr) -> Vec<u8> {
     let mut quoted = vec![b'\''];
     for byte in word.as_bytes() {
         if *byte == b'\'' {

@@ -8,19 +8,42 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Write, stdout};
+use std::os::unix::ffi::OsStringExt;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
 use super::archive::Kernel;
-use super::machine::{self, Ending, Machine};
+use super::machine::{self, Ending, Machine, quote};
 use super::reboots;
 use super::topology::{Mode, Topology};
 use crate::launch::{Bed, NeedSpm};
 
-/// What fits in five minutes.
-const QUICK: [&str; 3] = ["numa4", "hmem", "cxl"];
+/// Kernel, topology, mode, and checks with their parts.
+type Few = (Kernel, &'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+/// What fits in five minutes: the kernel, the topology, its mode, and the checks, one after another in one guest, with what is
+/// tried of them; nothing is all.
+const QUICK: [Few; 7] = [
+    (
+        Kernel::V6_12,
+        "numa4",
+        "plain",
+        &[("facts", ""), ("walls", "few,delegated"), ("runs", "write fenced,read --mib 16,failed held,delegated")],
+    ),
+    (
+        Kernel::V6_12,
+        "hmem",
+        "devdax",
+        &[("facts", ""), ("backends", ""), ("runs", "write --mib 16,several,killed,mapped,failed,gone")],
+    ),
+    (Kernel::V6_12, "cxl", "devdax", &[("facts", ""), ("backends", "")]),
+    (Kernel::Newest, "numa4", "plain", &[("walls", "few,doors"), ("runs", "hot open,fork open,failed held")]),
+    (Kernel::Newest, "hmem", "devdax", &[("facts", ""), ("runs", "fork --mib 8,gone")]),
+    (Kernel::Newest, "nvdimm", "ext4", &[("reboots", "few")]),
+    (Kernel::V6_1, "numa4", "plain", &[("walls-1", "few,own")]),
+];
 /// Where walls are tried: four nodes of the kernel's.
 const WALLED: &str = "numa4";
 /// Where runs use a dax device: the topology and its mode.
@@ -38,7 +61,7 @@ const EXIT_SKIPPED: u8 = 77;
     after_help = "Exit status: 0 when all that was checked holds; 1 when not; 77 when neither QEMU nor a kernel could be fetched."
 )]
 pub(crate) struct Options {
-    /// Only numa4, hmem and cxl on 6.12, of the walls only the hard one, a few runs: three to four minutes.
+    /// The most telling few of each: at most five minutes on two quiet processors.
     #[arg(long)]
     quick: bool,
     /// Only these topologies.
@@ -60,24 +83,35 @@ pub(super) enum Verdict {
     Skipped,
 }
 
+/// A line of the table: what is checked in one guest, and what of it.
+struct Row {
+    kernel: Kernel,
+    topology: Topology,
+    mode: usize,
+    checks: Vec<(&'static str, &'static str)>,
+}
+
+impl Row {
+    fn mode(&self) -> &Mode {
+        &self.topology.modes[self.mode]
+    }
+
+    fn names(&self) -> String {
+        self.checks.iter().map(|(check, _)| *check).collect::<Vec<_>>().join("+")
+    }
+}
+
 /// Runs it.
 ///
 /// # Errors
 /// A row failed.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    let topologies = choose(options)?;
-    let kernels = match options.kernel {
-        _ if options.quick => vec![Kernel::V6_12],
-        Some(kernel) => vec![kernel],
-        None if topologies.iter().any(|one| one.name == WALLED) => {
-            vec![Kernel::V6_12, Kernel::Newest, Kernel::V6_1]
-        }
-        None => vec![Kernel::V6_12, Kernel::Newest],
-    };
+    let rows = if options.quick { few_rows()? } else { all_rows(options)? };
     let bed = Bed::new(NeedSpm::Yes)?;
     let (mut passed, mut failures, mut skipped) = (0, Vec::new(), 0);
     println!("{:<7} {:<9} {:<11} {:<9} {:<7} {:>5}", "kernel", "topology", "mode", "check", "result", "time");
-    for kernel in kernels {
+    for rows in rows.chunk_by(|one, other| one.kernel == other.kernel) {
+        let kernel = rows[0].kernel;
         // What cannot be fetched here is skipped; what was fetched has to work.
         let machine = match machine::fetch(&bed, kernel) {
             Ok(packages) => Ok(Machine::new(&bed, packages)?),
@@ -87,17 +121,17 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             Ok(machine) => eprintln!("xtask: {} is {}", kernel.name(), machine.release()),
             Err(reason) => eprintln!("xtask: {} is skipped: {reason}", kernel.name()),
         }
-        let modes = topologies.iter().flat_map(|topo| topo.modes.iter().map(move |mode| (topo, mode)));
-        let checks = modes.flat_map(|(topo, mode)| {
-            let is_wanted =
-                |check: &&str| options.check.is_empty() || options.check.iter().any(|one| one == check);
-            checks_of(kernel, topo, mode).into_iter().filter(is_wanted).map(move |check| (topo, mode, check))
-        });
-        for (topology, mode, check) in checks {
+        for row in rows {
             let started = Instant::now();
-            let row = format!("{:<7} {:<9} {:<11} {check:<9}", kernel.name(), topology.name, mode.name);
+            let what = format!(
+                "{:<7} {:<9} {:<11} {:<9}",
+                kernel.name(),
+                row.topology.name,
+                row.mode().name,
+                row.names()
+            );
             let verdict = match &machine {
-                Ok(machine) => run_check(&bed, machine, (topology, mode), check, options.quick)?,
+                Ok(machine) => run_row(&bed, machine, row)?,
                 Err(_) => Verdict::Skipped,
             };
             let seconds = started.elapsed().as_secs();
@@ -107,7 +141,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                     ("pass", remark)
                 }
                 Verdict::Failed(log) => {
-                    failures.push(format!("{}, {}, {}, {check}:\n{log}", kernel.name(), topology.name, mode.name));
+                    let name = &row.topology.name;
+                    failures.push(format!(
+                        "{}, {name}, {}, {}:\n{log}",
+                        kernel.name(),
+                        row.mode().name,
+                        row.names()
+                    ));
                     ("FAIL", String::new())
                 }
                 Verdict::Skipped => {
@@ -115,16 +155,73 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                     ("skip", "not fetched".to_owned())
                 }
             };
-            println!("{}", format!("{row} {word:<7} {seconds:>3} s  {remark}").trim_end());
+            println!("{}", format!("{what} {word:<7} {seconds:>3} s  {remark}").trim_end());
             stdout().flush().context("cannot write the table")?;
         }
     }
     println!("{passed} passed, {} failed, {skipped} skipped", failures.len());
+    if options.quick {
+        say_what_is_left(&rows)?;
+    }
     for failure in &failures {
         eprintln!("\n{failure}");
     }
     ensure!(failures.is_empty(), "{} of the checks failed", failures.len());
     Ok(if passed > 0 { ExitCode::SUCCESS } else { ExitCode::from(EXIT_SKIPPED) })
+}
+
+fn few_rows() -> anyhow::Result<Vec<Row>> {
+    let row = |&(kernel, name, mode, checks): &Few| {
+        let topology = Topology::load(name)?;
+        let mode = topology.modes.iter().position(|one| one.name == mode).context("no such mode")?;
+        Ok(Row { kernel, topology, mode, checks: checks.to_vec() })
+    };
+    QUICK.iter().map(row).collect()
+}
+
+fn all_rows(options: &Options) -> anyhow::Result<Vec<Row>> {
+    let kernels = match options.kernel {
+        Some(kernel) => vec![kernel],
+        None => vec![Kernel::V6_12, Kernel::Newest, Kernel::V6_1],
+    };
+    let mut rows = Vec::new();
+    for kernel in kernels {
+        let topologies = match &options.topology[..] {
+            [] => Topology::load_all()?,
+            names => names.iter().map(|name| Topology::load(name)).collect::<Result<_, _>>()?,
+        };
+        for topology in topologies {
+            for mode in 0..topology.modes.len() {
+                let checks = checks_of(kernel, &topology, &topology.modes[mode]);
+                let is_wanted =
+                    |check: &&str| options.check.is_empty() || options.check.iter().any(|one| one == check);
+                for check in checks.into_iter().filter(is_wanted) {
+                    let topology = Topology::load(&topology.name)?;
+                    rows.push(Row { kernel, topology, mode, checks: vec![(check, "")] });
+                }
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// What the few leave to the whole: a skip that is said.
+fn say_what_is_left(few: &[Row]) -> anyhow::Result<()> {
+    let all = all_rows(&Options { quick: false, topology: Vec::new(), kernel: None, check: Vec::new() })?;
+    let part_of = |row: &Row| {
+        let same = few.iter().filter(|one| {
+            (one.kernel, &one.topology.name, one.mode) == (row.kernel, &row.topology.name, row.mode)
+        });
+        same.flat_map(|one| &one.checks).find(|(check, _)| *check == row.checks[0].0).map(|(_, part)| *part)
+    };
+    for rows in all.chunk_by(|one, other| one.kernel == other.kernel) {
+        let name = |row: &&Row| format!("{} {} {}", row.topology.name, row.mode().name, row.names());
+        let names = |rows: Vec<&Row>| rows.iter().map(name).collect::<Vec<_>>().join(", ");
+        let left = names(rows.iter().filter(|row| part_of(row).is_none()).collect());
+        let parts = names(rows.iter().filter(|row| part_of(row).is_some_and(|part| !part.is_empty())).collect());
+        println!("left to vm-test without --quick on {}: {left}; the rest of {parts}", rows[0].kernel.name());
+    }
+    Ok(())
 }
 
 fn checks_of(kernel: Kernel, topology: &Topology, mode: &Mode) -> Vec<&'static str> {
@@ -143,53 +240,36 @@ fn checks_of(kernel: Kernel, topology: &Topology, mode: &Mode) -> Vec<&'static s
     which.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(check, _)| check).collect()
 }
 
-fn choose(options: &Options) -> anyhow::Result<Vec<Topology>> {
-    if options.quick {
-        return QUICK.iter().map(|name| Topology::load(name)).collect();
+fn run_row(bed: &Bed, machine: &Machine, row: &Row) -> anyhow::Result<Verdict> {
+    let (topology, mode) = (&row.topology, row.mode());
+    if let [("reboots", part)] = row.checks[..] {
+        return reboots::check(bed, machine, (topology, mode), part);
     }
-    if !options.topology.is_empty() {
-        return options.topology.iter().map(|name| Topology::load(name)).collect();
+    let mut script = Vec::new();
+    for check in &row.checks {
+        script.extend(if script.is_empty() { "" } else { " && " }.bytes());
+        for word in command_of(bed, topology, mode, *check)? {
+            script.push(b' ');
+            script.extend(quote(&word));
+        }
     }
-    Topology::load_all()
-}
-
-fn run_check(
-    bed: &Bed,
-    machine: &Machine,
-    (topology, mode): (&Topology, &Mode),
-    check: &str,
-    is_quick: bool,
-) -> anyhow::Result<Verdict> {
-    if check == "reboots" {
-        return reboots::check(bed, machine, (topology, mode), is_quick);
-    }
-    let own = std::env::current_exe().context("cannot find this program's own file")?;
-    let words: &[&str] = match check {
-        "walls" if is_quick => &["program", "vm-wall", "--quick", "--spm"],
-        "walls" => &["program", "vm-wall", "--spm"],
-        "walls-1" => &["program", "vm-wall", "--version-1", "--spm"],
-        "runs" if is_quick => &["program", "vm-runs", "--quick", "--spm"],
-        "runs" => &["program", "vm-runs", "--spm"],
-        "backends" => &["program", "vm-backends", "--topology", &topology.name, "--mode", &mode.name],
-        _ => &["program", "vm-facts", "--topology", &topology.name, "--mode", &mode.name, "--spm"],
-    };
-    let mut command: Vec<OsString> =
-        [own.into_os_string()].into_iter().chain(words.iter().map(OsString::from)).collect();
-    if words.ends_with(&["--spm"]) {
-        command.push(bed.spm()?.into());
-    }
+    let command = ["sh".into(), "-c".into(), OsString::from_vec(script)];
     let log = bed.dir.join("check.log");
-    let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-    let mut ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
-    for _ in 0..RETRIES {
-        let Ending::NoEmulator(how) = &ending else { break };
-        eprintln!("xtask: {} {}: the emulator failed, {how}: once more", topology.name, mode.name);
+    let mut tries = 0;
+    let ending = loop {
         let file = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-        ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
-    }
+        let ending = machine.run((topology, mode), &command, LIMIT, file.into(), None)?;
+        match &ending {
+            Ending::NoEmulator(how) if tries < RETRIES => {
+                eprintln!("xtask: {} {}: the emulator failed, {how}: once more", topology.name, mode.name);
+                tries += 1;
+            }
+            _ => break ending,
+        }
+    };
     let said = String::from_utf8_lossy(&fs::read(&log)?).trim_end().to_owned();
     Ok(match ending {
-        Ending::Status(0) => Verdict::Passed(said.lines().last().unwrap_or_default().to_owned()),
+        Ending::Status(0) => Verdict::Passed(remark(&said, row.checks.len())),
         Ending::Status(status) => Verdict::Failed(format!("{said}\nstatus {status}")),
         Ending::NoSetup(what) => Verdict::Failed(format!("the set-up failed: {}", what.trim_end())),
         Ending::Silent(what) => Verdict::Failed(format!("{said}\n{what}")),
@@ -198,4 +278,43 @@ fn run_check(
             Verdict::Failed(format!("{said}\nthe emulator failed {} times: {how}", RETRIES + 1))
         }
     })
+}
+
+/// A program of this tree and its words.
+fn command_of(
+    bed: &Bed,
+    topology: &Topology,
+    mode: &Mode,
+    (check, part): (&str, &str),
+) -> anyhow::Result<Vec<OsString>> {
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    let place = ["--topology", &topology.name, "--mode", &mode.name];
+    let words: &[&str] = match check {
+        "walls" => &["vm-wall"],
+        "walls-1" => &["vm-wall", "--version-1"],
+        "runs" => &["vm-runs"],
+        "backends" => &[&["vm-backends"][..], &place].concat(),
+        _ => &[&["vm-facts"][..], &place].concat(),
+    };
+    let mut command = vec![own.into_os_string(), "program".into()];
+    command.extend(words.iter().map(OsString::from));
+    if check != "backends" {
+        command.extend(["--spm".into(), bed.spm()?.into()]);
+    }
+    if !part.is_empty() {
+        command.extend(["--only".into(), part.into()]);
+    }
+    Ok(command)
+}
+
+/// The last line of what was said, or of several checks how much each has seen.
+fn remark(said: &str, checks: usize) -> String {
+    if checks == 1 {
+        return said.lines().last().unwrap_or_default().to_owned();
+    }
+    let counts = said.lines().filter_map(|line| {
+        let is_count = line.ends_with(" facts") || line.contains(" claims: ");
+        line.split(':').next().filter(|_| is_count)
+    });
+    counts.collect::<Vec<_>>().join(", ")
 }

@@ -36,23 +36,23 @@ const BOOTS: [End; 8] = [
     End::Orderly(0),
 ];
 /// A making, an orderly end, a cut, and what it left.
-const QUICK_BOOTS: [End; 3] = [End::Orderly(64), End::Cut(48), End::Orderly(0)];
+const FEW_BOOTS: [End; 3] = [End::Orderly(64), End::Cut(48), End::Orderly(0)];
 /// More than a guest does before the power is cut.
 const ENDLESS: u64 = 1 << 30;
 
-/// Boots as often as it takes.
+/// Boots as often as it takes; only a few times where `part` is `few`.
 pub(super) fn check(
     bed: &Bed,
     machine: &Machine,
     (topology, mode): (&Topology, &Mode),
-    is_quick: bool,
+    part: &str,
 ) -> anyhow::Result<Verdict> {
     let folder = bed.dir.join("kept");
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let own = std::env::current_exe().context("cannot find this program's own file")?;
     let log = bed.dir.join("check.log");
-    let boots = if is_quick { &QUICK_BOOTS[..] } else { &BOOTS };
+    let boots = if part == "few" { &FEW_BOOTS[..] } else { &BOOTS };
     let (mut all, mut cuts, mut failures) = (String::new(), 0, 0);
     let mut left = boots.iter().copied();
     let mut next = left.next();
