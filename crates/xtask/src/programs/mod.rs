@@ -8,6 +8,7 @@ mod shared_map;
 pub(crate) mod values;
 mod vm_backends;
 mod vm_facts;
+mod vm_heat;
 mod vm_nodes;
 mod vm_poison_probe;
 mod vm_reboots;
@@ -36,6 +37,8 @@ pub(crate) enum Program {
     VmFacts(vm_facts::Options),
     /// In a virtual machine: does `spm wall` keep what it promises?
     VmWall(vm_wall::Options),
+    /// In a virtual machine: can the sources of heat be used that its kernel has?
+    VmHeat,
     /// What a program behind a wall tries.
     VmWallProbe(vm_wall_probe::Options),
     /// In a virtual machine: do cold pages of runs go to a node of the kernel's, or to a dax device, and stay whole?
@@ -59,6 +62,7 @@ pub(crate) fn run(program: &Program) -> anyhow::Result<()> {
         Program::SharedMap(options) => shared_map::run(options),
         Program::VmFacts(options) => vm_facts::run(options),
         Program::VmWall(options) => vm_wall::run(options),
+        Program::VmHeat => vm_heat::run(),
         Program::VmWallProbe(options) => vm_wall_probe::run(options),
         Program::VmRuns(options) => vm_runs::run(options),
         Program::VmRunsProbe(options) => vm_runs_probe::run(options),

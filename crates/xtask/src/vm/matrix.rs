@@ -1,9 +1,9 @@
 //! `cargo xtask vm-test`: every topology, mode and kernel, and what a program in the guest says of it.
 //!
-//! Five checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
+//! Six checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
 //! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; on [`WALLED`] `vm-wall`, does
 //! `spm wall` keep what docs/walls.md says (on 6.1, with cgroup version 1); and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
-//! whole; and where a medium outlives its guest `vm-reboots`, is a persistent node what it was. Each in a guest of its own, the last in several. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
+//! whole, and `vm-heat`, can the sources of heat be used that the kernel has; and where a medium outlives its guest `vm-reboots`, is a persistent node what it was. Each in a guest of its own, the last in several. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -39,7 +39,12 @@ const QUICK: [Few; 7] = [
         &[("facts", ""), ("backends", ""), ("runs", "write --mib 16,several,killed,mapped,failed,gone")],
     ),
     (Kernel::V6_12, "cxl", "devdax", &[("facts", ""), ("backends", "")]),
-    (Kernel::Newest, "numa4", "plain", &[("walls", "few,doors"), ("runs", "hot open,fork open,failed held")]),
+    (
+        Kernel::Newest,
+        "numa4",
+        "plain",
+        &[("heat", ""), ("walls", "few,doors"), ("runs", "hot open,fork open,failed held")],
+    ),
     (Kernel::Newest, "hmem", "devdax", &[("facts", ""), ("runs", "fork --mib 8,gone")]),
     (Kernel::Newest, "nvdimm", "ext4", &[("reboots", "few")]),
     (Kernel::V6_1, "numa4", "plain", &[("walls-1", "few,own")]),
@@ -70,7 +75,7 @@ pub(crate) struct Options {
     /// Only this kernel.
     #[arg(long, value_enum, value_name = "V", conflicts_with = "quick")]
     kernel: Option<Kernel>,
-    /// Only these checks: facts, backends, walls, walls-1, runs, reboots.
+    /// Only these checks: facts, backends, walls, walls-1, runs, heat, reboots.
     #[arg(long, value_name = "NAME", conflicts_with = "quick")]
     check: Vec<String>,
 }
@@ -235,6 +240,7 @@ fn checks_of(kernel: Kernel, topology: &Topology, mode: &Mode) -> Vec<&'static s
         ("backends", true),
         ("walls", is_walled),
         ("runs", is_walled || has_device),
+        ("heat", is_walled),
         ("reboots", mode.setup_again.is_some()),
     ];
     which.into_iter().filter(|(_, is_wanted)| *is_wanted).map(|(check, _)| check).collect()
@@ -293,12 +299,13 @@ fn command_of(
         "walls" => &["vm-wall"],
         "walls-1" => &["vm-wall", "--version-1"],
         "runs" => &["vm-runs"],
+        "heat" => &["vm-heat"],
         "backends" => &[&["vm-backends"][..], &place].concat(),
         _ => &[&["vm-facts"][..], &place].concat(),
     };
     let mut command = vec![own.into_os_string(), "program".into()];
     command.extend(words.iter().map(OsString::from));
-    if check != "backends" {
+    if !["backends", "heat"].contains(&check) {
         command.extend(["--spm".into(), bed.spm()?.into()]);
     }
     if !part.is_empty() {
