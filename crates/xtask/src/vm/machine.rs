@@ -24,9 +24,10 @@ use crate::launch::Bed;
 /// `-accel kvm` is not to be had everywhere, and has no CXL memory that can be executed. Regions of CXL memory cannot
 /// be committed when the guest sees a hypervisor (no flushing of caches); five-level page tables only cost time.
 const CPU: &str = "max,hypervisor=off,la57=off";
-/// Memory that a device brings can be taken offline again only when it is movable.
+/// Memory that a device brings can be taken offline again only when it is movable. The kernel's check of its timer fails where the
+/// emulator gets too little of the processor.
 const APPEND: &str = "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr mitigations=off random.trust_cpu=on tsc=reliable \
-                      cryptomgr.notests=1 memhp_default_state=online_movable";
+                      cryptomgr.notests=1 no_timer_check memhp_default_state=online_movable";
 const POLL: Duration = Duration::from_millis(20);
 /// Where a moment is waited for that is soon over.
 const SHORT_POLL: Duration = Duration::from_micros(500);

@@ -2,8 +2,10 @@
 //!
 //! Six checks, all of [`programs`](crate::programs): `vm-facts`, is the memory there that the topology's file promises, and
 //! does spmem's discovery find it; `vm-backends`, does every kind of node there hold what all must; on [`WALLED`] `vm-wall`, does
-//! `spm wall` keep what docs/walls.md says (on 6.1, with cgroup version 1); and there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go to a node, or to a device, and stay
-//! whole, and `vm-heat`, can the sources of heat be used that the kernel has; and where a medium outlives its guest `vm-reboots`, is a persistent node what it was. Each in a guest of its own, the last in several. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
+//! `spm wall` keep what docs/walls.md says (on 6.1, with cgroup version 1); there and on [`WITH_DEVICE`] `vm-runs`, do cold pages of runs go
+//! to a node, or to a device, and stay whole; on [`WALLED`] `vm-heat`, can the sources of heat be used that the kernel has; where a medium
+//! outlives its guest `vm-reboots`, is a persistent node what it was. Each in a guest of its own, the last in several; of the few ([`QUICK`])
+//! several share one. A row is passed, failed, or skipped with its reason; a skip is never a pass. Guests run one after the other.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -220,11 +222,21 @@ fn say_what_is_left(few: &[Row]) -> anyhow::Result<()> {
         same.flat_map(|one| &one.checks).find(|(check, _)| *check == row.checks[0].0).map(|(_, part)| *part)
     };
     for rows in all.chunk_by(|one, other| one.kernel == other.kernel) {
-        let name = |row: &&Row| format!("{} {} {}", row.topology.name, row.mode().name, row.names());
-        let names = |rows: Vec<&Row>| rows.iter().map(name).collect::<Vec<_>>().join(", ");
-        let left = names(rows.iter().filter(|row| part_of(row).is_none()).collect());
-        let parts = names(rows.iter().filter(|row| part_of(row).is_some_and(|part| !part.is_empty())).collect());
-        println!("left to vm-test without --quick on {}: {left}; the rest of {parts}", rows[0].kernel.name());
+        let named =
+            |row: &Row| few.iter().any(|one| (one.kernel, &one.topology.name) == (row.kernel, &row.topology.name));
+        let mut left: Vec<String> = Vec::new();
+        for row in rows.iter().filter(|row| part_of(row).is_none_or(|part| !part.is_empty())) {
+            let (topology, what) = (&row.topology.name, format!("{} {}", row.mode().name, row.names()));
+            let text = match part_of(row) {
+                _ if !named(row) => topology.clone(),
+                None => format!("{topology} {what}"),
+                Some(_) => format!("the rest of {topology} {what}"),
+            };
+            if left.last() != Some(&text) {
+                left.push(text);
+            }
+        }
+        println!("left to vm-test without --quick on {}: {}", rows[0].kernel.name(), left.join(", "));
     }
     Ok(())
 }
