@@ -19,7 +19,7 @@ use crate::vm::topology::Topology;
 
 #[allow(dead_code, clippy::unwrap_used, reason = "a suite of tests: it ends where something fails")]
 #[path = "../../../spmem-node/tests/conformance/backend.rs"]
-mod backend;
+pub(super) mod backend;
 #[allow(dead_code, clippy::unwrap_used, reason = "a suite of tests: it ends where something fails")]
 #[path = "../../../spmem-node/tests/conformance/suite.rs"]
 mod suite;
@@ -27,7 +27,7 @@ mod suite;
 /// Of a node that the suite makes.
 const BYTES: u64 = 4 << 20;
 /// Where topologies mount a file system.
-const MOUNTED: &str = "/mnt";
+pub(super) const MOUNTED: &str = "/mnt";
 
 /// What to look for.
 #[derive(Clone, clap::Args)]
@@ -135,7 +135,7 @@ fn of_file(path: &str) -> anyhow::Result<Kind> {
     Ok(Kind { name, region: Box::new(region), again: Some(Box::new(again)), unit: 4096 })
 }
 
-fn open(path: &str) -> anyhow::Result<Fd> {
+pub(super) fn open(path: &str) -> anyhow::Result<Fd> {
     let is_device = path.starts_with("/dev/");
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(!is_device);

@@ -148,6 +148,7 @@ fn check_dax(facts: &mut Facts, mode: &Mode) {
         if let Some(node) = device.node {
             facts.equal(&format!("target node of {name}"), number(&format!("{folder}/target_node")), node.into());
         }
+        facts.equal(&format!("align of {name}"), number(&format!("{folder}/align")), device.align_mib << 20);
         let driver = fs::read_link(format!("{folder}/driver")).unwrap_or_default();
         let driver = driver.file_name().unwrap_or_default().to_string_lossy().into_owned();
         facts.equal(&format!("driver of {name}"), driver, device.driver.clone());

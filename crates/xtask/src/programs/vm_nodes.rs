@@ -65,6 +65,7 @@ fn check_devices(facts: &mut Facts, machine: &Machine, topology: &Topology, mode
         if let Some(node) = promised.node {
             facts.equal(&what("target node"), dax.target_node.map(u32::from), Some(node));
         }
+        facts.equal(&what("align"), dax.align_bytes, Some(promised.align_mib << 20));
         let is_online = promised.driver == "kmem";
         facts.equal(&what("mode"), dax.mode, if is_online { DaxMode::SystemRam } else { DaxMode::Devdax });
         facts.equal(&what("class"), dax.class.class.number(), promised.class);

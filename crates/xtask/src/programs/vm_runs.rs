@@ -29,12 +29,9 @@ pub(crate) struct Options {
     /// Where `spm` is.
     #[arg(long)]
     spm: PathBuf,
-    /// A few rows only.
-    #[arg(long)]
-    quick: bool,
-    /// Only rows of this word.
-    #[arg(long)]
-    only: Option<String>,
+    /// Only rows that begin with one of these.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
 }
 
 /// Nodes by name: open, tried (out, whatever else the kernel tells of heat), fenced, small, two.
@@ -50,21 +47,21 @@ const CONFIGS: [(&str, &str); 5] = [
     ),
 ];
 
-/// The words of the probe, the node, the flags of the wall, and whether it is one of the few.
-const ROWS: [(&str, &str, &[&str], bool); 13] = [
-    ("write", "fenced", &["--guard", "hard"], true),
-    ("fork", "open", &["--guard", "hard"], true),
-    ("unmap", "open", &["--guard", "hard"], true),
-    ("read", "open", &["--guard", "hard"], false),
-    ("hot", "open", &["--guard", "hard"], true),
-    ("hot", "tried", &[], false),
-    ("write", "open", &[], false),
-    ("fork", "fenced", &["--mems", "0-1"], false),
-    ("threads", "fenced", &["--sysram-nodes", "0"], false),
-    ("unmap", "fenced", &[], false),
-    ("read --mib 14", "small", &["--guard", "hard"], false),
-    ("read --mib 16 --node 3", "two", &["--guard", "hard"], false),
-    ("fork --mib 16", "two", &["--guard", "hard"], false),
+/// The words of the probe, the node, the flags of the wall.
+const ROWS: [(&str, &str, &[&str]); 13] = [
+    ("write", "fenced", &["--guard", "hard"]),
+    ("fork", "open", &["--guard", "hard"]),
+    ("unmap", "open", &["--guard", "hard"]),
+    ("read", "open", &["--guard", "hard"]),
+    ("hot", "open", &["--guard", "hard"]),
+    ("hot", "tried", &[]),
+    ("write", "open", &[]),
+    ("fork", "fenced", &["--mems", "0-1"]),
+    ("threads", "fenced", &["--sysram-nodes", "0"]),
+    ("unmap", "fenced", &[]),
+    ("read --mib 14", "small", &["--guard", "hard"]),
+    ("read --mib 16 --node 3", "two", &["--guard", "hard"]),
+    ("fork --mib 16", "two", &["--guard", "hard"]),
 ];
 
 /// Runs it.
@@ -72,28 +69,29 @@ const ROWS: [(&str, &str, &[&str], bool); 13] = [
 /// # Errors
 /// A row is not as it says.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let is_wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|only| name.starts_with(only));
     if let Some(device) = vm_runs_dax::find_device() {
-        return vm_runs_dax::run(&options.spm, device, options.quick, options.only.as_deref());
+        return vm_runs_dax::run(&options.spm, device, &is_wanted);
     }
     let mut facts = Facts::default();
     // What is tried here is who moves pages; the kernel's own idea of where they belong is tried with `fork open`.
     let balancing = "/proc/sys/kernel/numa_balancing";
-    for (words, config, wall, is_quick) in ROWS {
-        let is_wanted = options.only.as_ref().is_none_or(|only| words.starts_with(only.as_str()));
-        if !is_wanted || options.quick && !is_quick {
-            continue;
+    for (words, config, wall) in ROWS {
+        if is_wanted(&format!("{words} {config}")) {
+            fs::write(balancing, if words == "fork" { "1" } else { "0" }).context("no NUMA balancing")?;
+            check(&mut facts, &options.spm, words, config, wall)?;
         }
-        fs::write(balancing, if words == "fork" { "1" } else { "0" }).context("no NUMA balancing")?;
-        check(&mut facts, &options.spm, words, config, wall)?;
     }
-    if !options.quick && options.only.as_ref().is_none_or(|only| only == "delegated") {
+    if is_wanted("delegated") {
         check_delegated(&mut facts, &options.spm)?;
     }
-    if !options.quick && options.only.as_ref().is_none_or(|only| only == "killed") {
+    if is_wanted("killed") {
         check_killed(&mut facts, &options.spm)?;
     }
-    if !options.quick && options.only.as_ref().is_none_or(|only| only == "failed") {
-        check_failed_memory(&mut facts, &options.spm)?;
+    for what in ["resident", "held", "node1"] {
+        if is_wanted(&format!("failed {what}")) {
+            check_failed_memory(&mut facts, &options.spm, what)?;
+        }
     }
     facts.end()
 }
@@ -240,39 +238,37 @@ fn check_killed(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
 
 /// Memory that the machine reports as failed costs the page that is in it, or, under node 1, the process: nobody else, and both
 /// are told of. See [`vm_poison_probe`](super::vm_poison_probe).
-fn check_failed_memory(facts: &mut Facts, spm: &Path) -> anyhow::Result<()> {
-    for what in ["resident", "held", "node1"] {
-        let mut command = Command::new(spm);
-        command.args(["run", "--sysram", "5M", "--"]).arg(std::env::current_exe()?);
-        let output = command.args(["program", "vm-poison-probe", what]).stdin(Stdio::null()).output()?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        let both = format!("{} {}", said.trim(), errors.trim()).replace('\n', "; ");
-        let poisoned = said.lines().find_map(|line| line.strip_prefix("poisoned ")?.split_once(" in process "));
-        let lost: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("lost ")).collect();
-        let told: Vec<_> = errors.lines().filter(|line| line.contains(" is lost")).collect();
-        let (at, process) = poisoned.with_context(|| format!("nothing was poisoned: {both}"))?;
-        let start = format!("spm: process {process}: page 0x");
-        let is_right = if what == "resident" {
-            output.status.success() && said.contains("done") && lost == [at] && told.is_empty()
-        } else if what == "held" {
-            // Whose page it was `spm` says, and the signal.
-            output.status.success()
-                && said.contains("done")
-                && lost.len() == 1
-                && told.len() == 1
-                && told[0].starts_with(&format!("spm: process {process}: page {} is lost", lost[0]))
-        } else {
-            output.status.code() == Some(128 + libc::SIGBUS)
-                && lost.is_empty()
-                && told.len() == 1
-                && told[0].starts_with(&start)
-                && told[0].contains("node 1")
-        };
-        facts.note(
-            is_right && said.contains("beside is whole"),
-            format!("failed memory, {what}: {}, {both}", output.status),
-        );
-    }
+fn check_failed_memory(facts: &mut Facts, spm: &Path, what: &str) -> anyhow::Result<()> {
+    let mut command = Command::new(spm);
+    command.args(["run", "--sysram", "5M", "--"]).arg(std::env::current_exe()?);
+    let output = command.args(["program", "vm-poison-probe", what]).stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let both = format!("{} {}", said.trim(), errors.trim()).replace('\n', "; ");
+    let poisoned = said.lines().find_map(|line| line.strip_prefix("poisoned ")?.split_once(" in process "));
+    let lost: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("lost ")).collect();
+    let told: Vec<_> = errors.lines().filter(|line| line.contains(" is lost")).collect();
+    let (at, process) = poisoned.with_context(|| format!("nothing was poisoned: {both}"))?;
+    let start = format!("spm: process {process}: page 0x");
+    let is_right = if what == "resident" {
+        output.status.success() && said.contains("done") && lost == [at] && told.is_empty()
+    } else if what == "held" {
+        // Whose page it was `spm` says, and the signal.
+        output.status.success()
+            && said.contains("done")
+            && lost.len() == 1
+            && told.len() == 1
+            && told[0].starts_with(&format!("spm: process {process}: page {} is lost", lost[0]))
+    } else {
+        output.status.code() == Some(128 + libc::SIGBUS)
+            && lost.is_empty()
+            && told.len() == 1
+            && told[0].starts_with(&start)
+            && told[0].contains("node 1")
+    };
+    facts.note(
+        is_right && said.contains("beside is whole"),
+        format!("failed memory, {what}: {}, {both}", output.status),
+    );
     Ok(())
 }

@@ -3,11 +3,10 @@
 //! Each row starts [`vm_wall_probe`](super::vm_wall_probe) behind a wall and holds what the kernel did against what the row
 //! says. Nodes 2 and 3 are spm by configuration. Called by `cargo xtask vm-test` on the topology numa4; with --version-1 on
 //! Linux 6.1, the last of Debian's with cpusets of cgroup version 1.
-#![allow(unsafe_code, reason = "a descriptor that is lent")]
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -15,22 +14,15 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use rustix::process::Pid;
-use spmem_core::grant::{Rights, Terms};
-use spmem_core::node::{Class, Guard, NodeSpec, NodeType, Services};
 use spmem_core::nodemask::NodeMask;
-use spmem_core::registry::Registry;
-use spmem_core::units::{Bytes, DomainId, NodeId};
-use spmem_node::door::Door;
-use spmem_node::roll::Roll;
-use spmem_sys::fd::Fd;
 use spmem_sys::mapping::{Mapping, populate_write};
-use spmem_sys::uffd::Uffd;
 use spmem_sys::{PAGE, mempolicy};
 
 use super::vm_facts::Facts;
-use super::vm_wall_probe::DOOR_BYTE;
-use super::vm_wall_rights::{check_bare_names, check_join, check_keeper, check_rights, mount_version_1};
+use super::vm_wall_doors::check_doors;
+use super::vm_wall_rights::{
+    check_bare_names, check_delegated, check_join, check_keeper, check_own_cpuset, check_rights, mount_version_1,
+};
 
 /// A user without rights.
 pub(super) const NOBODY: u32 = 1000;
@@ -44,19 +36,31 @@ pub(crate) struct Options {
     /// Where `spm` is.
     #[arg(long)]
     spm: PathBuf,
-    /// The rows of the hard wall only.
-    #[arg(long)]
-    quick: bool,
-    /// The doors only.
-    #[arg(long)]
-    doors: bool,
-    /// Only who may do what, and what becomes of a keeper.
-    #[arg(long)]
-    rights: bool,
+    /// Only these parts.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// The table with cpusets of cgroup version 1, mounted for that.
     #[arg(long)]
     version_1: bool,
 }
+
+type Check = fn(&mut Facts, &Scene) -> anyhow::Result<()>;
+
+/// The parts, and with which versions of cgroups they are tried; `few` is within `table`.
+const PARTS: [(&str, bool, bool, Check); 12] = [
+    ("table", true, true, check_table),
+    ("few", false, false, check_few),
+    ("pressure", true, true, check_pressure),
+    ("escapes", true, false, check_escapes),
+    ("rights", true, false, check_rights),
+    ("delegated", false, false, check_delegated),
+    ("join", true, false, check_join),
+    ("keeper", true, false, check_keeper),
+    ("own", false, true, check_own_cpuset),
+    ("run", true, true, check_run),
+    ("audit", true, true, check_audit),
+    ("doors", true, false, check_doors),
+];
 
 /// What a row says: exactly these nodes, some of these, or an error.
 #[derive(Clone, Copy, Debug)]
@@ -104,59 +108,73 @@ const ROWS: [(&str, Is, Is); 33] = [
     ("numactl --preferred=2 touch", Error(""), Error("")),
 ];
 
+/// Of these the most telling.
+const FEW: [&str; 9] = [
+    "touch",
+    "policy bind 2",
+    "policy preferred-many 0-3",
+    "policy interleave 0-3",
+    "mbind bind 1-2",
+    "move-pages 2",
+    "migrate-pages 0-1 1-3",
+    "threads bind 2",
+    "numactl --interleave=all touch",
+];
+
 /// Runs it.
 ///
 /// # Errors
 /// A row is not as it says.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let scene = Scene::new(&options.spm)?;
+    let is_known = |name: &String| PARTS.iter().any(|(part, ..)| part == name);
+    ensure!(options.only.iter().all(is_known), "the parts are {}", PARTS.map(|(part, ..)| part).join(", "));
+    let scene = Scene::new(&options.spm, if options.version_1 { Cgroups::One } else { Cgroups::Two })?;
     let mut facts = Facts::default();
-    if options.doors {
-        check_doors(&mut facts, &scene)?;
-        return facts.end();
-    }
-    if options.rights {
-        check_rights(&mut facts, &scene)?;
-        check_join(&mut facts, &scene)?;
-        check_keeper(&mut facts, &scene)?;
-        check_nothing_is_left(&mut facts);
-        return facts.end();
-    }
     if options.version_1 {
         check_bare_names(&mut facts, &scene)?;
         mount_version_1(&mut facts, &scene)?;
     }
-    let guards = [("hard", 0), ("easy", 1)];
-    for (guard, column) in guards.into_iter().take(if options.quick { 1 } else { 2 }) {
-        // 6.1 has no weights.
-        let rows = ROWS.into_iter().filter(|(words, ..)| !options.version_1 || !words.contains("weighted"));
-        for (words, hard, easy) in rows {
-            let mut words: Vec<&str> = words.split(' ').collect();
-            let tail = words.iter().position(|word| *word == "touch" && words[0] == "numactl");
-            let before: Vec<&str> = tail.map(|at| words.drain(..at).collect()).unwrap_or_default();
-            let wall = [&["--guard", guard, "--"][..], &before].concat();
-            scene.check(&mut facts, guard, &wall, &words, [hard, easy][column])?;
+    for (name, is_of_two, is_of_one, check) in PARTS {
+        let is_wanted = if options.version_1 { is_of_one } else { is_of_two };
+        if options.only.iter().any(|only| only == name) || options.only.is_empty() && is_wanted {
+            check(&mut facts, &scene)?;
         }
-        check_files(&mut facts, &scene, guard)?;
     }
-    if options.version_1 {
-        check_pressure(&mut facts, &scene)?;
-        check_audit(&mut facts, &scene)?;
-    }
-    if options.quick || options.version_1 {
-        check_nothing_is_left(&mut facts);
-        return facts.end();
-    }
-    check_pressure(&mut facts, &scene)?;
-    check_escapes(&mut facts, &scene)?;
-    check_rights(&mut facts, &scene)?;
-    check_join(&mut facts, &scene)?;
-    check_keeper(&mut facts, &scene)?;
-    check_run(&mut facts, &scene)?;
-    check_audit(&mut facts, &scene)?;
-    check_doors(&mut facts, &scene)?;
     check_nothing_is_left(&mut facts);
     facts.end()
+}
+
+fn check_table(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    for guard in ["hard", "easy"] {
+        // 6.1, which has cpusets of version 1, has no weights.
+        let is_there = |words: &str| scene.cgroups == Cgroups::Two || !words.contains("weighted");
+        check_rows(facts, scene, guard, is_there)?;
+        check_files(facts, scene, guard)?;
+    }
+    Ok(())
+}
+
+fn check_few(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    for guard in ["hard", "easy"] {
+        check_rows(facts, scene, guard, |words| FEW.contains(&words))?;
+    }
+    check_files(facts, scene, "hard")
+}
+
+fn check_rows(
+    facts: &mut Facts,
+    scene: &Scene,
+    guard: &str,
+    is_wanted: impl Fn(&str) -> bool,
+) -> anyhow::Result<()> {
+    for (words, hard, easy) in ROWS.into_iter().filter(|(words, ..)| is_wanted(words)) {
+        let mut words: Vec<&str> = words.split(' ').collect();
+        let tail = words.iter().position(|word| *word == "touch" && words[0] == "numactl");
+        let before: Vec<&str> = tail.map(|at| words.drain(..at).collect()).unwrap_or_default();
+        let wall = [&["--guard", guard, "--"][..], &before].concat();
+        scene.check(facts, guard, &wall, &words, if guard == "hard" { hard } else { easy })?;
+    }
+    Ok(())
 }
 
 /// What the rows share.
@@ -164,15 +182,24 @@ pub(super) struct Scene {
     pub(super) spm: PathBuf,
     own: PathBuf,
     pub(super) config: PathBuf,
+    cgroups: Cgroups,
+}
+
+/// Which version has the cpusets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cgroups {
+    /// On 6.1, which lacks what `spm run` takes: that runs a program as it is, with --best-effort, behind its wall.
+    One,
+    Two,
 }
 
 impl Scene {
-    fn new(spm: &Path) -> anyhow::Result<Self> {
+    fn new(spm: &Path, cgroups: Cgroups) -> anyhow::Result<Self> {
         // The tests' own memory is not to go first, nor stand in the way.
         fs::write("/proc/self/oom_score_adj", "-1000").context("cannot keep from being ended")?;
         let config = std::env::temp_dir().join("wall.toml");
         fs::write(&config, TYPES)?;
-        Ok(Self { spm: spm.to_owned(), own: std::env::current_exe()?, config })
+        Ok(Self { spm: spm.to_owned(), own: std::env::current_exe()?, config, cgroups })
     }
 
     /// `spm wall OPTIONS... [PROGRAM...] probe WORDS...`
@@ -230,7 +257,7 @@ fn check_files(facts: &mut Facts, scene: &Scene, guard: &str) -> anyhow::Result<
     Ok(())
 }
 
-fn far_file(is_filled: bool) -> anyhow::Result<(File, Mapping)> {
+pub(super) fn far_file(is_filled: bool) -> anyhow::Result<(File, Mapping)> {
     let file = File::from(rustix::fs::memfd_create("spmem-door", rustix::fs::MemfdFlags::CLOEXEC)?);
     let len = 16 * PAGE;
     file.set_len(len as u64)?;
@@ -294,19 +321,29 @@ fn check_escapes(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
 
 /// The same flags on `spm run`.
 fn check_run(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let run = |more: &[&str]| {
+        let mut command = Command::new(&scene.spm);
+        command.args(["run", "--config"]).arg(&scene.config).args(more);
+        command
+    };
+    let more: &[&str] = if scene.cgroups == Cgroups::Two { &[] } else { &["--best-effort"] };
     for (guard, words, is) in [
         ("hard", ["policy", "interleave", "0-3"], On("0-1")),
         ("hard", ["policy", "bind", "2"], Error("EINVAL")),
         ("easy", ["policy", "bind", "2"], On("2")),
     ] {
-        let mut command = Command::new(&scene.spm);
-        command.args(["run", "--config"]).arg(&scene.config).args(["--guard", guard, "--"]);
-        let output = command.args(scene.probe(&words)).output()?;
+        let output = run(more).args(["--guard", guard, "--"]).args(scene.probe(&words)).output()?;
         note(facts, &format!("spm run --guard {guard}: {}", words.join(" ")), &output, is);
     }
+    if scene.cgroups == Cgroups::One {
+        let output = run(&["--guard", "hard", "--"]).args(scene.probe(&["touch"])).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let is_refused = output.status.code() == Some(125) && said.contains("use a kernel >= 6.8");
+        facts.note(is_refused, format!("spm run without --best-effort: {}", said.trim()));
+        return Ok(());
+    }
     // The list of nodes is away when the kernel is called.
-    let mut command = Command::new(&scene.spm);
-    command.args(["run", "--sysram", "5M", "--config"]).arg(&scene.config).args(["--guard", "easy", "--"]);
+    let mut command = run(&["--sysram", "5M", "--guard", "easy", "--"]);
     let output = command.args(scene.probe(&["cold-policy", "interleave", "0-3"])).output()?;
     note(facts, "spm run --guard easy: cold-policy interleave 0-3", &output, On("0-1"));
     Ok(())
@@ -374,96 +411,6 @@ impl Staying {
         ensure!(self.0.wait()?.signal() == Some(libc::SIGKILL), "it ended otherwise");
         Ok(())
     }
-}
-
-/// By grant, a range and a single page of node 2 come through a hard wall, and stay there while they are used.
-fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
-    fs::write("/proc/sys/kernel/numa_balancing", "1").context("no NUMA balancing")?;
-    let node = NodeId::new(2)?;
-    let mut registry = Registry::new();
-    let spec = |node_type| NodeSpec {
-        node_type,
-        class: Class::Slower,
-        services: Services::empty(),
-        guard: Guard::Hard,
-        owner: "test".into(),
-    };
-    registry.register(NodeId::ZERO, spec(NodeType::Sysram))?;
-    let owner = registry.register(node, spec(NodeType::Spm))?.owner;
-    let len = 16 * PAGE;
-    let quota = Bytes((len + PAGE) as u64);
-    let grant =
-        registry.grant(&[&owner], Terms::new(Rights::ALLOC | Rights::MAP_READ | Rights::MAP_WRITE, quota))?;
-    let roll = Roll::new()?;
-    let mut door = Door { registry: &mut registry, domain: DomainId::ROOT, grant: &grant, node, roll: &roll };
-
-    let (file, _charge) = door.file(len)?;
-    // SAFETY: the descriptor is open as long as `file` is.
-    let file_fd = unsafe { BorrowedFd::borrow_raw(file.fd().raw()) }.try_clone_to_owned()?;
-    let mut ranges = scene.wall(&["--"], &["file", "used"]);
-    let ranges = ranges.stdin(Stdio::from(file_fd)).stdout(Stdio::piped()).spawn()?;
-    // What only has the name of a door's file, filled by who has no grant for it.
-    let (named, _memory) = far_file(true)?;
-    let mut liar = scene.wall(&["--"], &["file", "used"]);
-    let mut liar = liar.stdin(Stdio::from(named)).stdout(Stdio::piped()).spawn()?;
-
-    let mut single = scene.wall(&["--"], &["door"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let mut said = BufReader::new(single.stdout.take().context("no pipe")?);
-    let mut line = String::new();
-    said.read_line(&mut line)?;
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let ["door", fd, address] = words[..] else { anyhow::bail!("the probe said {line}") };
-    let pid = Pid::from_raw(single.id().cast_signed()).context("no process")?;
-    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
-    let faults = rustix::process::pidfd_getfd(&pidfd, fd.parse()?, rustix::process::PidfdGetfdFlags::empty())?;
-    let faults = Uffd::from_fd(Fd::from_raw(faults.into_raw_fd()));
-    let _charge = door.page(&faults, single.id(), address.parse()?, &[DOOR_BYTE; PAGE])?;
-    let refused = door.page(&faults, single.id(), address.parse::<usize>()? + PAGE, &[DOOR_BYTE; PAGE]);
-    facts.note(refused.is_err(), format!("doors: past the quota: {:?}", refused.err()));
-    let by = serde_json::json!({ "kind": "door", "process": std::process::id(), "grant": grant.id().to_string() });
-    audit_doors(facts, scene, &by, [("file", ranges.id(), 16), ("page", single.id(), 1)], liar.id());
-    liar.kill()?;
-    liar.wait()?;
-    single.stdin.take().context("no pipe")?.write_all(b"go\n")?;
-    let mut nodes = String::new();
-    said.read_line(&mut nodes)?;
-    facts.equal("doors: a page placed by UFFDIO_COPY, used for 10 s", nodes.trim(), "nodes 2");
-    single.wait()?;
-    let output = ranges.wait_with_output()?;
-    note(facts, "doors: a sealed file, used for 10 s", &output, On("2"));
-    Ok(())
-}
-
-/// What came through doors is there by a grant; what has only the name of a door's file is not.
-fn audit_doors(
-    facts: &mut Facts,
-    scene: &Scene,
-    by: &serde_json::Value,
-    through: [(&str, u32, u64); 2],
-    liar: u32,
-) {
-    // A file is mapped soon.
-    let audit = |pid: u32, pages: u64| {
-        let mut command = Command::new(&scene.spm);
-        command.args(["audit", &pid.to_string(), "--json", "--config"]).arg(&scene.config);
-        let mut seen = (None, serde_json::Value::Null);
-        within_seconds(|| {
-            seen = command.output().map_or_else(
-                |_| (None, serde_json::Value::Null),
-                |output| (output.status.code(), serde_json::from_slice(&output.stdout).unwrap_or_default()),
-            );
-            seen.1[0]["pages"] == pages
-        });
-        seen
-    };
-    for (what, pid, pages) in through {
-        let seen = audit(pid, pages);
-        let is_so = seen.0 == Some(0) && seen.1[0]["by"] == *by && seen.1[0]["pages"] == pages;
-        facts.note(is_so && seen.1[1].is_null(), format!("doors: audit of the {what}: {seen:?}"));
-    }
-    let seen = audit(liar, 16);
-    let is_found = seen.0 == Some(1) && seen.1[0]["is_clean"] == false;
-    facts.note(is_found, format!("doors: audit of a file that is only called so: {seen:?}"));
 }
 
 fn check_nothing_is_left(facts: &mut Facts) {

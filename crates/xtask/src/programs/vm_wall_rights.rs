@@ -38,7 +38,11 @@ pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &words)).output()?;
     note(facts, "a user: easy, a program that may not be looked into", &output, Error("EPERM"));
     check_unseen(facts, scene)?;
+    check_delegated(facts, scene)
+}
 
+/// A user's wall in a cgroup that was delegated to him.
+pub(super) fn check_delegated(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
     let folder = delegate()?;
     let mut command = as_nobody(scene.wall(&["--"], &["policy", "interleave", "0-3"]));
     start_in(&mut command, &folder)?;
@@ -46,6 +50,47 @@ pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     note(facts, "a user: in a delegated cgroup", &output, On("0-1"));
     let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
     facts.note(is_empty, "a delegated cgroup is given back empty".to_owned());
+    Ok(())
+}
+
+/// With cgroup version 1 a user needs a cpuset whose folder is his.
+pub(super) fn check_own_cpuset(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let output = as_nobody(scene.wall(&["--"], &["touch"])).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    facts.equal("a user, version 1: without a cpuset: status", output.status.code(), Some(125));
+    facts.note(said.contains("in a cpuset of your own"), format!("it says so: {}", said.trim()));
+    let top = Path::new(CPUSETS_1);
+    let folder = top.join("user");
+    fs::create_dir(&folder)?;
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        fs::write(folder.join(file), fs::read_to_string(top.join(file))?)?;
+    }
+    std::os::unix::fs::chown(&folder, Some(NOBODY), Some(NOBODY))?;
+    let rows: [(&[&str], Is); 4] = [
+        (&["policy", "interleave", "0-3"], On("0-1")),
+        (&["policy", "bind", "2"], Error("EINVAL")),
+        (&["fork"], Within("0-1")),
+        (&["threads", "interleave", "0-3"], On("0-1")),
+    ];
+    for (words, is) in rows {
+        let mut command = as_nobody(scene.wall(&["--"], words));
+        start_in(&mut command, &folder)?;
+        note(
+            facts,
+            &format!("a user, version 1: in a cpuset of his own: {}", words.join(" ")),
+            &command.output()?,
+            is,
+        );
+    }
+    let mut command = Command::new(&scene.spm);
+    command.args(["wall", "--config"]).arg(&scene.config).args(["--", "cat", "/proc/self/cgroup"]);
+    let mut command = as_nobody(command);
+    start_in(&mut command, &folder)?;
+    let said = String::from_utf8_lossy(&command.output()?.stdout).into_owned();
+    let is_below = said.lines().any(|line| line.contains(":cpuset:/user/spm-wall-hard-"));
+    facts.note(is_below, format!("a user, version 1: the wall is below: {}", said.trim().replace('\n', "; ")));
+    let is_empty = within_seconds(|| fs::remove_dir(&folder).is_ok());
+    facts.note(is_empty, "a user, version 1: the cpuset is given back empty".to_owned());
     Ok(())
 }
 

@@ -62,4 +62,5 @@ else
     echo $status >/job/setup.status
 fi
 sync
+umount /root/mnt 2>/dev/null
 poweroff -f

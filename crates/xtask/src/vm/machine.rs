@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -23,10 +24,13 @@ use crate::launch::Bed;
 /// `-accel kvm` is not to be had everywhere, and has no CXL memory that can be executed. Regions of CXL memory cannot
 /// be committed when the guest sees a hypervisor (no flushing of caches); five-level page tables only cost time.
 const CPU: &str = "max,hypervisor=off,la57=off";
-/// Memory that a device brings can be taken offline again only when it is movable.
+/// Memory that a device brings can be taken offline again only when it is movable. The kernel's check of its timer fails where the
+/// emulator gets too little of the processor.
 const APPEND: &str = "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr mitigations=off random.trust_cpu=on tsc=reliable \
-                      cryptomgr.notests=1 memhp_default_state=online_movable";
+                      cryptomgr.notests=1 no_timer_check memhp_default_state=online_movable";
 const POLL: Duration = Duration::from_millis(20);
+/// Where a moment is waited for that is soon over.
+const SHORT_POLL: Duration = Duration::from_micros(500);
 /// What the guest's kernel says of a timer that did not go off (kernel/rcu/tree_stall.h).
 const LOST_TIMER: &str = "kthread timer wakeup didn't happen";
 /// How much longer than the limit a guest runs that nobody ends.
@@ -53,6 +57,18 @@ pub(crate) fn fetch(bed: &Bed, kernel: Kernel) -> anyhow::Result<(Tools, KernelF
     Ok((tools, kernel))
 }
 
+/// What outlives a guest: the memory of its devices, and what the command has told of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Kept<'a> {
+    /// Where the media are, and the file [`TOLD`].
+    pub(crate) folder: &'a Path,
+    /// Whether the power is to be cut, by what was told so far.
+    pub(crate) is_time: &'a dyn Fn(&str) -> bool,
+}
+
+/// A file of the job's folder, which the command may write and finds again.
+pub(crate) const TOLD: &str = "told";
+
 /// How a run ended.
 pub(crate) enum Ending {
     /// The command's exit status.
@@ -61,8 +77,11 @@ pub(crate) enum Ending {
     NoSetup(String),
     /// It reported nothing: a panic, a hang, the limit. What is known, and the end of the console.
     Silent(String),
-    /// The emulator lost a timer of the guest's, which then stands still: seen on a host with more to do than processors.
-    Stalled,
+    /// The power was cut: QEMU was killed.
+    Cut,
+    /// The emulator failed, not the guest; how. Seen on a host with more to do than processors: a timer that does not go off, an
+    /// assertion about memory sections.
+    NoEmulator(String),
 }
 
 /// Whether it stands on the console so far.
@@ -87,35 +106,44 @@ impl<'a> Machine<'a> {
         &self.kernel.release
     }
 
-    /// Boots, runs `command` in this process's directory with its output to `output`, and waits for the end.
+    /// Boots, runs `command` in this process's directory with its output to `output`, and waits for the end. Devices have the
+    /// media that are `kept`, which are made where there are none.
     pub(crate) fn run(
         &self,
         (topology, mode): (&Topology, &Mode),
         command: &[OsString],
         limit: Duration,
         output: Stdio,
+        kept: Option<Kept<'_>>,
     ) -> anyhow::Result<Ending> {
         let folder = self.bed.dir.join("vm");
         let job = folder.join("job");
         fs::create_dir_all(&job).with_context(|| format!("cannot make {}", job.display()))?;
         let _undo = Undo::new(Step::RemoveTree(folder.clone()));
-        self.write_job(&job, topology, mode, command, limit)?;
+        let media = kept.map(|kept| kept.folder);
+        self.write_job(&job, &topology.setup_for(mode, media), &topology.modules, command, limit)?;
+        if let Some(folder) = media.filter(|folder| folder.join(TOLD).exists()) {
+            fs::copy(folder.join(TOLD), job.join(TOLD)).context("cannot copy what was told")?;
+        }
         let console = folder.join("console");
         let mut qemu = Command::new(self.tools.programs.join("qemu-system-x86_64"));
-        qemu.args(self.qemu_args(&folder, topology)?).stdin(Stdio::null()).stdout(output);
+        qemu.args(self.qemu_args(&folder, topology, media)?).stdin(Stdio::null()).stdout(output);
         let started = Instant::now();
         let mut child = qemu.spawn().context("cannot start QEMU")?;
         let undo = Undo::new(Step::Kill(child.id()));
-        let mut is_stalled = false;
+        let is_time =
+            || kept.is_some_and(|kept| fs::read_to_string(job.join(TOLD)).is_ok_and(|told| (kept.is_time)(&told)));
+        let (mut is_stalled, mut is_cut) = (false, false);
         let ended = loop {
             if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
                 break Some(status);
             }
             is_stalled = console_says(&console, LOST_TIMER);
-            if is_stalled || started.elapsed() > limit {
+            is_cut = is_time();
+            if is_stalled || is_cut || started.elapsed() > limit {
                 break None;
             }
-            sleep(POLL);
+            sleep(if kept.is_some() { SHORT_POLL } else { POLL });
         };
         match ended {
             // Awaited: its number may be another process's by now.
@@ -126,6 +154,12 @@ impl<'a> Machine<'a> {
             }
         }
         let read = |name: &str| fs::read_to_string(job.join(name)).ok();
+        if let Some((folder, told)) = media.zip(read(TOLD)) {
+            fs::write(folder.join(TOLD), told).context("cannot keep what was told")?;
+        }
+        if is_cut {
+            return Ok(Ending::Cut);
+        }
         if read("setup.status").is_some() {
             return Ok(Ending::NoSetup(read("setup.log").unwrap_or_default()));
         }
@@ -133,7 +167,10 @@ impl<'a> Machine<'a> {
             return Ok(Ending::Status(status));
         }
         if is_stalled {
-            return Ok(Ending::Stalled);
+            return Ok(Ending::NoEmulator("it has lost a timer of the guest's".to_owned()));
+        }
+        if let Some(signal) = ended.and_then(|status| status.signal()) {
+            return Ok(Ending::NoEmulator(format!("it ended by signal {signal}")));
         }
         let cause = match ended {
             None => format!("it was ended after {} s", limit.as_secs()),
@@ -149,8 +186,8 @@ impl<'a> Machine<'a> {
     fn write_job(
         &self,
         job: &Path,
-        topology: &Topology,
-        mode: &Mode,
+        topology_setup: &str,
+        modules: &[String],
         command: &[OsString],
         limit: Duration,
     ) -> anyhow::Result<()> {
@@ -162,8 +199,8 @@ impl<'a> Machine<'a> {
         config.extend(b"\nTOOLS=");
         config.extend(quote(self.tools.programs.as_os_str()));
         config.push(b'\n');
-        let modules: String = topology.modules.iter().map(|name| format!("modprobe {name} || exit 1\n")).collect();
-        let setup = format!("{SETUP}\n{modules}set -e\n{}", topology.setup_for(mode));
+        let modules: String = modules.iter().map(|name| format!("modprobe {name} || exit 1\n")).collect();
+        let setup = format!("{SETUP}\n{modules}set -e\n{topology_setup}");
         let folder = std::env::current_dir().context("the working directory is gone")?;
         let mut script = b"cd ".to_vec();
         script.extend(quote(folder.as_os_str()));
@@ -180,7 +217,12 @@ impl<'a> Machine<'a> {
     }
 
     /// No network, no screen. Serial lines: the kernel's console to a file, the command's output to ours.
-    fn qemu_args(&self, folder: &Path, topology: &Topology) -> anyhow::Result<Vec<OsString>> {
+    fn qemu_args(
+        &self,
+        folder: &Path,
+        topology: &Topology,
+        media: Option<&Path>,
+    ) -> anyhow::Result<Vec<OsString>> {
         let mut args: Vec<OsString> = Vec::new();
         let words = |text: &str| text.split_whitespace().map(OsString::from).collect::<Vec<_>>();
         args.extend(words("-nodefaults -display none -no-reboot -accel tcg,thread=multi -cpu"));
@@ -198,20 +240,25 @@ impl<'a> Machine<'a> {
         args.extend(["-kernel".into(), self.boot.kernel.clone().into()]);
         args.extend(["-initrd".into(), self.boot.initrd.clone().into()]);
         args.extend(["-append".into(), format!("{APPEND} {}", topology.append).into()]);
-        args.extend(topology.qemu_args().into_iter().map(OsString::from));
+        let media = media.map(|folder| plain(folder)).transpose()?;
+        args.extend(topology.qemu_args(media).into_iter().map(OsString::from));
         Ok(args)
     }
 }
 
-/// QEMU takes a comma for the end of a value.
 fn joined(before: &str, path: &Path, after: &str) -> anyhow::Result<OsString> {
+    Ok(format!("{before}{}{after}", plain(path)?).into())
+}
+
+/// QEMU takes a comma for the end of a value.
+fn plain(path: &Path) -> anyhow::Result<&str> {
     let path = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
     ensure!(!path.contains(','), "QEMU cannot take a comma in {path}: use another target directory");
-    Ok(format!("{before}{path}{after}").into())
+    Ok(path)
 }
 
 /// A word for the shell.
-fn quote(word: &OsStr) -> Vec<u8> {
+pub(super) fn quote(word: &OsStr) -> Vec<u8> {
     let mut quoted = vec![b'\''];
     for byte in word.as_bytes() {
         if *byte == b'\'' {

@@ -2,7 +2,8 @@
 //!
 //! QEMU emulates the machine, so this answers what happens, never how fast. [`topology`] says what the machine is,
 //! [`archive`] fetches Debian's packages, [`kernel`] makes what is booted, [`machine`] runs it, [`matrix`] is
-//! `cargo xtask vm-test`. `init.sh` is the guest's first process, `setup.sh` what topologies' set-up is written in.
+//! `cargo xtask vm-test`, [`reboots`] its part that boots more than once. `init.sh` is the guest's first process,
+//! `setup.sh` what topologies' set-up is written in.
 //!
 //! Known holes: standard output and standard error of the command come out as one stream; what it writes to files is
 //! gone afterwards.
@@ -11,15 +12,20 @@ mod archive;
 mod kernel;
 mod machine;
 pub(crate) mod matrix;
+mod reboots;
 pub(crate) mod topology;
 
 use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
+use anyhow::{Context, ensure};
+
 use crate::launch::{Bed, NeedSpm};
 use archive::Kernel;
-use machine::{Ending, Machine};
+use machine::{Ending, Kept, Machine};
 use topology::Topology;
 
 /// The guest never told how the command ended; the shell and `spm` use the numbers around it.
@@ -44,6 +50,9 @@ pub(crate) struct Options {
     /// End it after this many seconds.
     #[arg(long, default_value_t = 300, value_name = "S")]
     timeout: u64,
+    /// Keep the memory of devices in this folder, and find it there: a further run of the same topology and mode is the next boot.
+    #[arg(long, value_name = "FOLDER")]
+    keep: Option<PathBuf>,
     /// List the topologies and their modes.
     #[arg(long)]
     list: bool,
@@ -59,10 +68,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let topology = Topology::load(&options.topology)?;
     let mode = topology.mode(options.mode.as_deref())?;
+    if let Some(folder) = &options.keep {
+        ensure!(mode.setup_again.is_some(), "nothing of {} in mode {} outlives a boot", topology.name, mode.name);
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let kept = options.keep.as_deref().map(|folder| Kept { folder, is_time: &|_| false });
     let bed = Bed::new(NeedSpm::No)?;
     let machine = Machine::new(&bed, machine::fetch(&bed, options.kernel)?)?;
     let limit = Duration::from_secs(options.timeout);
-    let status = match machine.run((&topology, mode), &options.command, limit, Stdio::inherit())? {
+    let status = match machine.run((&topology, mode), &options.command, limit, Stdio::inherit(), kept)? {
         Ending::Status(status) => status,
         Ending::NoSetup(log) => {
             eprintln!(
@@ -73,10 +87,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             );
             NO_STATUS
         }
-        Ending::Stalled => {
-            eprintln!(
-                "xtask: the guest stood still: its emulator has lost a timer; run it again, on a machine with less to do"
-            );
+        Ending::Cut => unreachable!("it is never time to"),
+        Ending::NoEmulator(how) => {
+            eprintln!("xtask: the emulator failed: {how}; run it again, on a machine with less to do");
             NO_STATUS
         }
         Ending::Silent(what) => {

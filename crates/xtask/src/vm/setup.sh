@@ -20,6 +20,13 @@ set_dax_mode() {
     [ "$2" = devdax ] || daxctl online-memory "$1" || true
 }
 
+# Bytes; daxctl sets it only for a device that it makes.
+set_dax_align() {
+    echo "$1" >/sys/bus/dax/drivers/device_dax/unbind &&
+        echo "$2" >"/sys/bus/dax/devices/$1/align" &&
+        echo "$1" >/sys/bus/dax/drivers/device_dax/bind
+}
+
 # Volatile regions through /sys: cxl(1) 76 cannot make them. One device, MiB.
 make_cxl_ram_region() {
     devices=/sys/bus/cxl/devices
@@ -54,6 +61,10 @@ make_namespace() {
     esac
 }
 
-mount_dax() {
-    mkfs.ext4 -q -b 4096 -E nodiscard "$1" && mkdir -p /mnt && mount -t ext4 -o dax "$1" /mnt
+make_files() {
+    mkfs.ext4 -q -b 4096 -E nodiscard "$1" && mount_files "$@"
+}
+
+mount_files() {
+    wait_for "$1" && mkdir -p /mnt && mount -t ext4 -o "$2" "$1" /mnt
 }

@@ -4,7 +4,7 @@
 //! all, is what [`vm_facts`](crate::programs) holds against the guest's /sys. Takes no lock.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
@@ -24,6 +24,9 @@ pub(crate) struct Topology {
     /// Whether room for memory beyond that of the nodes is needed: devices that the firmware maps.
     #[serde(default)]
     can_grow: bool,
+    /// Memory of devices that can outlive a guest.
+    #[serde(default, rename = "medium")]
+    media: Vec<Medium>,
     /// Further words for QEMU: the devices.
     #[serde(default)]
     qemu: Vec<String>,
@@ -65,6 +68,15 @@ struct Node {
     initiator: Option<u32>,
 }
 
+/// Memory behind a device: QEMU's own, or a file where it is to be kept.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Medium {
+    /// As `qemu` names it, and the file's name.
+    id: String,
+    mib: u32,
+}
+
 /// What a node with processors sees of each node, in order.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -85,6 +97,8 @@ pub(crate) struct Mode {
     /// Shell text, run after the topology's own.
     #[serde(default)]
     setup: String,
+    /// The same where a guest has made the devices before; none where nothing outlives it.
+    pub(crate) setup_again: Option<String>,
     /// Exactly the nodes that have memory.
     pub(crate) nodes: Vec<NodeFact>,
     /// Whether the processors' nodes are left open.
@@ -129,6 +143,9 @@ pub(crate) struct DaxFact {
     pub(crate) node: Option<u32>,
     /// `device_dax` or `kmem`.
     pub(crate) driver: String,
+    /// What mappings are multiples of.
+    #[serde(default = "huge_page_mib")]
+    pub(crate) align_mib: u64,
     /// What spmem takes it for.
     #[serde(default = "plain")]
     pub(crate) class: u8,
@@ -148,6 +165,10 @@ pub(crate) struct PmemFact {
 
 const fn plain() -> u8 {
     1
+}
+
+const fn huge_page_mib() -> u64 {
+    2
 }
 
 fn default_machine() -> String {
@@ -212,9 +233,11 @@ impl Topology {
         self.modes.iter().map(|mode| mode.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
-    /// What is run in the guest before the command.
-    pub(super) fn setup_for(&self, mode: &Mode) -> String {
-        format!("{}\n{}\n", self.setup, mode.setup)
+    /// What is run in the guest before the command. `kept` is the folder where media are kept, if they are.
+    pub(super) fn setup_for(&self, mode: &Mode, kept: Option<&Path>) -> String {
+        let is_made = |folder: &&Path| self.media.iter().any(|medium| folder.join(&medium.id).exists());
+        let again = kept.filter(is_made).and(mode.setup_again.as_ref());
+        format!("{}\n{}\n", self.setup, again.unwrap_or(&mode.setup))
     }
 
     /// What cannot be said to QEMU, or what it would refuse with a message that names no cause.
@@ -245,14 +268,16 @@ impl Topology {
             let has_cpus = self.nodes.get(row.from as usize).is_some_and(|node| node.cpus > 0);
             ensure!(has_cpus, "[[access]] from {}: that node has no processors", row.from);
         }
+        let is_kept = self.modes.iter().any(|mode| mode.setup_again.is_some());
+        ensure!(!is_kept || !self.media.is_empty(), "`setup_again` needs a [[medium]] that outlives the guest");
         if !self.access.is_empty() && !self.machine.contains("hmat=on") {
             bail!("[[access]] needs `hmat=on` in `machine`");
         }
         Ok(())
     }
 
-    /// Machine, processors, memory and devices in QEMU's words.
-    pub(super) fn qemu_args(&self) -> Vec<String> {
+    /// Machine, processors, memory and devices in QEMU's words; media are files in `kept`, if there is such a folder.
+    pub(super) fn qemu_args(&self, kept: Option<&str>) -> Vec<String> {
         let mut args = Args::default();
         let total_mib: u32 = self.nodes.iter().filter_map(|node| node.mib).sum();
         let cpus: u32 = self.nodes.iter().map(|node| node.cpus).sum();
@@ -287,6 +312,13 @@ impl Topology {
                 args.push("-numa", format!("{pair}-latency,latency={latency}"));
                 args.push("-numa", format!("{pair}-bandwidth,bandwidth={bandwidth}G"));
             }
+        }
+        for Medium { id, mib } in &self.media {
+            let kind = match kept {
+                Some(folder) => format!("file,mem-path={folder}/{id}"),
+                None => "ram".to_owned(),
+            };
+            args.push("-object", format!("memory-backend-{kind},id={id},share=on,size={mib}M"));
         }
         args.0.extend(self.qemu.iter().cloned());
         args.0
@@ -346,13 +378,13 @@ mod tests {
     #[test]
     fn every_topology_of_the_tree_is_right() {
         let all = Topology::load_all().unwrap();
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), 9);
         assert!(all.iter().all(|topology| !topology.summary.is_empty()));
     }
 
     #[test]
     fn nodes_distances_and_latencies_are_said_to_qemu() {
-        let line = Topology::parse("small", SMALL).unwrap().qemu_args().join(" ");
+        let line = Topology::parse("small", SMALL).unwrap().qemu_args(None).join(" ");
         assert!(line.starts_with("-M q35,hmat=on -m 96M -smp 1,sockets=1,cores=1,threads=1"), "{line}");
         assert!(line.contains("-numa node,nodeid=1,memdev=m1,initiator=0"), "{line}");
         assert!(line.contains("-numa dist,src=0,dst=1,val=21"), "{line}");
@@ -363,12 +395,24 @@ mod tests {
     }
 
     #[test]
+    fn a_medium_that_is_kept_is_a_file() {
+        let text = SMALL.replace("[[mode]]", "[[medium]]\nid = \"nv\"\nmib = 8\n[[mode]]");
+        let topology = Topology::parse("small", &text).unwrap();
+        let line = |kept| topology.qemu_args(kept).join(" ");
+        assert!(line(None).contains("-object memory-backend-ram,id=nv,share=on,size=8M"), "{}", line(None));
+        let kept = line(Some("/kept"));
+        assert!(kept.contains("memory-backend-file,mem-path=/kept/nv,id=nv,share=on,size=8M"), "{kept}");
+    }
+
+    #[test]
     fn a_wrong_file_is_refused_with_the_reason() {
         assert!(refusal("[[10, 21], [21, 10]]", "[[10, 21], [20, 10]]").contains("make them equal"));
         assert!(refusal("[[10, 21], [21, 10]]", "[[10, 21]]").contains("2 rows of 2 numbers"));
         assert!(refusal("initiator = 0", "initiator = 1").contains("has no processors"));
         assert!(refusal("[80, 300]", "[80]").contains("2 latencies"));
         assert!(refusal("summary", "sumary").contains("unknown field"));
+        let again = "name = \"plain\"\n        setup_again = \"true\"";
+        assert!(refusal("name = \"plain\"", again).contains("[[medium]]"));
     }
 
     #[test]
