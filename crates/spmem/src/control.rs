@@ -8,14 +8,14 @@
 //! Slots of processes that have ended are given back by `spm`, or without it by the other processes (identity.rs).
 
 use crate::recorder::Recorder;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, Ordering::Relaxed, fence};
 use spmem_core::placing::{self, MAX_TARGETS};
 use spmem_core::reclaim::Floor;
 use spmem_core::units::Bytes;
 
 /// Marks a mapped control page; the low digits are the layout's version. `spm audit` reads the pages of other builds' runs: a change
 /// of what stands where, or means, is another version.
-pub const MAGIC: u64 = 0x5350_4d43_544c_0005;
+pub const MAGIC: u64 = 0x5350_4d43_544c_0006;
 /// The part of [`MAGIC`] that is the layout's version.
 pub const VERSION_MASK: u64 = 0xffff;
 /// Most processes one tree may hold at a time; one more runs unmanaged and is counted.
@@ -196,6 +196,8 @@ pub struct Slot {
     pub metadata_bytes: AtomicU64,
     /// Pages on mapped nodes and in swap files, bytes; not part of the memory in use.
     pub placed_bytes: [AtomicU64; MAX_TARGETS],
+    /// What is on its way there, bytes: see [`Control::claim_room`].
+    pub coming_bytes: [AtomicU64; MAX_TARGETS],
     /// Of the memory in use: pages that could not leave when last tried, bytes.
     pub refused_bytes: AtomicU64,
     /// Processor time of the process's agent threads, ns.
@@ -311,7 +313,7 @@ impl Control {
     pub fn release_slot(&self, pid: u32) {
         let is_taken = |slot: &&Slot| slot.pid.compare_exchange(pid, LEAVING, Relaxed, Relaxed).is_ok();
         for slot in self.slots.iter().filter(is_taken) {
-            for field in slot.placed_bytes.iter().chain([
+            for field in slot.placed_bytes.iter().chain(&slot.coming_bytes).chain([
                 &slot.used_bytes,
                 &slot.holding_bytes,
                 &slot.stored_bytes,
@@ -360,11 +362,39 @@ impl Control {
         let mut targets = [placing::Target::default(); MAX_TARGETS];
         let mut count = 0;
         for (index, (to, target)) in targets.iter_mut().zip(self.targets()).enumerate() {
-            let placed = Bytes(self.sum(|slot| &slot.placed_bytes[index]));
-            *to = placing::Target { quota: Bytes(target.quota_bytes.load(Relaxed)), placed };
+            *to = placing::Target { quota: Bytes(target.quota_bytes.load(Relaxed)), placed: self.taken(index) };
             count += 1;
         }
         (targets, count)
+    }
+
+    /// What the tree has on one of them, with what is on its way there.
+    fn taken(&self, target: usize) -> Bytes {
+        let taken = |slot: &Slot| {
+            // First: what has arrived meanwhile is counted twice, not left out. Acquire pairs with `has_arrived`.
+            let coming = slot.coming_bytes[target].load(Ordering::Acquire);
+            coming + slot.placed_bytes[target].load(Relaxed)
+        };
+        Bytes(self.live_slots().map(taken).sum())
+    }
+
+    /// Room for `bytes` more of the process of slot `own` within a target's quota; whether there is. Of two that want the last of it at
+    /// the same time one or none gets it. It is the process's until [`has_arrived`](Self::has_arrived).
+    pub fn claim_room(&self, own: usize, target: usize, bytes: Bytes) -> bool {
+        self.slots[own].coming_bytes[target].store(bytes.0, Relaxed);
+        // Either this one sees what the other has announced, or the other this.
+        fence(Ordering::SeqCst);
+        let is_there = self.taken(target).0 <= self.targets[target].quota_bytes.load(Relaxed);
+        if !is_there {
+            self.has_arrived(own, target);
+        }
+        is_there
+    }
+
+    /// What was on its way is counted in [`Slot::placed_bytes`], or has not come.
+    pub fn has_arrived(&self, own: usize, target: usize) {
+        // Release: whoever sees it gone sees it placed.
+        self.slots[own].coming_bytes[target].store(0, Ordering::Release);
     }
 
     /// Whether a node is one that pages come back to.
@@ -405,6 +435,56 @@ mod tests {
         assert_eq!((control.count_processes(), control.sum(|slot| &slot.used_bytes)), (3, 21));
         assert_eq!(control.claim_slot(9), Some((slots[2], true)));
         assert_eq!(control.claim_slot(10), Some((5, true)));
+    }
+
+    #[test]
+    fn processes_that_place_at_the_same_time_stay_within_the_quota() {
+        const BATCH: u64 = 16;
+        let control = control();
+        control.targets[0].quota_bytes.store(2 * BATCH, Relaxed);
+        let present = AtomicU64::new(0);
+        let place = |pid: u32| {
+            let (own, _) = control.claim_slot(pid).expect("a free slot");
+            let mut granted = 0;
+            for round in 0..20_000 {
+                if !control.claim_room(own, 0, Bytes(BATCH)) {
+                    continue;
+                }
+                granted += 1;
+                let there = present.fetch_add(BATCH, Relaxed) + BATCH;
+                assert!(there <= 2 * BATCH, "{there} bytes in round {round}");
+                std::thread::yield_now();
+                let placed = &control.slots[own].placed_bytes[0];
+                placed.store(BATCH, Relaxed);
+                control.has_arrived(own, 0);
+                // It leaves again: first in fact, then by the count.
+                present.fetch_sub(BATCH, Relaxed);
+                placed.store(0, Relaxed);
+            }
+            granted
+        };
+        let granted: std::vec::Vec<u64> = std::thread::scope(|scope| {
+            let threads: std::vec::Vec<_> = (1..=6).map(|pid| scope.spawn(move || place(pid))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("within the quota")).collect()
+        });
+        assert!(granted.iter().sum::<u64>() > 0, "{granted:?}");
+    }
+
+    #[test]
+    fn room_that_others_are_about_to_fill_is_not_there() {
+        let control = control();
+        control.targets[1].quota_bytes.store(100, Relaxed);
+        let slots = [1, 2].map(|pid| control.claim_slot(pid).expect("a free slot").0);
+        assert!(control.claim_room(slots[0], 1, Bytes(60)));
+        assert!(!control.claim_room(slots[1], 1, Bytes(60)));
+        assert!(control.claim_room(slots[1], 1, Bytes(40)));
+        control.slots[slots[0]].placed_bytes[1].store(10, Relaxed);
+        control.has_arrived(slots[0], 1);
+        assert!(!control.claim_room(slots[1], 1, Bytes(91)));
+        assert!(control.claim_room(slots[1], 1, Bytes(90)));
+        // Who ends takes nothing with him.
+        control.release_slot(2);
+        assert!(control.claim_room(slots[0], 1, Bytes(90)));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::hurdle;
 use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
-use crate::space::{Mode, Space};
+use crate::space::Space;
 use crate::swap;
 use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -62,6 +62,8 @@ pub struct Turn {
     state: AtomicU32,
     /// The handler takes part.
     is_announced: AtomicBool,
+    /// A quiet time has begun, and whoever ends it lets reclaimers go on: that may be after its turn was given back.
+    is_quiet: AtomicBool,
     signal_mask: AtomicU64,
     nonce: AtomicU64,
     /// RLIMIT_NOFILE as the program set it, while it is raised.
@@ -76,6 +78,7 @@ impl Turn {
             is_taken: AtomicU32::new(0),
             state: AtomicU32::new(NONE),
             is_announced: AtomicBool::new(false),
+            is_quiet: AtomicBool::new(false),
             signal_mask: AtomicU64::new(0),
             nonce: AtomicU64::new(0),
             limit: [const { AtomicU64::new(0) }; 2],
@@ -90,6 +93,18 @@ impl Turn {
             let ticket = self.changed.ticket();
             // Acquire pairs with the Release in `give`.
             if self.is_taken.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                return;
+            }
+            self.changed.wait(ticket, Some(10_000_000));
+        }
+    }
+
+    /// Waits until an earlier fork's quiet time is over: its end would let reclaimers go on that the next one has paused. By who has the turn.
+    fn wait_for_noise(&self) {
+        loop {
+            let ticket = self.changed.ticket();
+            // Acquire pairs with the Release in `end_quiet`.
+            if !self.is_quiet.load(Ordering::Acquire) {
                 return;
             }
             self.changed.wait(ticket, Some(10_000_000));
@@ -133,6 +148,7 @@ impl Runtime {
         }
         let mask = process::set_signal_mask(u64::MAX);
         self.fork_turn.take();
+        self.fork_turn.wait_for_noise();
         self.fork_turn.signal_mask.store(mask, Ordering::Relaxed);
         self.fork_turn.raise_limit();
         self.pause_reclaimers();
@@ -150,6 +166,7 @@ impl Runtime {
         while !self.space.lock().as_mut().is_none_or(Space::quieten) {
             process::sleep_ns(20_000);
         }
+        self.fork_turn.is_quiet.store(true, Ordering::Relaxed);
         self.fork_turn.state.store(ANNOUNCED, Ordering::Release);
     }
 
@@ -235,6 +252,7 @@ impl Runtime {
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
+        self.fork_turn.is_quiet.store(false, Ordering::Relaxed);
         self.is_shared.store(true, Ordering::Relaxed);
         if self.stage() != Stage::Active {
             self.is_paused.store(false, Ordering::Relaxed);
@@ -302,18 +320,12 @@ impl Runtime {
         }
         let mask = process::set_signal_mask(u64::MAX);
         self.fork_turn.take();
+        // A fork that has given its turn up may still have a child to nurse.
+        self.fork_turn.wait_for_noise();
         self.pause_reclaimers();
         touch_stack();
-        let (found, is_quiet) = {
-            let space = self.space.lock();
-            let space = space.as_ref();
-            (space.map(look), space.is_some_and(|space| space.mode == Mode::Quiet))
-        };
-        // A fork that has given its turn up may still have a child to nurse: it would be given what is younger than the fork.
-        // Whoever ends that time, under the lock, lets reclaimers go on.
-        if !is_quiet {
-            self.resume_reclaimers();
-        }
+        let found = self.space.lock().as_ref().map(look);
+        self.resume_reclaimers();
         self.fork_turn.give();
         process::set_signal_mask(mask);
         found
@@ -371,6 +383,10 @@ pub(crate) fn on_fork(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd) {
 pub(crate) fn end_quiet(runtime: &Runtime, space: &mut Space<Cram>) {
     space.end_quiet();
     runtime.resume_reclaimers();
+    let turn = &runtime.fork_turn;
+    // Release: whoever sees it over sees reclaimers go on.
+    turn.is_quiet.store(false, Ordering::Release);
+    turn.changed.signal();
 }
 
 /// Somebody connects who is not being nursed: a child that has all its pages, which is told so.

@@ -82,7 +82,6 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             break true;
         }
         if handed == Handed::Over || ready == 0 && is_gone(&child) {
-            stand_alone(runtime);
             break false;
         }
     };
@@ -91,6 +90,10 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             populate(runtime, space, &child, since);
         }
         end_quiet(runtime, space);
+    }
+    // Not before: the next fork's quiet time would end with this one's.
+    if !is_to_be_populated {
+        stand_alone(runtime);
     }
     runtime.release(&child);
     drop(child);

@@ -22,7 +22,7 @@ use crate::tracking::Tracker;
 use core::sync::atomic::Ordering::Relaxed;
 use spmem_core::placing::{LOOK_PAGES, Looks, MAX_TARGETS, PLACE_PAGES, TRIAL_PAGES, TRIALS_MAX, Target, Targets};
 use spmem_core::tier::{Promotion, Verdict};
-use spmem_core::units::{Order, Time};
+use spmem_core::units::{Bytes, Order, Time};
 use spmem_sys::mapping::discard;
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::uffd::Uffd;
@@ -97,7 +97,10 @@ impl Demoter {
     pub(crate) fn send(&mut self, wanted: usize) -> Option<usize> {
         let runtime = self.runtime;
         let target = self.choose()?;
-        let span = self.claim(wanted.min(PLACE_PAGES))?;
+        let Some(span) = self.claim(wanted.min(PLACE_PAGES)) else {
+            runtime.shared().has_arrived(runtime.slot.load(Relaxed), target);
+            return None;
+        };
         let (mut slots, mut addresses, mut count) = ([0; PLACE_PAGES], [0; PLACE_PAGES], 0);
         if let Some(space) = runtime.space.lock().as_ref() {
             for slot in slots_of(span) {
@@ -121,10 +124,11 @@ impl Demoter {
         self.discard(span);
         runtime.free_pages(freed);
         runtime.publish_placed();
+        runtime.shared().has_arrived(runtime.slot.load(Relaxed), target);
         Some(freed)
     }
 
-    /// The node that pages are to go to now, if any.
+    /// The node that pages are to go to now, if any, with room for a batch claimed there.
     fn choose(&mut self) -> Option<usize> {
         let (mut targets, count) = self.runtime.shared().read_targets();
         let is_porter_free = self.placer.as_mut().is_some_and(Placer::is_free);
@@ -134,7 +138,9 @@ impl Demoter {
                 *target = Target::default();
             }
         }
-        self.targets.choose(clock::now_ns(), &targets[..count])
+        let target = self.targets.choose(clock::now_ns(), &targets[..count])?;
+        let (own, batch) = (self.runtime.slot.load(Relaxed), Bytes((PLACE_PAGES * PAGE) as u64));
+        self.runtime.shared().claim_room(own, target, batch).then_some(target)
     }
 
     /// Places the pages of busy slots on a mapped node; how many pages of RAM become free.

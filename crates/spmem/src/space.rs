@@ -282,7 +282,7 @@ impl<B: Backend> Space<B> {
         self.swap_orphans.clear();
         self.has_more_swap_orphans = false;
         self.promoted.clear();
-        self.table.settle_spares();
+        self.table.leak_spares();
         self.holding.settle();
     }
 

@@ -290,12 +290,7 @@ pub struct Table {
     rows: usize,
     placed: [u64; MAX_TARGETS],
     spare: Spare,
-    /// What there was when the spares were laid by.
-    before_quiet: Census,
 }
-
-/// How many chunks, rows, leaves and branches.
-type Census = [usize; 4];
 
 /// What is added to a table without allocating.
 #[derive(Default)]
@@ -307,14 +302,8 @@ struct Spare {
     branches: Vec<Box<Branch>>,
 }
 
-impl Spare {
-    fn census(&self) -> Census {
-        [self.chunks.len(), self.rows.len(), self.leaves.len(), self.branches.len()]
-    }
-}
-
-/// What can be added in a quiet time without allocating: chunks with all their rows, leaves and branches.
-const QUIET_SPARES: Census = [64, 64 * ROWS, 8, 2];
+/// Chunks, leaves and branches that can be added in a quiet time without allocating. Of rows, as many as those chunks have.
+const QUIET_SPARES: [usize; 3] = [64, 8, 2];
 
 impl Default for Table {
     fn default() -> Self {
@@ -325,28 +314,18 @@ impl Default for Table {
 impl Table {
     /// A table without chunks.
     pub fn new() -> Self {
-        Self {
-            top: Vec::new(),
-            chunks: Vec::new(),
-            rows: 0,
-            placed: [0; MAX_TARGETS],
-            spare: Spare::default(),
-            before_quiet: [0; 4],
-        }
+        Self { top: Vec::new(), chunks: Vec::new(), rows: 0, placed: [0; MAX_TARGETS], spare: Spare::default() }
     }
 
     /// Bytes this table takes.
     pub fn metadata_bytes(&self) -> u64 {
-        let sizes = [size_of::<Chunk>(), size_of::<Row>(), size_of::<Leaf>(), size_of::<Branch>()];
-        let counts = self.census().into_iter().zip(self.spare.census());
-        let bytes: usize = counts.zip(sizes).map(|((used, spare), size)| (used + spare) * size).sum();
-        (bytes + size_of_val(&self.top[..])) as u64
-    }
-
-    fn census(&self) -> Census {
         let branches = self.top.iter().flatten();
-        let leaves = branches.clone().map(|branch| branch.iter().flatten().count()).sum();
-        [self.chunks.len(), self.rows, leaves, branches.count()]
+        let leaves = branches.clone().map(|branch| branch.iter().flatten().count()).sum::<usize>();
+        let leaves = (leaves + self.spare.leaves.len()) * size_of::<Leaf>();
+        let branches = (branches.count() + self.spare.branches.len()) * size_of::<Branch>();
+        let chunks = (self.chunks.len() + self.spare.chunks.len()) * size_of::<Chunk>();
+        let rows = (self.rows + self.spare.rows.len()) * size_of::<Row>();
+        (chunks + rows + leaves + branches + size_of_val(&self.top[..])) as u64
     }
 
     /// Pages that are in their place because they could not leave. O(chunks).
@@ -461,14 +440,14 @@ impl Table {
 
     /// Makes sure that nothing is allocated in a quiet time, within the limits of [`QUIET_SPARES`].
     pub fn quieten(&mut self) {
-        let [chunks, rows, leaves, branches] = QUIET_SPARES;
+        let [chunks, leaves, branches] = QUIET_SPARES;
         self.chunks.reserve(chunks);
         self.make_top();
-        self.spare.chunks.resize_with(chunks, || Box::new(Chunk::new(0)));
-        self.spare.rows.resize_with(rows, || Box::new([Entry::default(); ROW]));
-        self.spare.leaves.resize_with(leaves, || Box::new([0; LEAF]));
-        self.spare.branches.resize_with(branches, || Box::new([const { None }; BRANCH]));
-        self.before_quiet = self.census();
+        let Spare { chunks: spare_chunks, rows, leaves: spare_leaves, branches: spare_branches } = &mut self.spare;
+        rows.resize_with(chunks * ROWS, || Box::new([Entry::default(); ROW]));
+        spare_chunks.resize_with(chunks, || Box::new(Chunk::new(0)));
+        spare_leaves.resize_with(leaves, || Box::new([0; LEAF]));
+        spare_branches.resize_with(branches, || Box::new([const { None }; BRANCH]));
     }
 
     /// That is over.
@@ -523,13 +502,9 @@ impl Table {
         self.placed = [0; MAX_TARGETS];
     }
 
-    /// In a forked child, [counted anew](Self::recount): gives the spares back. If one was used by then, the lists of what is used and what is
-    /// not may be of different times; they are forgotten.
-    pub fn settle_spares(&mut self) {
-        let spare = core::mem::take(&mut self.spare);
-        if (self.census(), spare.census()) != (self.before_quiet, QUIET_SPARES) {
-            core::mem::forget(spare);
-        }
+    /// Forgets the spares without freeing them: after a fork their list may be torn.
+    pub fn leak_spares(&mut self) {
+        core::mem::forget(core::mem::take(&mut self.spare));
     }
 
     fn branch(&self, address: usize) -> Option<&Branch> {

@@ -66,23 +66,6 @@ fn a_quiet_time_adds_what_was_laid_by_and_gives_the_rest_back() {
 }
 
 #[test]
-fn a_forked_child_gives_spares_back_unless_one_was_used() {
-    let mut table = Table::new();
-    table.quieten();
-    let (before, spares) = (table.metadata_bytes(), table.spare.chunks.len());
-    table.recount();
-    table.settle_spares();
-    assert!(spares > 0 && table.metadata_bytes() < before);
-    table.quieten();
-    table.find_or_add(CHUNK);
-    table.recount();
-    assert_ne!((table.census(), table.spare.census()), (table.before_quiet, QUIET_SPARES));
-    // A torn copy, in which what is used is among the spares, too.
-    table.spare.chunks.push(Box::new(Chunk::new(0)));
-    assert_ne!((table.census(), table.spare.census()), (table.before_quiet, QUIET_SPARES));
-}
-
-#[test]
 fn a_table_tells_of_each_page_what_it_was_told_last() {
     let mut table = Table::new();
     let entries = |n: u64| match n % 6 {
