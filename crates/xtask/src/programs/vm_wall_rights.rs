@@ -62,7 +62,9 @@ pub(super) fn check_own_cpuset(facts: &mut Facts, scene: &Scene) -> anyhow::Resu
     let top = Path::new(CPUSETS_1);
     let folder = top.join("user");
     fs::create_dir(&folder)?;
-    for file in ["cpuset.cpus", "cpuset.mems"] {
+    // A hierarchy that was mounted without prefix stays so for as long as the kernel keeps it.
+    let files = if top.join("mems").exists() { ["cpus", "mems"] } else { ["cpuset.cpus", "cpuset.mems"] };
+    for file in files {
         fs::write(folder.join(file), fs::read_to_string(top.join(file))?)?;
     }
     std::os::unix::fs::chown(&folder, Some(NOBODY), Some(NOBODY))?;
