@@ -19,6 +19,9 @@
 //! So does a child that cannot be told from such a one, that forks before it serves itself, that could not serve itself ([`hurdle`]), or that was
 //! forked while other threads moved ranges: its copy of the entries may be torn.
 //!
+//! Known hole: the child of a raw fork that is taken for the announced one ([`on_fork`]) and is gone before the announced one's event comes ends the
+//! quiet time while that may still be copied.
+//!
 //! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
 //!
