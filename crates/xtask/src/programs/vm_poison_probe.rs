@@ -9,7 +9,7 @@
 use std::fs;
 use std::io::{Write, stdout};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use anyhow::{Context, ensure};
 use spmem_sys::PAGE;
@@ -33,8 +33,8 @@ const MEMORY_FAILED: i32 = 4;
 
 static START: AtomicUsize = AtomicUsize::new(0);
 static END: AtomicUsize = AtomicUsize::new(0);
-/// Where memory is being poisoned: whoever does it is told at once.
-static POISONED: AtomicUsize = AtomicUsize::new(0);
+/// Memory is being poisoned: whoever does it may be told at once, which is no loss. What is lost raises SIGBUS when it is used.
+static IS_POISONING: AtomicBool = AtomicBool::new(false);
 static LOST: [AtomicUsize; MOST_LOST] = [const { AtomicUsize::new(0) }; MOST_LOST];
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
@@ -43,9 +43,8 @@ extern "C" fn on_failure(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_voi
     let info = unsafe { &*info };
     // SAFETY: that of a SIGBUS has an address.
     let address = unsafe { info.si_addr() }.expose_provenance() & !(PAGE - 1);
-    let code = info.si_code;
     let is_own = (START.load(Relaxed)..END.load(Relaxed)).contains(&address);
-    if !is_own && code == MEMORY_FAILED && address == POISONED.load(Relaxed) {
+    if info.si_code == MEMORY_FAILED && IS_POISONING.load(Relaxed) {
         return;
     }
     let index = COUNT.fetch_add(1, Relaxed);
@@ -156,16 +155,17 @@ fn poison_one(area: &mut Area, options: &Options) -> anyhow::Result<()> {
         "dax" => on_device()?,
         other => anyhow::bail!("nothing is called {other}"),
     };
-    POISONED.store(at, Relaxed);
-    println!("poisoned {at:#x} in process {}", std::process::id());
-    stdout().flush()?;
     let page = std::ptr::with_exposed_provenance_mut(at);
+    IS_POISONING.store(true, Relaxed);
     // SAFETY: what is there is lost, which is what is tried.
     let done = unsafe { libc::madvise(page, PAGE, libc::MADV_HWPOISON) };
     let error = std::io::Error::last_os_error();
-    // What is being moved at the moment cannot be had.
-    let is_busy = options.what == "held" && error.raw_os_error() == Some(libc::EBUSY);
-    ensure!(done == 0 || is_busy, "madvise: {error}");
+    IS_POISONING.store(false, Relaxed);
+    println!("poisoned {at:#x} in process {}", std::process::id());
+    stdout().flush()?;
+    // The page may leave at that moment, and the slot be empty. Then it is the page of zeros, and nothing is lost.
+    let has_left = matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EHWPOISON));
+    ensure!(done == 0 || options.what == "held" && has_left, "madvise: {error}");
     for page in area.all() {
         check(area, page)?;
         area.write(page, 2);
@@ -195,16 +195,25 @@ fn range(line: &str) -> Option<(usize, usize)> {
     Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
 }
 
-/// The first page that is there.
-fn present_in(pagemap: &fs::File, start: usize, end: usize) -> anyhow::Result<Option<usize>> {
+/// The pages that are there.
+fn present_in(pagemap: &fs::File, start: usize, end: usize) -> anyhow::Result<Vec<usize>> {
     let mut entries = vec![0; (end - start) / PAGE * 8];
     let read = pagemap.read_at(&mut entries, (start / PAGE * 8) as u64)?;
     let (entries, _) = entries[..read].as_chunks::<8>();
-    let found = entries.iter().position(|entry| u64::from_ne_bytes(*entry) & PRESENT != 0);
-    Ok(found.map(|found| start + found * PAGE))
+    let pages = (start..end).step_by(PAGE).zip(entries);
+    Ok(pages.filter(|(_, entry)| u64::from_ne_bytes(**entry) & PRESENT != 0).map(|(page, _)| page).collect())
 }
 
-/// A page of the holding area that is there, while pages are written, so that others leave. The area begins at a multiple of 2 MiB, and is a
+/// Whether there is anything in a page. Of an empty slot that somebody has looked into (an encoder that is late does) nothing is: it
+/// has the page of zeros that all processes share, and must not fail.
+fn is_filled(page: usize) -> bool {
+    let bytes = std::ptr::with_exposed_provenance::<[u8; PAGE]>(page);
+    // SAFETY: a page of the holding area, which stays mapped.
+    let read = unsafe { bytes.read_volatile() };
+    read != [0; PAGE]
+}
+
+/// A page of the holding area that is held, while pages are written, so that others leave. The area begins at a multiple of 2 MiB, and is a
 /// page longer than a power of two: that one stays empty.
 fn present_in_holding(area: &mut Area) -> anyhow::Result<usize> {
     let maps = fs::read_to_string("/proc/self/maps")?;
@@ -217,7 +226,7 @@ fn present_in_holding(area: &mut Area) -> anyhow::Result<usize> {
     for page in std::iter::repeat_n(area.all(), 20).flatten() {
         area.write(page, 1);
         for &(start, end) in &areas {
-            if let Some(at) = present_in(&pagemap, start, end)? {
+            if let Some(at) = present_in(&pagemap, start, end)?.into_iter().rfind(|&page| is_filled(page)) {
                 return Ok(at);
             }
         }
@@ -244,8 +253,8 @@ fn present_in_store() -> anyhow::Result<usize> {
         if end != next || room - next < LEAST_ROOM {
             continue;
         }
-        if let Some(at) = present_in(&pagemap, start, end)? {
-            return Ok(at);
+        if let Some(at) = present_in(&pagemap, start, end)?.first() {
+            return Ok(*at);
         }
     }
     anyhow::bail!("there is no store:\n{maps}")
