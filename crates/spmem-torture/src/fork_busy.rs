@@ -16,6 +16,9 @@ pub const CASES: &[Case] = &[
     }),
     Case::new("raw-of-moving", "so has the child of a raw clone", |ctx| moving(ctx, || unsafe_fork(Kind::Raw))),
     Case::new("raw-beside-fork", "threads that fork, each in its own way, at the same time", beside),
+    Case::new("fork-while-cloning", "a fork amid raw children that end at once, while pages come and go", |ctx| {
+        busy(ctx, cloning)
+    }),
     Case::new("fork-while-advising", "a fork amid MADV_DONTNEED of cold ranges", |ctx| busy(ctx, advising)),
     Case::new("fork-while-protecting", "a fork amid mprotect of cold ranges", |ctx| busy(ctx, protecting)),
     Case::new("fork-while-threading", "a fork amid threads that come and go", |ctx| busy(ctx, threading)),
@@ -221,6 +224,27 @@ fn remapping(ctx: &Ctx, round: u64) -> Outcome {
     let to = sys::map(0, area.len(), libc::PROT_NONE, sys::ANON)?;
     area.base = sys::remap(area.base, area.len(), area.len(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)?;
     area.check_all("moved range")?;
+    sys::unmap(area.base, area.len())
+}
+
+/// Children that the agent may take for the one that was announced, gone before that one is made.
+fn cloning(ctx: &Ctx, round: u64) -> Outcome {
+    let area = piece(ctx, round)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                area.check_all("used while children come and go")?;
+            }
+            Ok(())
+        });
+        let outcome = (0..64).try_for_each(|_| {
+            let child = process::run_child("raw clone", unsafe_fork(Kind::Raw), || process::leave(0))?;
+            process::succeed("raw child that ends at once", child)
+        });
+        stop.store(true, Ordering::Relaxed);
+        all([outcome, join(user)])
+    })?;
     sys::unmap(area.base, area.len())
 }
 

@@ -69,6 +69,7 @@ const WITH_SWAP: &[&str] = &[
     "fork-while-writing",
     "fork-while-unmapping",
     "fork-while-remapping",
+    "fork-while-cloning",
     "fork-while-advising",
     "fork-killed",
     "fork-filtered",

@@ -262,7 +262,7 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
             runtime.release(&child);
         }
         if is_announced {
-            fork::end_quiet(runtime, space);
+            fork::end_quiet_once_back(runtime, space);
         }
     }
     for index in 0..space.changes.ordered.len() {

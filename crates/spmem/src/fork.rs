@@ -19,8 +19,8 @@
 //! So does a child that cannot be told from such a one, that forks before it serves itself, that could not serve itself ([`hurdle`]), or that was
 //! forked while other threads moved ranges: its copy of the entries may be torn.
 //!
-//! Known hole: the child of a raw fork that is taken for the announced one ([`on_fork`]) and is gone before the announced one's event comes ends the
-//! quiet time while that may still be copied.
+//! A raw fork of another thread may be taken for the one that was announced. So the quiet time, in which the child's picture is copied, lasts
+//! until its forking thread is back as well ([`end_quiet_once_back`]).
 //!
 //! Known hole: a parent killed in the microseconds between reading the event of a raw fork and handing the descriptor to `spm`
 //! leaves the child with zeros. Nothing in the kernel closes it; the README lists it.
@@ -67,6 +67,10 @@ pub struct Turn {
     is_announced: AtomicBool,
     /// A quiet time has begun, and whoever ends it lets reclaimers go on: that may be after its turn was given back.
     is_quiet: AtomicBool,
+    /// The forking thread has said that its fork(2) is over. The handler's.
+    is_back: AtomicBool,
+    /// All else that the quiet time lasts for is over. The handler's.
+    is_done: AtomicBool,
     signal_mask: AtomicU64,
     nonce: AtomicU64,
     /// RLIMIT_NOFILE as the program set it, while it is raised.
@@ -82,6 +86,8 @@ impl Turn {
             state: AtomicU32::new(NONE),
             is_announced: AtomicBool::new(false),
             is_quiet: AtomicBool::new(false),
+            is_back: AtomicBool::new(false),
+            is_done: AtomicBool::new(false),
             signal_mask: AtomicU64::new(0),
             nonce: AtomicU64::new(0),
             limit: [const { AtomicU64::new(0) }; 2],
@@ -170,6 +176,8 @@ impl Runtime {
             process::sleep_ns(20_000);
         }
         self.fork_turn.is_quiet.store(true, Ordering::Relaxed);
+        self.fork_turn.is_back.store(false, Ordering::Relaxed);
+        self.fork_turn.is_done.store(false, Ordering::Relaxed);
         self.fork_turn.state.store(ANNOUNCED, Ordering::Release);
     }
 
@@ -256,6 +264,7 @@ impl Runtime {
         self.reclaimers.store(1, Ordering::Relaxed);
         self.fork_turn.state.store(NONE, Ordering::Relaxed);
         self.fork_turn.is_quiet.store(false, Ordering::Relaxed);
+        self.fork_turn.is_done.store(false, Ordering::Relaxed);
         self.is_shared.store(true, Ordering::Relaxed);
         if self.stage() != Stage::Active {
             self.is_paused.store(false, Ordering::Relaxed);
@@ -374,7 +383,7 @@ const WORDS: usize = 2 + 4 * MAX_EVENTS;
 /// address space at the time: then it waits until all of that was read.
 pub(crate) fn on_fork(runtime: &Runtime, space: &mut Space<Cram>, child: Uffd) {
     let turn = &runtime.fork_turn;
-    // A raw fork of another thread may be taken for the one that was announced: `nurse` sees it when the other comes.
+    // A raw fork of another thread may be taken for the one that was announced.
     let is_announced =
         turn.state.compare_exchange(ANNOUNCED, NURSING, Ordering::AcqRel, Ordering::Relaxed).is_ok();
     // From here on the child's missing pages survive this process.
@@ -390,6 +399,33 @@ pub(crate) fn end_quiet(runtime: &Runtime, space: &mut Space<Cram>) {
     // Release: whoever sees it over sees reclaimers go on.
     turn.is_quiet.store(false, Ordering::Release);
     turn.changed.signal();
+}
+
+/// The same, but of a child that need not be the one that was announced: that one may still be being copied, until its forking thread is back.
+pub(crate) fn end_quiet_once_back(runtime: &Runtime, space: &mut Space<Cram>) {
+    if runtime.fork_turn.is_back.load(Ordering::Relaxed) {
+        end_quiet(runtime, space);
+    } else {
+        runtime.fork_turn.is_done.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The forking thread's mark was read: its fork(2) is over ([`Runtime::after_fork_in_parent`]).
+pub(crate) fn note_back(runtime: &Runtime, space: &mut Space<Cram>) {
+    runtime.fork_turn.is_back.store(true, Ordering::Relaxed);
+    if runtime.fork_turn.is_done.swap(false, Ordering::Relaxed) {
+        end_quiet(runtime, space);
+    }
+}
+
+/// The child that was nursed has ended. If the forking thread is not back it need not be the one that was announced: that is still awaited.
+pub(crate) fn note_gone(runtime: &Runtime, space: &mut Space<Cram>) {
+    if runtime.fork_turn.is_back.load(Ordering::Relaxed) {
+        end_quiet(runtime, space);
+        stand_alone(runtime);
+    } else {
+        runtime.fork_turn.state.store(ANNOUNCED, Ordering::Release);
+    }
 }
 
 /// Somebody connects who is not being nursed: a child that has all its pages, which is told so.
@@ -597,4 +633,51 @@ fn reconcile(space: &mut Space<Cram>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::space::tests::space;
+
+    /// A fork was announced, and a child taken for its.
+    fn quieten(runtime: &Runtime, space: &mut Space<Cram>) {
+        assert!(space.quieten());
+        runtime.is_paused.store(true, Ordering::SeqCst);
+        let turn = &runtime.fork_turn;
+        turn.is_quiet.store(true, Ordering::Relaxed);
+        turn.is_back.store(false, Ordering::Relaxed);
+        turn.state.store(NURSING, Ordering::Relaxed);
+    }
+
+    fn is_quiet(runtime: &Runtime) -> bool {
+        let is_quiet = runtime.fork_turn.is_quiet.load(Ordering::Relaxed);
+        assert_eq!(runtime.is_paused.load(Ordering::Relaxed), is_quiet);
+        is_quiet
+    }
+
+    #[test]
+    fn whatever_becomes_of_a_child_that_may_be_a_raw_forks_it_is_quiet_until_the_forking_thread_is_back() {
+        static RUNTIME: Runtime = Runtime::new();
+        let (runtime, state) = (&RUNTIME, &RUNTIME.fork_turn.state);
+        let mut space = space(1);
+        quieten(runtime, &mut space);
+        end_quiet_once_back(runtime, &mut space);
+        assert!(is_quiet(runtime), "it has all its pages");
+        note_back(runtime, &mut space);
+        assert!(!is_quiet(runtime));
+        assert_eq!(state.load(Ordering::Relaxed), NURSING, "it has still to hear so");
+
+        quieten(runtime, &mut space);
+        note_gone(runtime, &mut space);
+        assert!(is_quiet(runtime), "it was a raw fork's, or its forking thread sees to the rest");
+        assert_eq!(state.load(Ordering::Relaxed), ANNOUNCED);
+
+        quieten(runtime, &mut space);
+        note_back(runtime, &mut space);
+        assert!(is_quiet(runtime), "nothing has become of it yet");
+        note_gone(runtime, &mut space);
+        assert!(!is_quiet(runtime));
+        assert_eq!(state.load(Ordering::Relaxed), NONE);
+    }
 }

@@ -8,7 +8,9 @@ use spmem_sys::uffd::{Event, Uffd};
 use spmem_sys::{Errno, PAGE, clock, process};
 
 use crate::fault::{Fault, Served, Server};
-use crate::fork::{Handed, MAX_EVENTS, end_quiet, hand_over, stand_alone};
+use crate::fork::{
+    Handed, MAX_EVENTS, end_quiet, end_quiet_once_back, hand_over, note_back, note_gone, stand_alone,
+};
 use crate::populate::{Since, give, populate};
 use crate::protocol::Heir;
 use crate::runtime::Runtime;
@@ -28,14 +30,14 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
     let mut own_event: Option<Event> = None;
     let mut is_own_waiting = false;
     let deadline_ns = clock::now_ns() + PATIENCE_NS;
-    let is_to_be_populated = loop {
+    let end = loop {
         // More than can be passed on, or: of two children one was announced, and this need not be it. Or the child may never
         // come.
         if !can_be_handed_over(&since)
             || matches!(own_event, Some(Event::Fork { .. }))
             || clock::now_ns() > deadline_ns
         {
-            break true;
+            break if is_gone(&child) { End::Gone } else { End::Populated };
         }
         let is_full = runtime.space.lock().as_ref().is_none_or(|space| space.is_promoted_full());
         let own = if is_own_waiting || is_full { -1 } else { uffd.raw() };
@@ -47,9 +49,11 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
                     let kind = if is_fenced { Fault::Fenced } else { Fault::missing(is_write) };
                     serve_own(runtime, server, uffd, address & !(PAGE - 1), kind);
                 }
-                // The forking thread's mark: it waits for this to end anyway.
                 Some(Ok(Event::Remove { start, .. }))
-                    if start == runtime.holding_start.load(Ordering::Relaxed) => {}
+                    if start == runtime.holding_start.load(Ordering::Relaxed) =>
+                {
+                    runtime.space.lock().as_mut().into_iter().for_each(|space| note_back(runtime, space));
+                }
                 Some(Err(_)) => {}
                 other => {
                     own_event = other.and_then(Result::ok);
@@ -75,29 +79,43 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
         let mut handed = Handed::Nothing;
         if may_take_over {
             // A child that could not read swap files is given what is there.
-            let Ok(swap) = swap::lend(runtime) else { break true };
+            let Ok(swap) = swap::lend(runtime) else { break End::Populated };
             handed = pass_on(runtime, &child, &since, swap);
         }
-        if handed == Handed::Back {
-            break true;
-        }
-        if handed == Handed::Over || ready == 0 && is_gone(&child) {
-            break false;
+        match handed {
+            Handed::Back => break End::Populated,
+            Handed::Over => break End::Alone,
+            Handed::Nothing if ready == 0 && is_gone(&child) => break End::Gone,
+            Handed::Nothing => {}
         }
     };
     if let Some(space) = runtime.space.lock().as_mut() {
-        if is_to_be_populated {
-            populate(runtime, space, &child, since);
+        match end {
+            End::Populated => {
+                populate(runtime, space, &child, since);
+                end_quiet_once_back(runtime, space);
+            }
+            End::Alone => {
+                end_quiet(runtime, space);
+                // Not before: the next fork's quiet time would end with this one's.
+                stand_alone(runtime);
+            }
+            End::Gone => note_gone(runtime, space),
         }
-        end_quiet(runtime, space);
-    }
-    // Not before: the next fork's quiet time would end with this one's.
-    if !is_to_be_populated {
-        stand_alone(runtime);
     }
     runtime.release(&child);
     drop(child);
     own_event
+}
+
+/// How nursing has ended.
+enum End {
+    /// The child is to get all its pages.
+    Populated,
+    /// It serves itself: it was the one that was announced, as it knew the number.
+    Alone,
+    /// It has ended.
+    Gone,
 }
 
 /// Gives a child that connects what it needs to serve itself.

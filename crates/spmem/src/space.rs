@@ -299,7 +299,7 @@ impl<B: Backend> Space<B> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     extern crate std;
     use super::*;
     use crate::frames::{Frames, lend_metadata};
@@ -320,7 +320,7 @@ mod tests {
         Fd::from_raw(file.expect("a file").into_raw_fd())
     }
 
-    fn space(clusters: u32) -> Space<Cram> {
+    pub(crate) fn space(clusters: u32) -> Space<Cram> {
         let capacity = FrameCount(1024);
         let mapping = Mapping::reserve(2 * CHUNK, CHUNK, c"spmem test").expect("mmap");
         let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity).expect("mmap")).expect("frames");
