@@ -21,7 +21,7 @@ use super::codec::Codec;
 use crate::backend::{Damage, PAGE_BYTES, Page};
 
 /// The check at the end of an encoding.
-const CHECK_BYTES: usize = 4;
+pub(super) const CHECK_BYTES: usize = 4;
 /// Longest dictionary: more of it makes pages hardly smaller, and each process has a digest of it (ADR 19).
 pub const MAX_DICTIONARY_BYTES: usize = 4096;
 /// Higher ones give a percent for several times the time.

@@ -4,7 +4,7 @@ use std::boxed::Box;
 use std::vec::Vec;
 
 use super::codec::Header;
-use super::dense::{Dense, DenseEncoder, Slot, train};
+use super::dense::{CHECK_BYTES, Dense, DenseEncoder, Slot, train};
 use super::densify::Kept;
 use super::store::Store;
 use super::{Codec, FrameBytes, HEADER_BYTES};
@@ -98,6 +98,8 @@ fn every_byte_survives_recompression_with_and_without_a_dictionary() {
     }
     let after = store.stats();
     assert!(after.dense_pages >= 200 && after.object_pages == before.object_pages);
+    let checks = after.dense_pages * CHECK_BYTES as u64;
+    assert_eq!(after.header.0, before.header.0 + checks, "what is not the pages' is waste");
     assert!(after.payload < before.payload);
     for handle in &mut handles {
         *handle = store.relocate(*handle).unwrap().unwrap_or(*handle);
@@ -118,7 +120,8 @@ fn every_flipped_bit_of_a_dense_object_is_found() {
         let (mut store, handles, mut encoder) = filled(&[page], 64);
         let handle = densify(&mut store, handles[0], &mut encoder, slot).unwrap();
         let offset = offset_of(&store, handle);
-        let len = HEADER_BYTES + usize::try_from(store.stats().payload.0).unwrap();
+        let stats = store.stats();
+        let len = usize::try_from(stats.header.0 + stats.payload.0).unwrap();
         for bit in 0..len * 8 {
             store.memory_mut().bytes_mut(offset + bit / 8, 1)[0] ^= 1 << (bit % 8);
             let mut out = [0x5a; PAGE_BYTES];
