@@ -6,7 +6,7 @@
 //!
 //! The checksum is xxh3-64 of the page under the machine's seed, and that in turn seeds xxh3-64 of
 //! the encoded bytes, of which 52 bits are kept: they tell the page and its encoding, so that a flipped bit is found even
-//! where the codec would not care (an lz4 stream has bits that mean nothing).
+//! where the codec would not care (an lz4 stream has bits that mean nothing). That of a dense object is another one ([`super::dense`]).
 //!
 //! Pure: needs no store and no lock.
 
@@ -25,8 +25,8 @@ pub const HEADER_BYTES: usize = 8;
 /// The most that an encoded page may take; above it, it is incompressible.
 pub const MAX_PAYLOAD_BYTES: usize = MAX_SLOT - HEADER_BYTES;
 /// Bits of a checksum; above them a header has the length.
-const CHECKSUM_BITS: u32 = 52;
-const CHECKSUM_MASK: u64 = (1 << CHECKSUM_BITS) - 1;
+pub(super) const CHECKSUM_BITS: u32 = 52;
+pub(super) const CHECKSUM_MASK: u64 = (1 << CHECKSUM_BITS) - 1;
 
 /// Encodes and decodes under one machine's checksum seed.
 #[derive(Clone, Copy, Debug)]

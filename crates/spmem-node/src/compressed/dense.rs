@@ -4,8 +4,9 @@
 //! ([`super::Store::densify`]) once [`DenseDecoder`], its own, has made the same page of it. A dictionary has one of two
 //! [`Slot`]s, so that a new one can be used while pages still need the old one.
 //!
-//! An encoding is a zstd frame without magic and sizes, and [`CHECK_BYTES`] of xxh3 over it: the decoder, which is C, is
-//! run on bytes that an encoder made, not on what damage made of them. The page's own checksum is [`Codec`]'s.
+//! An encoding is a zstd frame without magic and sizes. The decoder, which is C, is run on bytes that an encoder made, not on what damage made of
+//! them: [`CHECK_BYTES`] of xxh3 come along with a frame, and of the checksum in front of an object half of the bits are the frame's, looked at
+//! before it is decoded, and half the page's ([`checksum`]).
 //!
 //! Takes no lock. The decoder's memory is there before it is needed: decoding allocates nothing, as a fork may be under
 //! way.
@@ -17,11 +18,14 @@ use core::cell::Cell;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 use zstd_safe::{CCtx, CParameter, DCtx, DDict, DParameter, FrameFormat};
 
-use super::codec::Codec;
+use super::codec::{CHECKSUM_BITS, CHECKSUM_MASK, Codec};
 use crate::backend::{Damage, PAGE_BYTES, Page};
 
-/// The check at the end of an encoding.
-pub(super) const CHECK_BYTES: usize = 4;
+/// The check at the end of an encoding that has not been stored.
+const CHECK_BYTES: usize = 4;
+/// Bits of an object's checksum that are the page's; those above are the frame's.
+const PAGE_BITS: u32 = CHECKSUM_BITS / 2;
+const PAGE_MASK: u64 = (1 << PAGE_BITS) - 1;
 /// Longest dictionary: more of it makes pages hardly smaller, and each process has a digest of it (ADR 19).
 pub const MAX_DICTIONARY_BYTES: usize = 4096;
 /// Higher ones give a percent for several times the time.
@@ -64,6 +68,28 @@ pub struct Dense<'a> {
     pub bytes: &'a [u8],
     /// The dictionary that it needs.
     pub slot: Option<Slot>,
+}
+
+impl<'a> Dense<'a> {
+    /// Bytes that a store would keep.
+    pub(super) fn frame_bytes(&self) -> usize {
+        self.bytes.len().saturating_sub(CHECK_BYTES)
+    }
+
+    /// The frame, if it is what an encoder for stores with that codec made.
+    pub(super) fn frame(&self, codec: &Codec) -> Option<&'a [u8]> {
+        let (frame, check) = self.bytes.split_last_chunk()?;
+        (check_of(frame, codec.seed()) == *check).then_some(frame)
+    }
+}
+
+/// What is in front of a dense object: of xxh3 over its frame the upper bits, of that over its page the lower ones.
+pub(super) fn checksum(codec: &Codec, page: &Page, frame: &[u8]) -> u64 {
+    upper(codec, frame) | xxh3_64_with_seed(page, codec.seed()) & PAGE_MASK
+}
+
+fn upper(codec: &Codec, frame: &[u8]) -> u64 {
+    xxh3_64_with_seed(frame, codec.seed()) << PAGE_BITS & CHECKSUM_MASK
 }
 
 /// Makes dense encodings. About 0.7 MiB of heap for each dictionary and for none.
@@ -185,20 +211,26 @@ impl DenseDecoder {
         is_made
     }
 
-    /// Writes the page that `payload` encodes; it is anything after an error.
+    /// Writes the page of a stored frame, if they are what `checksum` was made from; it is anything after an error.
     pub(super) fn decode(
         &self,
         codec: &Codec,
-        payload: &[u8],
+        (frame, checksum): (&[u8], u64),
         slot: Option<Slot>,
         page: &mut Page,
     ) -> Result<(), Damage> {
-        let (frame, check) = payload.split_last_chunk().ok_or(Damage::Undecodable { decoded: None })?;
-        let found = check_of(frame, codec.seed());
-        if found != *check {
-            let word = |bytes: &[u8; CHECK_BYTES]| u64::from(u32::from_le_bytes(*bytes));
-            return Err(Damage::Checksum { stored: word(check), found: word(&found) });
+        let damage = |found| Err(Damage::Checksum { stored: checksum, found });
+        let found = upper(codec, frame);
+        if found != checksum & !PAGE_MASK {
+            return damage(found | checksum & PAGE_MASK);
         }
+        self.decompress(frame, slot, page)?;
+        let found = self::checksum(codec, page, frame);
+        if found == checksum { Ok(()) } else { damage(found) }
+    }
+
+    /// Writes the page that an encoder's frame makes; it is anything after an error.
+    pub(super) fn decompress(&self, frame: &[u8], slot: Option<Slot>, page: &mut Page) -> Result<(), Damage> {
         let mut context = self.context.take().ok_or(Damage::Undecodable { decoded: None })?;
         let decoded = match slot {
             None => context.decompress(&mut page[..], frame).ok(),

@@ -8,7 +8,7 @@
 
 use super::class::{CLASSES, class_for};
 use super::codec::{Codec, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES};
-use super::dense::{Dense, Encoding, MAX_DICTIONARY_BYTES, Slot};
+use super::dense::{Dense, Encoding, MAX_DICTIONARY_BYTES, Slot, checksum};
 use super::frames::{FrameBytes, FrameSource};
 use super::handle::Place;
 use super::store::Store;
@@ -75,39 +75,38 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let Some(Place::Object { block, slot, tag, encoding: Encoding::Lz4 }) = Place::unpack(handle) else {
             return Err(Kept::Changed);
         };
-        let (Some(class), Ok(length)) =
-            (class_for(HEADER_BYTES + dense.bytes.len()), u16::try_from(dense.bytes.len()))
-        else {
+        let bytes = dense.frame_bytes();
+        let (Some(class), Ok(length)) = (class_for(HEADER_BYTES + bytes), u16::try_from(bytes)) else {
             return Err(Kept::NoGain);
         };
         let (_, old_slot_bytes) = self.slot_range(block, slot).ok_or(Kept::Changed)?;
         let slot_bytes = CLASSES[usize::from(self.populous_class(class))].slot_bytes();
-        if dense.bytes.len() > MAX_PAYLOAD_BYTES || slot_bytes >= old_slot_bytes {
+        if bytes > MAX_PAYLOAD_BYTES || slot_bytes >= old_slot_bytes {
             return Err(Kept::NoGain);
         }
         if !self.dense.prepare() {
             return Err(Kept::NoRoom);
         }
-        let checksum = self.compare(handle, (block, slot, tag), label, dense)?;
+        let (frame, checksum) = self.compare(handle, (block, slot, tag), label, dense)?;
         let Some(target) = self.block_with_room(class) else { return Err(Kept::NoRoom) };
         // For want of frames it may be of a larger class.
         if self.blocks.get(target).is_none_or(|block| block.class().slot_bytes() >= old_slot_bytes) {
             return Err(Kept::NoRoom);
         }
-        let new = self.write(target, dense.bytes, length, checksum, Encoding::Dense(dense.slot));
+        let new = self.write(target, frame, length, checksum, Encoding::Dense(dense.slot));
         // It was read a moment ago.
         self.remove(handle).map_err(Kept::Corrupt)?;
         Ok(new)
     }
 
-    /// Both decoded and compared: the checksum of the new encoding.
-    fn compare(
+    /// Both decoded and compared: the new frame and what is to be in front of it.
+    fn compare<'a>(
         &self,
         handle: Handle,
         (block, slot, tag): (u32, u8, u16),
         label: Label,
-        dense: &Dense<'_>,
-    ) -> Result<u64, Kept> {
+        dense: &Dense<'a>,
+    ) -> Result<(&'a [u8], u64), Kept> {
         let (mut old, mut new) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
         let object = self.object(block, slot, tag).map_err(|_| Kept::Changed)?;
         if (object.payload.len(), object.checksum) != (label.len, label.word) {
@@ -115,8 +114,13 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         }
         self.decode(&object, Encoding::Lz4, &mut old)
             .map_err(|damage| Kept::Corrupt(self.corrupt(handle, damage)))?;
-        let is_read = self.dense.decode(&self.codec, dense.bytes, dense.slot, &mut new).is_ok();
-        if is_read && old == new { Ok(self.codec.checksum(&new, dense.bytes)) } else { Err(Kept::NotReproduced) }
+        let frame = dense.frame(&self.codec).ok_or(Kept::NotReproduced)?;
+        let is_read = self.dense.decompress(frame, dense.slot, &mut new).is_ok();
+        if is_read && old == new {
+            Ok((frame, checksum(&self.codec, &new, frame)))
+        } else {
+            Err(Kept::NotReproduced)
+        }
     }
 
     /// Pages that need the dictionary of that slot.

@@ -4,7 +4,7 @@ use spmem_core::units::{Bytes, FrameCount, PAGE_SIZE};
 
 use super::block::Blocks;
 use super::codec::HEADER_BYTES;
-use super::dense::{CHECK_BYTES, Encoding};
+use super::dense::Encoding;
 
 /// What a store holds and what it loses, in bytes.
 ///
@@ -20,7 +20,7 @@ pub struct Stats {
     pub same_filled_pages: u64,
     /// Compressed bytes of all objects.
     pub payload: Bytes,
-    /// Waste: length and checksum in front of each object, and the check at the end of a dense one.
+    /// Waste: length and checksum in front of each object.
     pub header: Bytes,
     /// Waste: slots larger than their objects.
     pub rounding: Bytes,
@@ -55,6 +55,7 @@ pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals, decoder_bytes: usi
     let mut stats = Stats {
         same_filled_pages: totals.same_filled_pages,
         dense_pages: totals.dense_pages.iter().sum(),
+        payload: Bytes(totals.payload_bytes),
         spare: Bytes(totals.spare_frames * PAGE_SIZE),
         metadata: Bytes((blocks.metadata_bytes() + decoder_bytes) as u64),
         ..Stats::default()
@@ -70,10 +71,8 @@ pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals, decoder_bytes: usi
         stats.free_slot.0 += (held * u64::from(class.slots) - used) * slot;
         frames += held << class.order;
     }
-    let checks = stats.dense_pages * CHECK_BYTES as u64;
-    stats.header.0 = stats.object_pages * HEADER_BYTES as u64 + checks;
+    stats.header.0 = stats.object_pages * HEADER_BYTES as u64;
     // Only a damaged length, until its block is empty, can make the sum of payloads inexact.
-    stats.payload.0 = totals.payload_bytes.saturating_sub(checks);
     stats.rounding.0 = slot_bytes.saturating_sub(stats.payload.0 + stats.header.0);
     stats.frames_used = FrameCount(frames);
     stats
@@ -95,7 +94,6 @@ pub(super) struct Totals {
     pub(super) same_filled_pages: u64,
     /// Without a dictionary, and with that of each slot.
     pub(super) dense_pages: [u64; 3],
-    /// Behind the headers of all objects, checks of dense ones included.
     pub(super) payload_bytes: u64,
     pub(super) spare_frames: u64,
 }

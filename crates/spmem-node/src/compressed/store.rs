@@ -14,7 +14,7 @@ use spmem_core::units::{Bytes, FrameNumber, NodeId, Order};
 use super::block::{Blocks, Removed};
 use super::class::{CLASSES, MAX_SLOT, class_for, is_fine};
 use super::codec::{Codec, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES, Storable, Verified};
-use super::dense::{DenseDecoder, Encoding};
+use super::dense::{self, DenseDecoder, Encoding};
 use super::frames::{FrameBlock, FrameBytes, FrameSource};
 use super::handle::{Place, tag_of};
 use super::stats::{self, Stats, Totals};
@@ -166,9 +166,11 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             Some(Place::Fill(fill)) => fill.is(page),
             Some(Place::Object { block, slot, tag, encoding }) => {
                 let Ok(object) = self.object(block, slot, tag) else { return false };
-                self.codec.checksum(page, object.payload) == object.checksum
-                    && self.decode(&object, encoding, readback).is_ok()
-                    && readback == page
+                let checksum = match encoding {
+                    Encoding::Lz4 => self.codec.checksum(page, object.payload),
+                    Encoding::Dense(_) => dense::checksum(&self.codec, page, object.payload),
+                };
+                checksum == object.checksum && self.decode(&object, encoding, readback).is_ok() && readback == page
             }
             None => false,
         }
@@ -352,14 +354,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let Encoding::Dense(slot) = encoding else {
             return self.codec.decode(object.payload, object.checksum, page);
         };
-        self.dense.decode(&self.codec, object.payload, slot, page).and_then(|()| {
-            let found = self.codec.checksum(page, object.payload);
-            if found == object.checksum {
-                Ok(())
-            } else {
-                Err(Damage::Checksum { stored: object.checksum, found })
-            }
-        })
+        self.dense.decode(&self.codec, (object.payload, object.checksum), slot, page)
     }
 
     /// Offset and size of a taken slot.
