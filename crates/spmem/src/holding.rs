@@ -260,9 +260,12 @@ impl Holding {
         }
     }
 
-    /// After a fork every claim of the parent's compressors is void: all that is left is held or dead.
+    /// After a fork every claim of the parent's compressors is void: all that is left is held or dead. Pages on trial are the parent's to
+    /// count and to take back to their node: here they are pages like any other.
     pub fn settle(&mut self) {
+        self.trials = [0; MAX_TARGETS];
         for slot in &mut self.slots {
+            slot.target = None;
             slot.state = match slot.state {
                 State::Busy => State::Held,
                 State::BusyDead => State::Dead,
@@ -395,6 +398,19 @@ mod tests {
             holding.push(page * PAGE, None);
         }
         assert_eq!((holding.get(0).owner, holding.get(0).target()), (PAGES as usize * PAGE, None));
+    }
+
+    #[test]
+    fn a_page_on_trial_is_counted_by_the_parent_alone_after_a_fork() {
+        let mut holding = filled(3);
+        holding.begin_trial(0, 1, 5);
+        holding.begin_trial(2, 0, 5);
+        holding.settle();
+        assert_eq!((holding.trials(), holding.held()), ([0; MAX_TARGETS], 3));
+        assert_eq!(holding.overdue(u32::MAX, &mut [0; 4]), 0);
+        let span = holding.claim(3).expect("three are held");
+        demote_all(&mut holding, span);
+        assert_eq!((holding.trials(), holding.held()), ([0; MAX_TARGETS], 0));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::fs;
 use std::io::{Write, stdout};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use spmem_sys::PAGE;
@@ -27,6 +28,8 @@ pub(crate) struct Options {
 
 /// Pages lost at most where one frame of the store is: as many as are stored in it, in part or whole.
 const MOST_LOST: usize = 64;
+/// Time for pages to begin to leave.
+const LEAVING: Duration = Duration::from_millis(20);
 const PRESENT: u64 = 1 << 63;
 /// BUS_MCEERR_AR.
 const MEMORY_FAILED: i32 = 4;
@@ -216,20 +219,25 @@ fn is_filled(page: usize) -> bool {
 /// A page of the holding area that is held, while pages are written, so that others leave. The area begins at a multiple of 2 MiB, and is a
 /// page longer than a power of two: that one stays empty.
 fn present_in_holding(area: &mut Area) -> anyhow::Result<usize> {
-    let maps = fs::read_to_string("/proc/self/maps")?;
     let pagemap = fs::File::open("/proc/self/pagemap")?;
     let is_one = |&(start, end): &(usize, usize)| {
         start.is_multiple_of(2 << 20) && (end - start - PAGE).is_power_of_two() && end - start > PAGE
     };
-    let areas: Vec<_> =
-        maps.lines().filter(|line| line.contains(" rw-p ")).filter_map(range).filter(is_one).collect();
-    for page in std::iter::repeat_n(area.all(), 20).flatten() {
-        area.write(page, 1);
-        for &(start, end) in &areas {
-            if let Some(at) = present_in(&pagemap, start, end)?.into_iter().rfind(|&page| is_filled(page)) {
-                return Ok(at);
+    let mut maps = String::new();
+    for _ in 0..20 {
+        // It is there once the first pages are about to leave.
+        maps = fs::read_to_string("/proc/self/maps")?;
+        let lines = maps.lines().filter(|line| line.contains(" rw-p "));
+        let areas: Vec<_> = lines.filter_map(range).filter(is_one).collect();
+        for page in area.all() {
+            area.write(page, 1);
+            for &(start, end) in &areas {
+                if let Some(at) = present_in(&pagemap, start, end)?.into_iter().rfind(|&page| is_filled(page)) {
+                    return Ok(at);
+                }
             }
         }
+        std::thread::sleep(LEAVING);
     }
     anyhow::bail!("nothing was in a holding area:\n{maps}")
 }
