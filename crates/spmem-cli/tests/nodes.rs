@@ -185,6 +185,19 @@ fn a_pipe_or_a_loose_link_in_place_of_a_file_is_said_and_not_waited_for() {
     }
 }
 
+#[test]
+fn a_directory_in_place_of_a_file_is_said_and_left_alone() {
+    let (directory, config, node) = file_node();
+    std::fs::create_dir(&node).unwrap();
+    for more in [&[][..], &["--create"]] {
+        let output = nodes_of(&[&["--config", &config], more].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("node2 is a directory; the path of a file"), "{said}");
+        assert_eq!(output.status.code(), Some(0));
+    }
+    assert_eq!(names_in(directory.path()), ["node2", "spm.toml"]);
+}
+
 /// A configuration with one node of 8 MiB in a folder of its own: the folder, the file, the node.
 fn file_node() -> (tempfile::TempDir, String, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();

@@ -213,14 +213,21 @@ fn wait_until_gone(pid: u32) {
     }
 }
 
-/// The keeper of the wall around a command with this word: it has the command line that it was forked with.
-fn keeper_of(word: &str) -> Option<String> {
-    let entries = std::fs::read_dir("/proc").unwrap().flatten();
-    let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
-    numbers.find(|number| {
-        let read = |name| std::fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
-        read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
-    })
+/// The keeper of the wall around a command with this word: it has the command line that it was forked with. The command may run before the
+/// keeper has its name.
+fn keeper_of(word: &str) -> String {
+    loop {
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let mut numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let found = numbers.find(|number| {
+            let read = |name| std::fs::read_to_string(format!("/proc/{number}/{name}")).unwrap_or_default();
+            read("comm").trim() == "spm-keeper" && read("cmdline").contains(word)
+        });
+        match found {
+            Some(number) => return number,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 fn kill(pid: &str) {
@@ -248,7 +255,7 @@ fn a_wall_whose_command_is_killed_goes_and_one_with_a_process_left_stays_until_t
 fn what_a_killed_keeper_leaves_the_next_wall_removes() {
     let word = "1000.0625";
     let Some(mut child) = staying(&["--", "sh", "-c", &format!("echo; exec sleep {word}")]) else { return };
-    kill(&keeper_of(word).unwrap());
+    kill(&keeper_of(word));
     child.kill().unwrap();
     child.wait().unwrap();
     std::thread::sleep(Duration::from_millis(100));

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::{format, fs, thread};
 
 use spmem_core::grant::{Charge, Grant, GrantError, Rights};
+use spmem_core::placing::leaves_room;
 use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_core::wall::{Refusal, Request};
@@ -23,6 +24,7 @@ use spmem_sys::{Errno, PAGE};
 
 use core::fmt;
 
+use crate::machine::read_room;
 use crate::roll::{Entry, Roll, What, started};
 
 /// What /proc calls the files of doors.
@@ -100,7 +102,7 @@ impl Door<'_> {
     /// Fills the missing page at `address` of process `pid`, whose userfaultfd `program` is, with `contents`, and looks where it is.
     ///
     /// # Errors
-    /// [`DoorError`]; `EEXIST` when the page is there.
+    /// [`DoorError`]; `EEXIST` when the page is there, `ENOMEM` when the node is nearly full.
     pub fn page(
         &mut self,
         program: &Uffd,
@@ -108,8 +110,13 @@ impl Door<'_> {
         address: usize,
         contents: &[u8; PAGE],
     ) -> Result<Charge, DoorError> {
-        let node = self.node.get();
+        let (id, node) = (self.node, self.node.get());
         let place = || {
+            // On a full node that is bound to the kernel ends processes, anybody's.
+            let (free, total) = read_room(id).ok_or(Errno::EIO)?;
+            if !leaves_room(free, total, Bytes(PAGE as u64)) {
+                return Err(Errno::ENOMEM);
+            }
             set_policy(MPOL_BIND | MPOL_F_STATIC_NODES, &mask([node]))?;
             let progress = program.copy(address, contents);
             progress.stopped.map_or(Ok(()), Err)

@@ -82,8 +82,11 @@ const PLACES: core::ops::Range<usize> = 0x4000_0000_0000..0x4fff_0000_0000;
 /// Left free between two mappings.
 const GAP: usize = 1 << 20;
 
-/// A place for `len` bytes, for mmap(2) to take as a hint; 0 (anywhere) once our part is used up.
+/// A place for `len` bytes, for mmap(2) to take as a hint; 0 (anywhere) once our part is used up, or for more than it has.
 pub(crate) fn next_place(len: usize) -> usize {
+    if len > PLACES.end - PLACES.start {
+        return 0;
+    }
     if PLACE.load(Ordering::Relaxed) == 0 {
         // As unpredictable as the time: the kernel's own randomness is in the stack's address too.
         let here = core::ptr::from_ref(&len).addr() as u64;
@@ -329,6 +332,13 @@ pub(crate) fn unmap(start: usize, len: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_length_that_no_mapping_can_have_is_refused_and_takes_nobodys_place() {
+        assert!(Mapping::new(usize::MAX - PAGE + 1, c"spmem test").is_err());
+        assert_eq!(next_place(usize::MAX), 0);
+        assert!(PLACES.contains(&next_place(PAGE)));
+    }
 
     #[test]
     fn a_mapping_is_aligned_and_discarded_pages_read_as_zero() {

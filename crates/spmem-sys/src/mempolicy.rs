@@ -1,6 +1,6 @@
 //! Policies and memory on nodes of the kernel's: set_mempolicy(2), mbind(2), and move_pages(2) to see where pages are.
 //!
-//! [`NodeMemory`] is memory that is on one node or not at all. For tools: where a page lands is the kernel's decision, so
+//! [`NodeMemory`] is memory of one node, as far as that has room. For tools: where a page lands is the kernel's decision, so
 //! it is read back ([`NodeMemory::pages_elsewhere`]), never assumed.
 
 use syscalls::{Sysno, syscall};
@@ -139,16 +139,15 @@ pub struct NodeMemory {
 }
 
 impl NodeMemory {
-    /// `len` bytes (rounded up to pages) of zeros on `node`, in huge pages where the kernel has them.
-    ///
-    /// The caller sees to it that the node has room: the kernel ends processes when a node that is bound to is full.
+    /// `len` bytes (rounded up to pages) of zeros on `node`, in huge pages where the kernel has them; what it has no room for is elsewhere. The
+    /// node is preferred, not bound to: when one that is bound to is full the kernel ends processes, anybody's.
     ///
     /// # Errors
     /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; `ENOMEM`; as mbind(2).
     pub fn new(len: usize, node: u16) -> Result<Self> {
         let mapping = Mapping::aligned(len, HUGE, c"spmem node")?;
         let (start, len) = (mapping.start(), mapping.len());
-        bind(start, len, node)?;
+        set_range(MPOL_PREFERRED, start, len, node)?;
         // Fewer misses of the TLB, where it can be had; nothing depends on it.
         // SAFETY: advice about our own range.
         let _ = unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_HUGEPAGE) };
@@ -185,10 +184,14 @@ impl NodeMemory {
 /// # Errors
 /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; as mbind(2).
 pub(crate) fn bind(start: usize, len: usize, node: u16) -> Result<()> {
+    set_range(MPOL_BIND, start, len, node)
+}
+
+fn set_range(mode: usize, start: usize, len: usize, node: u16) -> Result<()> {
     let mut mask = [0_u64; NODES / 64];
     *mask.get_mut(usize::from(node) / 64).ok_or(Errno::EINVAL)? = 1 << (node % 64);
     // The kernel takes one bit fewer than it is told.
-    let mode = MPOL_BIND | MPOL_F_STATIC_NODES;
+    let mode = mode | MPOL_F_STATIC_NODES;
     // SAFETY: the range is ours, the mask is read only.
     unsafe { syscall!(Sysno::mbind, start, len, mode, mask.as_ptr(), NODES + 1, 0) }?;
     Ok(())

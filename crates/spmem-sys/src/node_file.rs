@@ -9,7 +9,7 @@ use syscalls::{Sysno, syscall};
 
 use crate::fd::{Fd, raw_fd};
 use crate::mapping::{Mapping, populate_write};
-use crate::mempolicy::{MPOL_BIND, MPOL_F_STATIC_NODES, bind_range, mask, node_of};
+use crate::mempolicy::{MPOL_BIND, MPOL_F_STATIC_NODES, MPOL_PREFERRED, bind_range, mask, node_of};
 use crate::{Errno, PAGE, Result};
 
 /// The file, all of it there, of fixed size.
@@ -24,7 +24,7 @@ impl NodeFile {
     ///
     /// # Errors
     /// `EINVAL` when `len` is no pages, there is no such node, or this process's cpuset lacks it; `ENOMEM` when a page came to be
-    /// elsewhere; as memfd_create(2), mbind(2).
+    /// elsewhere, as they do once the node is full; as memfd_create(2), mbind(2).
     pub fn new(name: &CStr, len: usize, node: u16) -> Result<Self> {
         if len == 0 || !len.is_multiple_of(PAGE) {
             return Err(Errno::EINVAL);
@@ -37,13 +37,15 @@ impl NodeFile {
         unsafe { syscall!(Sysno::ftruncate, fd.raw(), len) }?;
         let memory = Mapping::shared(fd.raw(), len)?;
         let start = memory.start();
-        bind_range(start, len, MPOL_BIND | MPOL_F_STATIC_NODES, &mask([node]))?;
+        // Bound to only once all is there: the kernel ends processes, anybody's, when a node that is bound to is full.
+        bind_range(start, len, MPOL_PREFERRED | MPOL_F_STATIC_NODES, &mask([node]))?;
         populate_write(start, len)?;
         for page in (start..start + len).step_by(PAGE) {
             if node_of(0, page)? != i32::from(node) {
                 return Err(Errno::ENOMEM);
             }
         }
+        bind_range(start, len, MPOL_BIND | MPOL_F_STATIC_NODES, &mask([node]))?;
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         // SAFETY: takes no pointer.
         unsafe { syscall!(Sysno::fcntl, fd.raw(), libc::F_ADD_SEALS, seals) }?;

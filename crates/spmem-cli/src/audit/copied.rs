@@ -33,9 +33,9 @@ pub fn copied_pages(
     memfds: &Memfds,
     rolls: &Rolls,
 ) -> anyhow::Result<Vec<(Pages, By)>> {
-    let (mut found, pid) = (Vec::new(), process.pid);
+    let (mut found, thread) = (Vec::new(), process.thread);
     for control in memfds.named(maps, CONTROL) {
-        let path = format!("/proc/{pid}/map_files/{}", control.place);
+        let path = format!("/proc/{thread}/map_files/{}", control.place);
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             // The process has ended, or runs another program.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
@@ -45,16 +45,18 @@ pub fn copied_pages(
             opened => opened?,
         };
         let page = ControlPage::of_other_run(file)?;
-        let (Ok(status), Ok(namespace)) = (super::read(pid, "status"), read_pid_namespace(pid)) else { continue };
+        let (Ok(status), Ok(namespace)) = (super::read(thread, "status"), read_pid_namespace(thread)) else {
+            continue;
+        };
         let of_run = page.pid_namespace.load(Relaxed);
         let own = if read_pid_namespace(std::process::id()).is_ok_and(|own| own == of_run) {
-            pid
+            process.pid
         } else {
             ensure!(
                 namespace == of_run,
                 "it is in another pid namespace than the run's spm, by whose numbers that counts, and so is this audit"
             );
-            pid_within(&status).unwrap_or(pid)
+            pid_within(&status).unwrap_or(process.pid)
         };
         if let Some(slot) = page.live_slots().find(|slot| slot.pid.load(Relaxed) == own) {
             let by = |pages: &Pages| By::run(rolls.of_copied(process, control.inode, pages.node));

@@ -14,8 +14,8 @@ mod pages;
 mod rolls;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use anyhow::Context;
@@ -140,6 +140,20 @@ pub fn all_processes() -> anyhow::Result<Vec<u32>> {
     Ok(all)
 }
 
+/// The thread by which a process's memory is looked at: its first, or another one where that has ended (pthread_exit(3)) and shows none.
+fn memory_of(pid: u32) -> u32 {
+    let shows = |thread: u32| {
+        let maps = File::open(format!("/proc/{thread}/maps"));
+        maps.and_then(|mut maps| maps.read(&mut [0])).is_ok_and(|bytes| bytes > 0)
+    };
+    if shows(pid) {
+        return pid;
+    }
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut numbers = threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.find(|&thread| shows(thread)).unwrap_or(pid)
+}
+
 /// What is no UTF-8 there is a name that somebody gave.
 fn read(pid: u32, name: &str) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{name}"))?).into_owned())
@@ -152,10 +166,10 @@ fn of_process(
     memfds: &Memfds,
     rolls: &Rolls,
 ) -> std::io::Result<(Vec<Finding>, anyhow::Result<()>)> {
-    let maps = read(pid, "maps")?;
-    // A kernel without NUMA has none.
-    let numa_maps = if spm.is_empty() { String::new() } else { read(pid, "numa_maps")? };
     let process = Process::read(pid)?;
+    let maps = read(process.thread, "maps")?;
+    // A kernel without NUMA has none.
+    let numa_maps = if spm.is_empty() { String::new() } else { read(process.thread, "numa_maps")? };
     let through_doors = Doors::find(&process, &maps, spm, memfds, rolls);
     let controls: Vec<u64> = memfds.named(&maps, CONTROL).iter().map(|range| range.inode).collect();
     let mut found = Vec::new();
@@ -214,7 +228,7 @@ impl<'a> Doors<'a> {
         let (Some(pages), Some(&end)) = (self.pages.get(&node), self.ends.get(&start)) else { return Vec::new() };
         // What was put there may have been dropped since, or have moved.
         let is_there = |address: u64| {
-            let seen = usize::try_from(address).map(|address| node_of(self.process.pid, address));
+            let seen = usize::try_from(address).map(|address| node_of(self.process.thread, address));
             matches!(seen, Ok(Ok(seen)) if seen == i32::from(node.get()))
         };
         let told = pages.range(start..end).filter(|(address, _)| is_there(**address));

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use serde::Serialize;
 use spmem_core::nodemask::NodeMask;
@@ -31,6 +32,8 @@ pub struct Title {
 #[derive(Clone, Debug, Default)]
 pub struct Process {
     pub pid: u32,
+    /// By which of its threads its memory is looked at.
+    pub thread: u32,
     /// One of its users is root.
     pub is_root: bool,
     /// Which nodes its cpuset has.
@@ -45,13 +48,15 @@ impl Process {
     /// # Errors
     /// It has ended.
     pub fn read(pid: u32) -> std::io::Result<Self> {
-        let status = super::read(pid, "status")?;
+        let thread = super::memory_of(pid);
+        let status = super::read(thread, "status")?;
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
         let mems = field("Mems_allowed_list:").map(|list| NodeMask::parse(list, NodeMask::EMPTY));
         let same = |one: &Metadata, other: &Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
-        let executables = [fs::metadata(format!("/proc/{pid}/exe")), fs::metadata("/proc/self/exe")];
+        let executables = [fs::metadata(format!("/proc/{thread}/exe")), fs::metadata("/proc/self/exe")];
         Ok(Self {
             pid,
+            thread,
             is_root: field("Uid:").is_some_and(|users| users.split_whitespace().any(|user| user == "0")),
             // A kernel without cpusets keeps nobody out.
             mems: mems.and_then(Result::ok).unwrap_or(NodeMask::ALL),
@@ -103,17 +108,18 @@ impl Rolls {
     pub fn read(processes: &[u32], memfds: &Memfds) -> Self {
         let mut rolls = Self::default();
         let name = format!("/memfd:{} (deleted)", roll::FILE_NAME.to_string_lossy());
-        let mut places: BTreeMap<u64, Vec<(u32, String)>> = BTreeMap::new();
+        let mut places: BTreeMap<u64, Vec<(u32, PathBuf)>> = BTreeMap::new();
         for &pid in processes {
-            let Ok(maps) = super::read(pid, "maps") else { continue };
+            let thread = super::memory_of(pid);
+            let Ok(maps) = super::read(thread, "maps") else { continue };
             for Range { inode, place, .. } in memfds.named(&maps, &name) {
-                places.entry(inode).or_default().push((pid, place.to_owned()));
+                let path = format!("/proc/{thread}/map_files/{place}");
+                places.entry(inode).or_default().push((pid, path.into()));
             }
         }
         for held in places.values() {
             let holders = held.iter().filter_map(|(pid, _)| Process::read(*pid).ok()).collect();
-            let paths = held.iter().map(|(pid, place)| format!("/proc/{pid}/map_files/{place}"));
-            match paths.filter_map(|path| File::open(path).ok()).next() {
+            match held.iter().find_map(|(_, path)| File::open(path).ok()) {
                 Some(file) => rolls.found.extend(found(&file, holders)),
                 None => rolls.is_part = true,
             }
@@ -192,7 +198,7 @@ mod tests {
     #[test]
     fn nobody_vouches_for_himself_and_those_behind_a_wall_for_nobody_in_it() {
         let mask = |text| NodeMask::parse(text, NodeMask::EMPTY).unwrap();
-        let process = |pid, is_root, mems| Process { pid, is_root, mems: mask(mems), is_spm: false };
+        let process = |pid, is_root, mems| Process { pid, thread: pid, is_root, mems: mask(mems), is_spm: false };
         let two = Some(NodeId::new(2).unwrap());
         let vouches = |is_roots, holder: &Process, process: &Process, node| {
             let (holders, entries) = (vec![holder.clone()], Vec::new());

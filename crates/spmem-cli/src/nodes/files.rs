@@ -8,7 +8,7 @@ use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use spmem_core::node::{NodeSpec, NodeType, Services};
 use spmem_core::units::{FrameCount, PAGE_SIZE};
@@ -59,7 +59,9 @@ fn read(node: &FileNode) -> anyhow::Result<Summary> {
             _ => format!("{path} cannot be opened"),
         },
     )?;
-    if file.metadata().is_ok_and(|data| data.len() < PAGE_SIZE) {
+    let data = file.metadata().with_context(|| format!("{path} cannot be looked at"))?;
+    ensure!(!data.is_dir(), "{path} is a directory; the path of a file in it would do");
+    if data.len() < PAGE_SIZE {
         return Err(OpenError::NotFormatted).with_context(|| path.to_string());
     }
     let region = file::map(Fd::from_raw(file.into_raw_fd()), Access::Read);

@@ -1,6 +1,6 @@
 //! `spm nodes --measure`: how fast each node really is, from the nearest processors.
 //!
-//! Memory is bound to the node (mbind(2)) and where its pages are is read back before and after (move_pages(2)): a figure of
+//! Memory is asked of the node (mbind(2), MPOL_PREFERRED) and where its pages are is read back before and after (move_pages(2)): a figure of
 //! pages that are elsewhere is none. *Idle latency*: one thread follows a ring through all cache lines in random order,
 //! each step needs the one before. *Loaded*: the same while the other processors read as fast as they can. *Bandwidth*:
 //! every processor of the nearest node reads, then writes, pieces of its own in order.
@@ -114,6 +114,8 @@ fn measure_node(machine: &Machine, id: u16, available: u64, bar: &ProgressBar) -
     let cache = last_level_cache_bytes(cpus[0]).unwrap_or(UNKNOWN_CACHE_BYTES);
     let bytes = (cache * CACHES).clamp(LEAST_BYTES, MOST_BYTES).min(available / 2);
     ensure!(bytes >= LEAST_BYTES, "{} are available, {} are needed", human(available), human(2 * LEAST_BYTES));
+    let mut memory = memory_on(id, usize::try_from(bytes).context("more than an address space")?)?;
+    let bytes = size_of_val(memory.words()) as u64;
     if bytes < cache * 2 {
         bar.suspend(|| {
             remark(format_args!(
@@ -123,11 +125,6 @@ fn measure_node(machine: &Machine, id: u16, available: u64, bar: &ProgressBar) -
             ));
         });
     }
-    let length = usize::try_from(bytes).context("more than an address space")?;
-    let mut memory = NodeMemory::new(length, id).map_err(|errno| {
-        anyhow::anyhow!("no memory can be bound to it: {errno} (does this cpuset have it in mems?)")
-    })?;
-    ensure_placed(&memory)?;
     let step = |index: usize| {
         bar.set_message(format!("node {id}: {}", STEPS[index]));
         bar.inc(1);
@@ -165,9 +162,22 @@ fn measure_node(machine: &Machine, id: u16, available: u64, bar: &ProgressBar) -
     Ok(measured)
 }
 
+/// `bytes` there, or as much less as it has.
+fn memory_on(id: u16, mut bytes: usize) -> anyhow::Result<NodeMemory> {
+    loop {
+        let memory = NodeMemory::new(bytes, id).map_err(|errno| {
+            anyhow::anyhow!("no memory can be had of it: {errno} (does this cpuset have it in mems?)")
+        })?;
+        match ensure_placed(&memory) {
+            Err(_) if bytes as u64 >= 2 * LEAST_BYTES => bytes /= 2,
+            placed => return placed.map(|()| memory).context("the node is full"),
+        }
+    }
+}
+
 fn ensure_placed(memory: &NodeMemory) -> anyhow::Result<()> {
     let (elsewhere, pages) = memory.pages_elsewhere().context("where its pages are cannot be read")?;
-    ensure!(elsewhere == 0, "{elsewhere} of {pages} pages bound to node {} are elsewhere", memory.node());
+    ensure!(elsewhere == 0, "{elsewhere} of {pages} pages asked of node {} are elsewhere", memory.node());
     Ok(())
 }
 

@@ -21,7 +21,8 @@ use spmem::control::{Control, porter as porter_state};
 use spmem::porter::{self, Crossing, Desk};
 use spmem_core::grant::Charge;
 use spmem_core::placing::{ALLOTMENT, Allotment, MAX_TARGETS, allotment, leaves_room};
-use spmem_core::units::{Bytes, PAGE_SIZE};
+use spmem_core::units::{Bytes, NodeId, PAGE_SIZE};
+use spmem_node::machine::read_room;
 use spmem_sys::fd::Fd;
 use spmem_sys::mempolicy::{MPOL_F_STATIC_NODES, MPOL_PREFERRED, mask, set_policy};
 use spmem_sys::uffd::Uffd;
@@ -217,13 +218,13 @@ impl Desk for Counter {
             return Err(Errno::EINVAL);
         }
         self.settle(target, wanted)?;
-        let node = self.control.targets[target].node.load(Relaxed);
-        let (free, total) = read_free(node).ok_or(Errno(libc::EIO))?;
+        let node = u16::try_from(self.control.targets[target].node.load(Relaxed)).map_err(|_| Errno::EINVAL)?;
+        let id = NodeId::new(node).map_err(|_| Errno::EINVAL)?;
+        let (free, total) = read_room(id).ok_or(Errno(libc::EIO))?;
         if !leaves_room(free, total, wanted) {
             return Err(Errno::ENOMEM);
         }
         if self.bound != Some(target) {
-            let node = u16::try_from(node).map_err(|_| Errno::EINVAL)?;
             // Not MPOL_BIND: on a full node the kernel would end whoever is bound to it. Where pages land is looked at anyway.
             set_policy(MPOL_PREFERRED | MPOL_F_STATIC_NODES, &mask([node]))?;
             self.bound = Some(target);
@@ -245,32 +246,9 @@ impl Drop for Counter {
     }
 }
 
-/// Free and all memory of one of the kernel's nodes.
-fn read_free(node: u32) -> Option<(Bytes, Bytes)> {
-    let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).ok()?;
-    parse_free(&text)
-}
-
-fn parse_free(text: &str) -> Option<(Bytes, Bytes)> {
-    let bytes = |key: &str| {
-        let kib =
-            text.lines().find_map(|line| line.split_once(key)?.1.split_whitespace().next()?.parse::<u64>().ok());
-        kib.map(|kib| Bytes(kib << 10))
-    };
-    Some((bytes("MemFree:")?, bytes("MemTotal:")?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_node_has_left_is_read_of_its_own_meminfo() {
-        let text =
-            "Node 2 MemTotal:         393216 kB\nNode 2 MemFree:           65536 kB\nNode 2 MemUsed: 1 kB\n";
-        assert_eq!(parse_free(text), Some((Bytes::mib(64), Bytes::mib(384))));
-        assert_eq!(parse_free("Node 2 MemTotal: 1 kB\n"), None);
-    }
 
     #[test]
     fn a_process_is_charged_for_what_it_has_and_all_together_no_more_than_the_quota() {

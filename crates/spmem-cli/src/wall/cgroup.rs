@@ -162,6 +162,14 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
     if !has_word(&own.directory.join("cgroup.controllers"), "cpuset") {
         bail!("the cgroup {} has no cpuset controller; {remedy}", own.directory.display());
     }
+    let kind = fs::read_to_string(own.directory.join("cgroup.type")).unwrap_or_default();
+    if kind.trim() == "threaded" {
+        bail!(
+            "the cgroup {} is threaded: threads live there, and a wall takes a whole process; start spm in another one: \
+             systemd-run --scope -p Delegate=cpuset spm ...",
+            own.directory.display()
+        );
+    }
     let is_top = own.directory == own.top && !own.directory.join("cgroup.type").exists();
     let gives_on = has_word(&own.directory.join(CHILDREN), "cpuset");
     if is_top || gives_on {
@@ -182,10 +190,7 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
             own.directory.display()
         );
     };
-    if let Some((limit, value)) = LIMITS.iter().find_map(|(limit, none)| {
-        let value = fs::read_to_string(own.directory.join(limit)).ok()?;
-        (value.trim() != *none).then(|| (*limit, value.trim().to_owned()))
-    }) {
+    if let Some((limit, value)) = limit_of(&own.directory) {
         bail!(
             "other processes are in the cgroup {}, so a wall would stand beside it, without its {limit} of {value}; \
              start spm in a cgroup of its own: systemd-run --scope -p Delegate=cpuset spm ...",
@@ -198,6 +203,23 @@ fn prepare_two(own: &Own, name: &str, company: Option<u32>) -> anyhow::Result<Si
         own.directory.display()
     ));
     Ok(Site { version, wall, emptied: None })
+}
+
+/// A file that limits what is in a cgroup, and what it says.
+fn limit_of(directory: &Path) -> Option<(String, String)> {
+    // Which sizes of huge pages there are is the machine's.
+    let names = fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    let of_huge_pages =
+        names.filter(|name| name.starts_with("hugetlb.") && name.ends_with(".max")).map(|name| (name, "max"));
+    let mut limits = LIMITS.iter().map(|&(name, none)| (name.to_owned(), none)).chain(of_huge_pages);
+    limits.find_map(|(name, none)| {
+        let value = fs::read_to_string(directory.join(&name)).ok()?.trim().to_owned();
+        (value != none).then_some((name, value))
+    })
 }
 
 /// We are alone in our cgroup, as in one that was delegated: leave it, so that it may give cpusets on.
@@ -414,6 +436,29 @@ mod tests {
         }
         file("io.max", "8:0 rbps=1 wbps=max riops=max wiops=max\n");
         assert!(prepare_two(&own, WALL_NAMES, None).is_err());
+        file("io.max", "\n");
+        for (name, text) in
+            [("hugetlb.2MB.max", "max\n"), ("hugetlb.1GB.rsvd.max", "max\n"), ("hugetlb.2MB.current", "0\n")]
+        {
+            file(name, text);
+        }
+        assert!(prepare_two(&own, WALL_NAMES, None).is_ok());
+        file("hugetlb.1GB.rsvd.max", "0\n");
+        let refused = prepare_two(&own, WALL_NAMES, None).err().unwrap().to_string();
+        assert!(refused.contains("hugetlb.1GB.rsvd.max of 0"), "{refused}");
+    }
+
+    #[test]
+    fn in_a_threaded_cgroup_there_is_no_wall_and_it_is_said_why() {
+        let top = tempfile::tempdir().unwrap();
+        let directory = top.path().join("job");
+        fs::create_dir(&directory).unwrap();
+        let own = Own { version: Version::Two, top: top.path().to_owned(), directory: directory.clone() };
+        fs::write(directory.join("cgroup.controllers"), "cpuset cpu\n").unwrap();
+        fs::write(directory.join("cgroup.procs"), format!("{}\n", std::process::id())).unwrap();
+        fs::write(directory.join("cgroup.type"), "threaded\n").unwrap();
+        let refused = prepare_two(&own, WALL_NAMES, None).err().unwrap().to_string();
+        assert!(refused.contains("job is threaded") && refused.contains("systemd-run"), "{refused}");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! Exit status: as `spm run`. Known holes are docs/walls.md's.
 
 mod cgroup;
+mod demotion;
 mod filter;
 mod keeper;
 
@@ -87,6 +88,21 @@ fn raise(
             "none of the kernel's nodes ({}) is spm: this wall keeps nothing out; [type] of a configuration says which are",
             nodes.sysram
         ));
+    }
+    let (inside, kept_out) = (wall.cpuset.difference(&wall.easy), outside.union(&wall.easy));
+    let demoted_to = demotion::reached(&inside, &kept_out);
+    if !demoted_to.is_empty() {
+        let what = format!(
+            "the kernel demotes cold pages to node {demoted_to}, through any wall ({} is on)",
+            demotion::SWITCH
+        );
+        if !is_best_effort {
+            bail!(
+                "refused: {what}; switch it off, as root: echo 0 >{}; or go on with --best-effort",
+                demotion::SWITCH
+            );
+        }
+        remark(format_args!("{what}"));
     }
     let mut default = wall.default;
     // Where the cpuset would keep nothing out that is not out already, nobody misses it.

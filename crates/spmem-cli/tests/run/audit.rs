@@ -65,3 +65,31 @@ fn an_audit_shows_what_a_run_has_copied_to_a_file_and_compressed() {
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
     assert_eq!(run.finish().1, Some(137));
 }
+
+#[test]
+fn an_audit_finds_the_pages_of_a_process_whose_first_thread_has_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("spm.toml");
+    std::fs::write(&config, "[type]\nnode0 = \"spm\"\n").unwrap();
+    // 60 is exit(2), of one thread.
+    let script = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); \
+                  ctypes.CDLL(None).syscall(60, 0)";
+    let Ok(mut child) = Command::new("python3").args(["-c", script]).spawn() else {
+        println!("skipped: there is no python3");
+        return;
+    };
+    let pid = child.id().to_string();
+    let state = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    wait_until("the first thread has ended", || state().contains("State:\tZ"));
+    let output = audit(&pid, &["--json", "--config", config.to_str().unwrap()]);
+    let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if text(&output.stderr).contains("numa_maps") {
+        println!("skipped: this kernel is without numa_maps");
+        return;
+    }
+    let pages = |row: &Value| row["pages"].as_u64().unwrap();
+    assert!(all.as_array().unwrap().iter().map(pages).sum::<u64>() > 100, "{all}");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}

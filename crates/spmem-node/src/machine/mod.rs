@@ -28,6 +28,7 @@ use serde::Serialize;
 use spmem_core::class::{Reason, Verdict};
 use spmem_core::node::Class;
 
+pub use nodes::read_room;
 pub use sysfs::Remark;
 use sysfs::Sysfs;
 

@@ -6,7 +6,7 @@ use std::format;
 use std::string::String;
 use std::vec::Vec;
 
-use spmem_core::units::MAX_NODES;
+use spmem_core::units::{Bytes, MAX_NODES, NodeId};
 
 use super::sysfs::Sysfs;
 use super::{Access, Memory, MemorySideCache, Node, UNDECIDED};
@@ -87,6 +87,20 @@ fn read_memory(sysfs: &Sysfs<'_>, folder: &str) -> Option<Memory> {
     Some(Memory { total_bytes, free_bytes, available_bytes })
 }
 
+/// Free and all memory of one of this machine's nodes, as the kernel has it now; none where it does not tell.
+pub fn read_room(node: NodeId) -> Option<(Bytes, Bytes)> {
+    parse_room(&std::fs::read_to_string(format!("/{NODES}/node{}/meminfo", node.get())).ok()?)
+}
+
+fn parse_room(text: &str) -> Option<(Bytes, Bytes)> {
+    let bytes = |key: &str| {
+        let kib =
+            text.lines().find_map(|line| line.split_once(key)?.1.split_whitespace().next()?.parse::<u64>().ok());
+        kib.map(|kib| Bytes(kib << 10))
+    };
+    Some((bytes("MemFree:")?, bytes("MemTotal:")?))
+}
+
 /// Access class 1 counts processors only, 0 initiators of every kind (Documentation/admin-guide/mm/numaperf.rst).
 fn read_access(sysfs: &Sysfs<'_>, folder: &str, class: u8) -> Option<Access> {
     read_access_at(sysfs, &format!("{folder}/access{class}/initiators"))
@@ -129,4 +143,17 @@ fn read_caches(sysfs: &Sysfs<'_>, folder: &str) -> Vec<MemorySideCache> {
         Some(MemorySideCache { level, size, line_size })
     });
     caches.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_has_left_is_read_of_its_own_meminfo() {
+        let text =
+            "Node 2 MemTotal:         393216 kB\nNode 2 MemFree:           65536 kB\nNode 2 MemUsed: 1 kB\n";
+        assert_eq!(parse_room(text), Some((Bytes::mib(64), Bytes::mib(384))));
+        assert_eq!(parse_room("Node 2 MemTotal: 1 kB\n"), None);
+    }
 }

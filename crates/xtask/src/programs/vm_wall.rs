@@ -19,7 +19,7 @@ use spmem_sys::mapping::{Mapping, populate_write};
 use spmem_sys::{PAGE, mempolicy};
 
 use super::vm_facts::Facts;
-use super::vm_wall_doors::check_doors;
+use super::vm_wall_doors::{check_doors, check_full_node};
 use super::vm_wall_rights::{
     check_bare_names, check_delegated, check_join, check_keeper, check_own_cpuset, check_rights, mount_version_1,
 };
@@ -48,7 +48,7 @@ type Check = fn(&mut Facts, &Scene) -> anyhow::Result<()>;
 
 /// The parts, and with which versions of cgroups they are tried; `few` is within `table`. `doors` audits the probe, all of whose pages count: it
 /// comes before programs with policies of their own have brought pages of the probe's file to nodes that are walled off.
-const PARTS: [(&str, bool, bool, Check); 12] = [
+const PARTS: [(&str, bool, bool, Check); 13] = [
     ("doors", true, false, check_doors),
     ("table", true, true, check_table),
     ("few", false, false, check_few),
@@ -61,6 +61,7 @@ const PARTS: [(&str, bool, bool, Check); 12] = [
     ("own", false, true, check_own_cpuset),
     ("run", true, true, check_run),
     ("audit", true, true, check_audit),
+    ("full", true, false, check_full_node),
 ];
 
 /// What a row says: exactly these nodes, some of these, or an error.
@@ -210,7 +211,7 @@ impl Scene {
         command
     }
 
-    fn probe(&self, words: &[&str]) -> Vec<String> {
+    pub(super) fn probe(&self, words: &[&str]) -> Vec<String> {
         let own = self.own.display().to_string();
         let words = words.iter().map(|word| (*word).to_owned());
         [own, "program".to_owned(), "vm-wall-probe".to_owned()].into_iter().chain(words).collect()

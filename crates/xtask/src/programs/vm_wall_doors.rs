@@ -14,14 +14,39 @@ use spmem_core::registry::Registry;
 use spmem_core::units::{Bytes, DomainId, NodeId};
 use spmem_node::door::Door;
 use spmem_node::roll::Roll;
-use spmem_sys::PAGE;
 use spmem_sys::fd::Fd;
+use spmem_sys::node_file::NodeFile;
 use spmem_sys::uffd::Uffd;
+use spmem_sys::{Errno, PAGE};
 
 use super::vm_facts::Facts;
 use super::vm_wall::Is::On;
 use super::vm_wall::{Scene, far_file, note, within_seconds};
 use super::vm_wall_probe::DOOR_BYTE;
+
+/// A node that is nearly full gives nothing more, and nobody is ended for it: a process that has more there than all others stays.
+pub(super) fn check_full_node(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let node = NodeId::new(3)?;
+    let (free, _) = spmem_node::machine::read_room(node).context("no node 3")?;
+    let mib = free.0.saturating_sub(14 << 20) >> 20;
+    let mut rich = scene.probe(&["--stay", "600000", "fill", "bind", "3", &mib.to_string()]).into_iter();
+    let mut rich = Command::new(rich.next().context("no program")?).args(rich).stdout(Stdio::piped()).spawn()?;
+    BufReader::new(rich.stdout.take().context("no pipe")?).read_line(&mut String::new())?;
+    let left = spmem_node::machine::read_room(node).context("no node 3")?.0;
+    let file = NodeFile::new(c"spmem-door", 32 << 20, 3).map(|_| ());
+    facts.equal("doors: a file that a full node has no room for", file, Err(Errno::ENOMEM));
+    let measured = Command::new(&scene.spm).args(["nodes", "--measure"]).output()?;
+    let said = String::from_utf8_lossy(&measured.stderr).into_owned();
+    let is_said = said.lines().any(|line| line.starts_with("spm: node 3 is not measured"));
+    facts.note(
+        measured.status.success(),
+        format!("nodes --measure beside {} free: {is_said} {}", left.0, measured.status),
+    );
+    facts.note(rich.try_wait()?.is_none(), "nobody is ended for room on a full node".to_owned());
+    rich.kill()?;
+    rich.wait()?;
+    Ok(())
+}
 
 /// By grant, a range and a single page of node 2 come through a hard wall, and stay there while they are used.
 pub(super) fn check_doors(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {

@@ -38,7 +38,28 @@ pub(super) fn check_rights(facts: &mut Facts, scene: &Scene) -> anyhow::Result<(
     let output = as_nobody(scene.wall(&["--guard", "easy", "--"], &words)).output()?;
     note(facts, "a user: easy, a program that may not be looked into", &output, Error("EPERM"));
     check_unseen(facts, scene)?;
+    check_demotion(facts, scene)?;
     check_delegated(facts, scene)
+}
+
+/// Where the kernel demotes pages by itself, to nodes that the wall keeps out, no wall holds: refused, or said.
+fn check_demotion(facts: &mut Facts, scene: &Scene) -> anyhow::Result<()> {
+    let switch = "/sys/kernel/mm/numa/demotion_enabled";
+    fs::write(switch, "1").context("this kernel demotes nothing")?;
+    for (guard, more, is) in [
+        ("hard", "--mems=0-3", Error("")),
+        ("easy", "--mems=0-3", Error("")),
+        ("hard", "--best-effort", Within("0-1")),
+    ] {
+        let output = scene.wall(&["--guard", guard, more, "--"], &["touch"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        note(facts, &format!("while the kernel demotes: {guard}: {more}"), &output, is);
+        facts.note(
+            said.contains("cold pages to node 2,") && said.contains(switch),
+            format!("it says so: {}", said.trim()),
+        );
+    }
+    fs::write(switch, "0").context("this kernel demotes nothing")
 }
 
 /// A user's wall in a cgroup that was delegated to him.
