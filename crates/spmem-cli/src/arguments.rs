@@ -275,6 +275,10 @@ const AUDIT_HELP: &str = "\
 Exit status: 0 when every page on an SPM node is there on purpose, 1 when one is not, 2 for a wrong command line, or when
 a process cannot be looked at.
 
+Examples:
+  spm audit --config wall.toml
+  spm audit --json 4711
+
 On purpose means: bound there by name behind an easy guard, come through a door, or placed or copied by a run of spm. The JSON
 has an object for each process, node and reason: pid, command, node, kind (numa: the kernel's node of that number; compressed,
 file, dax: the run's own, by its configuration), pages, bytes (what they take there), wall (hard, easy or null), by (bind, door,

@@ -71,6 +71,17 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
+/// Becomes a program that ends soon and well; its output goes nowhere.
+pub fn execute_list() -> Outcome {
+    let strings = [cstring("torture"), cstring("list")];
+    // SAFETY: opens a file for the program's output, and valid strings.
+    unsafe {
+        libc::dup2(sys::ok("open", libc::open(c"/dev/null".as_ptr(), libc::O_RDWR).into())? as i32, 1);
+        libc::execv(myself().as_ptr(), pointers(&strings).as_ptr());
+    }
+    bail!("execv: {}", std::io::Error::last_os_error())
+}
+
 fn vforks(ctx: &Ctx) -> Outcome {
     let mut area = Area::filled(ctx.seed, ctx.pages())?;
     let mut ballast = Ballast::new(ctx)?;

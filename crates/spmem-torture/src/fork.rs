@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         "children of a thread that may not read the processor's counter (PR_SET_TSC) keep their pages",
         without_counter,
     ),
+    Case::new(
+        "fork-pid-namespaces",
+        "children forked into two pid namespaces, with the same number in both, keep their pages apart and are counted",
+        pid_namespaces,
+    ),
     Case::new("fork-works", "a child works for long on data of its own, cold and hot", works),
     Case::new(
         "fork-generations",
@@ -114,6 +119,44 @@ fn namespaces(ctx: &Ctx) -> Outcome {
         area.check_all("parent in other name spaces")?;
     }
     Ok(())
+}
+
+/// Seven processes in all (see the suite). Those that have the same number live at the same time. They share one budget, so it is little data.
+fn pid_namespaces(ctx: &Ctx) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages() / 4)?;
+    let mut ballast = Ballast::of(ctx, ctx.pages() / 2)?;
+    ballast.sweep()?;
+    let ((ready, is_ready), (gate, opener)) = (sys::pipe()?, sys::pipe()?);
+    let mut parents = Vec::new();
+    for id in [1, 2] {
+        parents.push(process::fork(|| {
+            sys::close(opener);
+            // SAFETY: no memory is involved.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+                crate::harness::skip!("unshare: {}", std::io::Error::last_os_error());
+            }
+            let child = process::fork(|| {
+                ensure!(std::process::id() == 1, "the first process is number {}", std::process::id());
+                sys::write_full(is_ready, c"r".as_ptr() as usize, 1)?;
+                let mut byte = 0_u8;
+                sys::read_full(gate, (&raw mut byte) as usize, 1)?;
+                area.writer = id;
+                area.scribble(&mut ctx.rng(id.into()), 3);
+                ballast.sweep()?;
+                let grandchild = process::fork(|| area.check_all("second process of a pid namespace"))?;
+                process::succeed("second process of a pid namespace", grandchild)?;
+                area.check_all("first process of a pid namespace")
+            })?;
+            sys::close(is_ready);
+            process::succeed("first process of a pid namespace", child)
+        })?);
+    }
+    sys::close(is_ready);
+    let mut bytes = [0_u8; 2];
+    sys::read_full(ready, bytes.as_mut_ptr() as usize, 2)?;
+    sys::close(opener);
+    parents.into_iter().try_for_each(|parent| process::succeed("parent of a pid namespace", parent))?;
+    area.check_all("parent of two pid namespaces")
 }
 
 fn cold(ctx: &Ctx) -> Outcome {

@@ -1,15 +1,23 @@
 //! Seccomp filters: children that must do without a system call, and what a filter is made of.
 
 use crate::area::{Area, Ballast};
+use crate::exec;
 use crate::harness::{Case, Ctx, Outcome};
 use crate::process;
 use crate::sys;
 
-pub const CASES: &[Case] = &[Case::new(
-    "fork-filtered",
-    "a child forked under a seccomp filter that refuses one call keeps its pages, and its child too",
-    filtered,
-)];
+pub const CASES: &[Case] = &[
+    Case::new(
+        "fork-filtered",
+        "a child forked under a seccomp filter that refuses one call keeps its pages, and its child too",
+        filtered,
+    ),
+    Case::new(
+        "fork-filtered-lethal",
+        "a child forked or executed under a seccomp filter that ends whoever makes one call lives and keeps its pages, and its child too",
+        filtered_lethally,
+    ),
+];
 
 /// Calls that a program can do without, and that its memory may seem to need.
 const REFUSED: [i64; 6] = [
@@ -21,13 +29,36 @@ const REFUSED: [i64; 6] = [
     libc::SYS_madvise,
 ];
 
+/// Of these, what the forking thread itself does not need for its child.
+const ENDED_FOR: [i64; 4] = [libc::SYS_pread64, libc::SYS_close_range, libc::SYS_bind, libc::SYS_accept4];
+
 fn filtered(ctx: &Ctx) -> Outcome {
+    let errno = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    fork_under_filters(ctx, REFUSED.map(|call| (call, errno)))
+}
+
+fn filtered_lethally(ctx: &Ctx) -> Outcome {
+    let verdicts = [libc::SECCOMP_RET_KILL_PROCESS, libc::SECCOMP_RET_KILL_THREAD, libc::SECCOMP_RET_TRAP];
+    for verdict in verdicts {
+        let child = process::fork(|| {
+            install_for(libc::SYS_socket, verdict)?;
+            exec::execute_list()
+        })?;
+        process::succeed("program executed under a filter", child)?;
+    }
+    fork_under_filters(
+        ctx,
+        std::array::from_fn::<_, { ENDED_FOR.len() }, _>(|at| (ENDED_FOR[at], verdicts[at % 3])),
+    )
+}
+
+fn fork_under_filters<const N: usize>(ctx: &Ctx, filters: [(i64, u32); N]) -> Outcome {
     let area = Area::filled(ctx.seed, ctx.pages() / 2)?;
     let mut ballast = Ballast::new(ctx)?;
     ballast.sweep()?;
-    for call in REFUSED {
+    for (call, verdict) in filters {
         let parent = process::fork(|| {
-            refuse(call)?;
+            install_for(call, verdict)?;
             let child = process::fork(|| {
                 area.check_all("child under a filter")?;
                 let grandchild = process::fork(|| area.check_all("grandchild under a filter"))?;
@@ -35,18 +66,13 @@ fn filtered(ctx: &Ctx) -> Outcome {
             })?;
             process::succeed("child under a filter", child)
         })?;
-        process::succeed(&format!("process under a filter that refuses call {call}"), parent)?;
+        process::succeed(&format!("process under a filter that answers call {call} with {verdict:#x}"), parent)?;
     }
     area.check_all("parent of processes under filters")
 }
 
-fn refuse(call: i64) -> Outcome {
-    install(&mut [
-        load(0),
-        unless(call as u32, 1),
-        give(libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
-        give(libc::SECCOMP_RET_ALLOW),
-    ])
+fn install_for(call: i64, verdict: u32) -> Outcome {
+    install(&mut [load(0), unless(call as u32, 1), give(verdict), give(libc::SECCOMP_RET_ALLOW)])
 }
 
 const fn step(code: u32, jf: u8, k: u32) -> libc::sock_filter {

@@ -52,6 +52,8 @@ const GOES_COLD: &str = "store-cold";
 const LOSES_PAGES: &str = "faults-bits";
 /// The case whose encoder fails and answers wrongly: all of it is told of, and nothing is lost.
 const FAILS_TO_ENCODE: &str = "faults-codec";
+/// The case whose processes have the same number in different pid namespaces: how many are counted.
+const COUNTS_ALL: (&str, u64) = ("fork-pid-namespaces", 7);
 /// Cases that are tried with a swap file, too, and those of them that are tried with one that is soon full.
 const WITH_SWAP: &[&str] = &[
     "threads-shared",
@@ -446,6 +448,12 @@ fn judge_report(case: &Case, path: &Path, budget_bytes: u64) -> Result<Completio
     }
     if case.name == GOES_COLD && has_encoder() && field(&text, "dense_pages").unwrap_or(0) == 0 {
         return Err(format!("no page was recompressed: the case proved nothing\n{text}").into());
+    }
+    let counted = field(&text, "processes");
+    // On a busy machine a child may take so long to serve itself that it is left alone, with its own children.
+    let are_all_managed = field(&text, "unmanaged_processes") == Some(0);
+    if case.name == COUNTS_ALL.0 && are_all_managed && counted != Some(COUNTS_ALL.1) {
+        return Err(format!("{counted:?} processes of {} have a slot of their own\n{text}", COUNTS_ALL.1).into());
     }
     let most = budget_bytes + (32 << 20) + budget_bytes / 20;
     if case.name == KEEPS_BUDGET && field(&text, "sysram_peak_bytes").is_none_or(|peak| peak > most) {

@@ -38,7 +38,7 @@ use crate::table::{CHUNK, Entry};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use spmem_core::placing::MAX_TARGETS;
 use spmem_sys::fd::{Fd, close_all_but};
-use spmem_sys::filter::{Need, first_refused};
+use spmem_sys::filter::{Need, Refusal, find_refusal};
 use spmem_sys::mapping;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
@@ -507,12 +507,16 @@ pub(crate) fn hand_over(
 /// Entry of a forked child's first agent thread: takes its faults over from the parent.
 extern "C" fn adopt(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
-    // A copy of the forking thread's table: nothing in it is ours.
-    let _ = close_all_but(&[]);
-    clock::allow();
-    thread::set_name(c"spm-monitor");
-    thread::leave_directory();
-    match take_over(runtime) {
+    let filter = hurdle::find_filter(runtime);
+    // Where a call would end the process this thread makes no more of them than it must: it ends soon.
+    if !matches!(filter, Some(Refusal::Ends(_))) {
+        // A copy of the forking thread's table: nothing in it is ours.
+        let _ = close_all_but(&[]);
+        clock::allow();
+        thread::set_name(c"spm-monitor");
+        thread::leave_directory();
+    }
+    match take_over(runtime, filter) {
         Ok(true) => {}
         Ok(false) => {
             // All pages are here; whatever the entries say is history.
@@ -523,10 +527,10 @@ extern "C" fn adopt(argument: usize) -> ! {
         }
         Err(errno) => {
             let pid = process::pid();
-            match first_refused(Need::Asking) {
-                Some(call) => crate::complain(format_args!(
-                    "spm: process {pid}: forked under a seccomp filter that refuses {call}, by which its agent takes its pages over from its \
-                     parent; let that through, or fork before the filter is there\n"
+            match find_refusal(Need::Asking) {
+                Some(refusal) => crate::complain(format_args!(
+                    "spm: process {pid}: forked, and {refusal}, by which its agent takes its pages over from its parent; let that through, or \
+                     fork before the filter is there\n"
                 )),
                 None => crate::complain(format_args!(
                     "spm: process {pid}: forked, and cannot take its pages over from its parent: {errno}\n"
@@ -555,8 +559,11 @@ fn ask_parent(runtime: &Runtime, can_serve: bool, bytes: &mut [u8]) -> Result<Re
     socket.receive(bytes)
 }
 
-fn take_over(runtime: &'static Runtime) -> Result<bool> {
-    let (hurdle, mut hello) = hurdle::find(runtime);
+fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool> {
+    if filter.is_some() && matches!(find_refusal(Need::Asking), Some(Refusal::Ends(_))) {
+        return Err(Errno::EPERM);
+    }
+    let (hurdle, mut hello) = hurdle::find(runtime, filter);
     let mut bytes = [0; WORDS * 8];
     let mut received = ask_parent(runtime, hurdle.is_none(), &mut bytes)?;
     if let Some(hurdle) = hurdle {

@@ -3,7 +3,7 @@
 use core::fmt;
 
 use spmem_sys::Errno;
-use spmem_sys::filter::{Need, first_refused};
+use spmem_sys::filter::{Need, Refusal, find_refusal};
 use spmem_sys::mapping::Mapping;
 
 use crate::control::Target;
@@ -16,19 +16,23 @@ const ROOM: usize = 4 << 20;
 /// What it is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Hurdle {
-    /// A seccomp filter refuses this call.
-    Filter(&'static str),
+    /// A seccomp filter does not let a call through.
+    Filter(Refusal),
     /// It is in none of the tree's slots.
     Slot(Errno),
     /// There is no memory for its agent.
     Memory(Errno),
 }
 
+/// What a seccomp filter of the calling thread does not let through of all that an agent does.
+pub(crate) fn find_filter(runtime: &Runtime) -> Option<Refusal> {
+    find_refusal(Need::Serving { has_devices: runtime.shared().targets().any(Target::is_device) })
+}
+
 /// Looks for one, and takes a slot. With what `spm` has answered, if it had to be asked for that.
-pub(crate) fn find(runtime: &Runtime) -> (Option<Hurdle>, Option<Hello>) {
-    let has_devices = runtime.shared().targets().any(Target::is_device);
-    if let Some(call) = first_refused(Need::Serving { has_devices }) {
-        return (Some(Hurdle::Filter(call)), None);
+pub(crate) fn find(runtime: &Runtime, filter: Option<Refusal>) -> (Option<Hurdle>, Option<Hello>) {
+    if let Some(refusal) = filter {
+        return (Some(Hurdle::Filter(refusal)), None);
     }
     if let Err(errno) = Mapping::new(ROOM, c"spmem heap") {
         return (Some(Hurdle::Memory(errno)), None);
@@ -42,7 +46,7 @@ pub(crate) fn find(runtime: &Runtime) -> (Option<Hurdle>, Option<Hello>) {
 impl fmt::Display for Hurdle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Filter(call) => write!(f, "a seccomp filter refuses {call}, which its agent needs"),
+            Self::Filter(refusal) => write!(f, "{refusal}, which its agent needs"),
             Self::Slot(Errno(libc::ENOSPC)) => f.write_str("the run has too many processes"),
             Self::Slot(errno) => {
                 write!(

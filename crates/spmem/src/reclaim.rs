@@ -10,7 +10,7 @@ use crate::demote::Demoter;
 use crate::dense::Densifier;
 use crate::follow::Shadow;
 use crate::gate::GateKeeper;
-use crate::hurdle::Hurdle;
+use crate::hurdle::{self, Hurdle};
 use crate::place::Checker;
 use crate::runtime::{Runtime, Stage};
 use crate::sweep::Sweeper;
@@ -24,6 +24,7 @@ use spmem_core::reclaim::{
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
 use spmem_sys::fd::close_all_but;
+use spmem_sys::filter::Refusal;
 use spmem_sys::process::{DescriptorLimit, MemoryUse};
 use spmem_sys::{PAGE, Result, clock, process, thread};
 
@@ -43,17 +44,23 @@ pub(crate) extern "C" fn monitor(argument: usize) -> ! {
 /// Entry of the first agent thread of a forked child none of whose pages are away.
 pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
-    clock::allow();
-    thread::set_name(c"spm-monitor");
-    thread::leave_directory();
-    let _ = close_all_but(&[]);
-    let hello = match runtime.take_slot() {
+    let taken = match hurdle::find_filter(runtime) {
+        // One that only refuses is met once pages are to leave, which may never be.
+        Some(refusal @ Refusal::Ends(_)) => Err(Hurdle::Filter(refusal)),
+        _ => {
+            clock::allow();
+            thread::set_name(c"spm-monitor");
+            thread::leave_directory();
+            let _ = close_all_but(&[]);
+            runtime.take_slot().map_err(Hurdle::Slot)
+        }
+    };
+    let hello = match taken {
         Ok(hello) => hello.or_else(|| runtime.hello_again().ok()),
-        Err(errno) => {
+        Err(hurdle) => {
             crate::complain(format_args!(
-                "spm: process {}: forked, and {}; it runs without a budget\n",
-                process::pid(),
-                Hurdle::Slot(errno)
+                "spm: process {}: forked, and {hurdle}; it runs without a budget\n",
+                process::pid()
             ));
             runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
             runtime.set_stage(Stage::Dormant);

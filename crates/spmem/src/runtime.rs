@@ -40,6 +40,7 @@ use spmem_node::Handle;
 use spmem_node::compressed::{GrantedFrames, Store};
 use spmem_node::swapfile::file;
 use spmem_sys::fd::Fd;
+use spmem_sys::filter::{Need, Refusal, find_refusal};
 use spmem_sys::futex::{Event, Lock};
 use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::Pagemap;
@@ -280,9 +281,18 @@ impl Runtime {
     /// Brings this process under management: called once, by the only thread there is, before `main`.
     ///
     /// # Errors
-    /// Why it stays unmanaged: `ECONNREFUSED` when `spm` is gone, `ENOSPC` when the tree has too many processes.
+    /// Why it stays unmanaged: `ECONNREFUSED` when `spm` is gone, `ENOSPC` when the tree has too many processes, `EPERM` when a seccomp
+    /// filter would end it for what the agent does, which is said.
     pub fn attach(&'static self, spm_name: &[u8]) -> Result<()> {
         let pid = process::pid();
+        for need in [Need::Asking, Need::Serving { has_devices: false }] {
+            if let Some(refusal @ Refusal::Ends(_)) = find_refusal(need) {
+                crate::complain(format_args!(
+                    "spm: process {pid}: executed, and {refusal}, which its agent needs; it runs without a budget\n"
+                ));
+                return Err(Errno::EPERM);
+            }
+        }
         let Hello { socket, control, device, .. } = hello(spm_name, 0)?;
         let mapping = Mapping::shared(control.raw(), size_of::<Control>())?;
         self.control.store(mapping.leak().cast(), Ordering::Release);

@@ -36,7 +36,7 @@ use spmem_sys::uffd::Uffd;
 
 use super::encoder::Encoder;
 use super::kernel::{self, Userfaultfd};
-use super::loss::tell_of_loss;
+use super::loss::{tell_of_filter, tell_of_loss};
 use super::orphans::Orphans;
 use super::porter::{Porter, Service};
 use super::proc;
@@ -585,5 +585,6 @@ fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd<'_>
 /// Gives up the slot of a process that is gone.
 fn bury(control: &Control, process: &Process) {
     tell_of_loss(control, process.pid, &process.pidfd);
+    tell_of_filter(process.pid);
     control.release_slot(process.pid);
 }

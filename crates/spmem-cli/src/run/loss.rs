@@ -1,4 +1,7 @@
-//! Loss: memory that has failed and has ended a process, told by `spm`: the process itself could not.
+//! Loss: what has ended a process because an agent was in it, told by `spm`: the process itself could not. Memory that has failed, and seccomp
+//! filters.
+//!
+//! Hole: of a process whose parent has waited for it by then nothing is known.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::Relaxed;
@@ -11,6 +14,24 @@ use crate::remark::remark;
 
 /// How long to wait for the last thread of a process that is ending, ms, where it matters: it gives the memory back.
 const FAREWELL_MS: u32 = 1000;
+
+/// Tells of a seccomp filter that has ended a managed process: perhaps for what its agent did. The command itself is left to who waits for it.
+pub fn tell_of_filter(pid: u32) {
+    if proc::read_fatal_signal(pid) == Some(libc::SIGSYS) && proc::read_parent(pid) != Some(std::process::id()) {
+        remark(format_args!("{}", filtered(pid)));
+    }
+}
+
+/// What is said of a managed process that SIGSYS has ended, before it is waited for.
+pub fn filtered(pid: u32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!(
+        "process {pid} ({}): SIGSYS has ended it: a seccomp filter of its own did not let a call through, perhaps one that its agent has made; let \
+         through what README.md lists (Limits), put the filter on without SECCOMP_FILTER_FLAG_TSYNC, or run it without spm",
+        name.trim_end()
+    )
+}
+
 /// Tells of memory that has failed, if that has ended a process: its agent had to do with what lies there. Before it is waited for.
 pub fn tell_of_loss(control: &Control, pid: u32, pidfd: &OwnedFd) {
     let Some(slot) = control.live_slots().find(|slot| slot.pid.load(Relaxed) == pid) else { return };

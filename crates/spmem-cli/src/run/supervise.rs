@@ -17,9 +17,11 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, WaitOptions};
 use spmem::control::Control;
 
 use super::broker::{self, Broker};
+use super::loss::filtered;
 use super::shared::ControlPage;
 use super::signals::{self, Inherited};
 use super::witness::{Judge, Witness};
+use crate::remark::remark;
 
 /// How often peaks are looked at.
 const TICK: Duration = Duration::from_millis(20);
@@ -146,10 +148,13 @@ impl Supervisor<'_> {
             WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG;
         // It tells what has ended it only until it is waited for.
         let peek = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        if wait(self.command, peek)?.is_some()
+        if let Some(status) = wait(self.command, peek)?
             && let Some(broker) = &self.broker
         {
             broker.tell_of_loss(self.command_pid(), self.control);
+            if status.terminating_signal() == Some(libc::SIGSYS) {
+                remark(format_args!("{}", filtered(self.command_pid())));
+            }
         }
         while let Some(status) = wait(self.command, options)? {
             if let Some(exit_code) = exit_code(&status) {

@@ -186,7 +186,11 @@ impl Order {
             let id = NodeId::new(numa.node)?;
             let memory = find(numa.node).and_then(|node| Some((node, node.memory?)));
             let Some((node, memory)) = memory.filter(|(_, memory)| memory.total_bytes > 0) else {
-                bail!("node {} of the configuration: the kernel has no memory on a node {}", numa.id, numa.node);
+                bail!(
+                    "node {} of the configuration: the kernel has no memory on a node {}; `spm nodes` lists those that there are",
+                    numa.id,
+                    numa.node
+                );
             };
             ensure!(
                 reachable.contains(id),

@@ -1,4 +1,4 @@
-use crate::harness::{finish, spm_run, spm_sh, text};
+use crate::harness::{can_manage, finish, spm_run, spm_sh, text};
 use std::os::unix::fs::PermissionsExt;
 
 #[test]
@@ -13,6 +13,24 @@ fn death_by_a_signal_is_128_plus_its_number() {
     for (name, number) in [("TERM", 15), ("KILL", 9), ("ABRT", 6), ("INT", 2), ("PIPE", 13)] {
         assert_eq!(finish(spm_sh(&format!("kill -{name} $$"))).status.code(), Some(128 + number), "{name}");
     }
+}
+
+#[test]
+fn a_managed_command_that_sigsys_has_ended_is_named_and_no_other() {
+    if !can_manage() {
+        println!("skipped: userfaultfd cannot be used here");
+        return;
+    }
+    let output = finish(spm_sh("kill -SYS $$"));
+    let remark = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(128 + 31));
+    assert!(remark.starts_with("spm: process ") && remark.contains(" (sh): SIGSYS has ended it"), "{remark}");
+    assert_eq!(remark.lines().count(), 1, "{remark}");
+    // So is a child that nobody has waited for yet.
+    let output = finish(spm_sh("sh -c 'kill -SYS $$' & exec sleep 1"));
+    let remark = text(&output.stderr);
+    assert_eq!(remark.matches(" (sh): SIGSYS has ended it").count(), 1, "{remark}");
+    assert_eq!(text(&finish(spm_sh("kill -TERM $$")).stderr), "");
 }
 
 #[test]
