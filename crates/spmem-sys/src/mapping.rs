@@ -295,9 +295,18 @@ impl Drop for Mapping {
 
 /// madvise(MADV_DONTNEED) on a range of our own.
 pub fn discard(start: usize, len: usize) {
-    // SAFETY: callers pass ranges that spmem mapped itself and holds no references into.
-    let result = unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_DONTNEED) };
+    let result = try_discard(start, len);
     debug_assert!(result.is_ok(), "MADV_DONTNEED on our own mapping");
+}
+
+/// The same, by a thread of the program.
+///
+/// # Errors
+/// What a seccomp filter of the program's answers.
+pub fn try_discard(start: usize, len: usize) -> Result<()> {
+    // SAFETY: callers pass ranges that spmem mapped itself and holds no references into.
+    unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_DONTNEED) }?;
+    Ok(())
 }
 
 /// madvise(MADV_POPULATE_WRITE): makes each page of a program's range writable and its own, contents unchanged. A

@@ -124,7 +124,7 @@ fn namespaces(ctx: &Ctx) -> Outcome {
 /// Seven processes in all (see the suite). Those that have the same number live at the same time. They share one budget, so it is little data.
 fn pid_namespaces(ctx: &Ctx) -> Outcome {
     let mut area = Area::filled(ctx.seed, ctx.pages() / 4)?;
-    let mut ballast = Ballast::of(ctx, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
     ballast.sweep()?;
     let ((ready, is_ready), (gate, opener)) = (sys::pipe()?, sys::pipe()?);
     let mut parents = Vec::new();
@@ -142,7 +142,7 @@ fn pid_namespaces(ctx: &Ctx) -> Outcome {
                 sys::read_full(gate, (&raw mut byte) as usize, 1)?;
                 area.writer = id;
                 area.scribble(&mut ctx.rng(id.into()), 3);
-                ballast.sweep()?;
+                ballast.sweep_part(id.into(), 8)?;
                 let grandchild = process::fork(|| area.check_all("second process of a pid namespace"))?;
                 process::succeed("second process of a pid namespace", grandchild)?;
                 area.check_all("first process of a pid namespace")

@@ -191,7 +191,12 @@ impl Runtime {
         if turn.is_announced.load(Ordering::Relaxed) {
             // An event of our own: it is read after the fork's, if there is one. So once this call is back, the handler
             // has seen the fork, or there was none.
-            mapping::discard(self.holding_start.load(Ordering::Relaxed), PAGE);
+            // Where a seccomp filter of this thread's refuses it nobody else will say so.
+            if mapping::try_discard(self.holding_start.load(Ordering::Relaxed), PAGE).is_err()
+                && let Some(space) = self.space.lock().as_mut()
+            {
+                note_back(self, space);
+            }
             let failed = turn.state.compare_exchange(ANNOUNCED, NONE, Ordering::AcqRel, Ordering::Relaxed).is_ok();
             if failed && let Some(space) = self.space.lock().as_mut() {
                 end_quiet(self, space);
