@@ -147,7 +147,7 @@ impl NodeMemory {
     pub fn new(len: usize, node: u16) -> Result<Self> {
         let mapping = Mapping::aligned(len, HUGE, c"spmem node")?;
         let (start, len) = (mapping.start(), mapping.len());
-        set_range(MPOL_PREFERRED, start, len, node)?;
+        prefer(start, len, node)?;
         // Fewer misses of the TLB, where it can be had; nothing depends on it.
         // SAFETY: advice about our own range.
         let _ = unsafe { syscall!(Sysno::madvise, start, len, libc::MADV_HUGEPAGE) };
@@ -185,6 +185,11 @@ impl NodeMemory {
 /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; as mbind(2).
 pub(crate) fn bind(start: usize, len: usize, node: u16) -> Result<()> {
     set_range(MPOL_BIND, start, len, node)
+}
+
+/// The same, and once the node is full pages come to be elsewhere.
+pub(crate) fn prefer(start: usize, len: usize, node: u16) -> Result<()> {
+    set_range(MPOL_PREFERRED, start, len, node)
 }
 
 fn set_range(mode: usize, start: usize, len: usize, node: u16) -> Result<()> {

@@ -14,7 +14,7 @@ use syscalls::{Sysno, syscall};
 
 use crate::fd::{Fd, raw_fd};
 use crate::mapping::{forget_own, next_place, note_own, populate_write, unmap};
-use crate::mempolicy::{bind, count_elsewhere};
+use crate::mempolicy::{bind, count_elsewhere, prefer};
 use crate::{Errno, PAGE, Result};
 
 /// Of the processor's cache, x86-64.
@@ -93,11 +93,9 @@ impl Region {
     /// `len` bytes of zeros on a node of the kernel's, all of them there and seen to be there. A memfd, so that others can
     /// map them; its policy is shared with them and keeps the kernel from moving pages elsewhere.
     ///
-    /// The caller sees to it that the node has room: the kernel ends processes when a node that is bound to is full.
-    ///
     /// # Errors
     /// `EINVAL` when there is no such node, it has no memory, or the caller's cpuset lacks it; `EXDEV` when the kernel put
-    /// pages elsewhere; as memfd_create(2), mmap(2), mbind(2), move_pages(2).
+    /// pages elsewhere, as it does once the node is full; as memfd_create(2), mmap(2), mbind(2), move_pages(2).
     pub fn on_node(len: usize, node: u16) -> Result<Self> {
         let name = c"spmem node";
         // SAFETY: the name is NUL-terminated and outlives the call.
@@ -107,12 +105,14 @@ impl Region {
         unsafe { syscall!(Sysno::ftruncate, fd.raw(), len) }?;
         let base = map(&fd, 0, len, Access::ReadWrite, libc::MAP_SHARED)?;
         let region = Self::new(fd, 0, base, len, Access::ReadWrite, Durability::Volatile)?;
-        bind(region.start(), len, node)?;
+        // Bound to only once all is there: the kernel ends processes, anybody's, when a node that is bound to is full.
+        prefer(region.start(), len, node)?;
         populate_write(region.start(), len)?;
-        match region.pages_elsewhere(node)? {
-            (0, _) => Ok(region),
-            _ => Err(Errno::EXDEV),
+        if region.pages_elsewhere(node)?.0 > 0 {
+            return Err(Errno::EXDEV);
         }
+        bind(region.start(), len, node)?;
+        Ok(region)
     }
 
     /// `len` bytes of zeros in a memfd that /proc calls `memfd:name`. This mapping, and what a fork makes of it, can write there; others
