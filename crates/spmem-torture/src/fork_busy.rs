@@ -238,9 +238,30 @@ fn cloning(ctx: &Ctx, round: u64) -> Outcome {
             }
             Ok(())
         });
-        let outcome = (0..64).try_for_each(|_| {
-            let child = process::run_child("raw clone", unsafe_fork(Kind::Raw), || process::leave(0))?;
-            process::succeed("raw child that ends at once", child)
+        let outcome = (0..64).try_for_each(|number| {
+            let (heard, told) = sys::pipe()?;
+            let child = process::run_child("raw clone", unsafe_fork(Kind::Raw), || {
+                // Every other one leaves a child of its own, which still has pages to be given.
+                if number % 2 == 0 && unsafe_fork(Kind::Raw) == 0 {
+                    let verdict = process::verdict(area.check_all("raw child of a child that has ended")) as u8;
+                    // SAFETY: one byte of ours.
+                    unsafe { libc::write(told, (&raw const verdict).cast(), 1) };
+                }
+                process::leave(0)
+            })?;
+            process::succeed("raw child that ends at once", child)?;
+            // SAFETY: ours.
+            unsafe { libc::close(told) };
+            let mut verdict = 0_u8;
+            // SAFETY: one byte of ours; nothing comes of one that left no child.
+            let read = unsafe { libc::read(heard, (&raw mut verdict).cast(), 1) };
+            // SAFETY: ours.
+            unsafe { libc::close(heard) };
+            ensure!(
+                verdict == 0 && read == i64::from(number % 2 == 0) as isize,
+                "{read} bytes, verdict {verdict}"
+            );
+            Ok(())
         });
         stop.store(true, Ordering::Relaxed);
         all([outcome, join(user)])

@@ -37,7 +37,8 @@ pub(crate) fn nurse(runtime: &'static Runtime, server: &mut Server, uffd: &Uffd,
             || matches!(own_event, Some(Event::Fork { .. }))
             || clock::now_ns() > deadline_ns
         {
-            break if is_gone(&child) { End::Gone } else { End::Populated };
+            // Whom it has made before it ended have missing pages still.
+            break if is_gone(&child) && !since.has_children() { End::Gone } else { End::Populated };
         }
         let is_full = runtime.space.lock().as_ref().is_none_or(|space| space.is_promoted_full());
         let own = if is_own_waiting || is_full { -1 } else { uffd.raw() };
