@@ -189,6 +189,10 @@ pub(crate) fn note(
     pagemap: Option<&Pagemap>,
     event: Event,
 ) {
+    // Not to be put off: whoever made it goes on once it was read.
+    if matches!(event, Event::Remove { start, .. } if start == runtime.holding_start.load(Relaxed)) {
+        return fork::note_back(runtime, space);
+    }
     let is_fork_near = space.mode == Mode::Quiet;
     space.changes.has_moved |= is_fork_near && matches!(event, Event::Remap { .. });
     let is_put_off = match event {

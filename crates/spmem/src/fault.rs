@@ -580,9 +580,6 @@ fn cover(space: &mut Space<Cram>, pagemap: &Pagemap, start: usize, end: usize) {
 /// Applies an event to what is known. Its caller waits in the kernel until it was read; see [`Server::run`] for the rest.
 pub(crate) fn apply(runtime: &Runtime, space: &mut Space<Cram>, pagemap: Option<&Pagemap>, event: Event) {
     match event {
-        Event::Remove { start, .. } if start == runtime.holding_start.load(Relaxed) => {
-            fork::note_back(runtime, space)
-        }
         Event::Remove { start, .. } if space.holding.contains(start) => {}
         Event::Remove { start, end } => {
             // Without a pagemap nothing is swept.
