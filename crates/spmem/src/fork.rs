@@ -692,4 +692,24 @@ mod tests {
         assert!(!is_quiet(runtime));
         assert_eq!(state.load(Ordering::Relaxed), NONE);
     }
+
+    #[test]
+    fn the_forking_thread_is_back_once_its_mark_was_read_whatever_is_put_off() {
+        static RUNTIME: Runtime = Runtime::new();
+        let (runtime, mut space) = (&RUNTIME, space(1));
+        runtime.holding_start.store(CHUNK, Ordering::Relaxed);
+        quieten(runtime, &mut space);
+        let uffd = core::mem::ManuallyDrop::new(Uffd::from_fd(Fd::from_raw(-1)));
+        changes::note(
+            runtime,
+            &mut space,
+            &uffd,
+            None,
+            Event::Remap { from: 8 * CHUNK, to: 9 * CHUNK, len: CHUNK },
+        );
+        assert!(space.changes.is_put_off());
+        changes::note(runtime, &mut space, &uffd, None, Event::Remove { start: CHUNK, end: CHUNK + PAGE });
+        note_gone(runtime, &mut space);
+        assert!(!is_quiet(runtime), "nobody else would end it");
+    }
 }
