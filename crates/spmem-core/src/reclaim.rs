@@ -36,7 +36,7 @@ pub use self::managed::{Mapping, Origin};
 pub use self::progress::Progress;
 pub use self::retry::Retry;
 pub use self::sharing::Sharing;
-pub use self::throttle::{Admission, CROWDED_NS, Cover, Coverage, Look, PATIENCE_NS, Throttle, Turnstile};
+pub use self::throttle::{Admission, CROWDED_NS, Cover, Coverage, Extent, Look, PATIENCE_NS, Throttle, Turnstile};
 
 use crate::units::{Bytes, PAGE_SIZE};
 

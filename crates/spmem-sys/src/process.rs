@@ -245,6 +245,15 @@ pub fn set_signal_mask(mask: u64) -> u64 {
     old
 }
 
+/// What a process takes, bytes (proc_pid_statm(5)).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryBytes {
+    /// Resident anonymous memory (resident - shared). Pages shared by fork count in full.
+    pub anonymous: u64,
+    /// Address space of private writable mappings (data).
+    pub writable: u64,
+}
+
 /// Memory in use as the kernel counts it, read from two files that stay open.
 pub struct MemoryUse {
     statm: Fd,
@@ -263,17 +272,19 @@ impl MemoryUse {
         })
     }
 
-    /// Resident anonymous memory, bytes (proc_pid_statm(5): resident - shared). Pages shared by fork count in full.
+    /// What the process takes now (proc_pid_statm(5)).
     ///
     /// # Errors
     /// As read(2).
-    pub fn read_anonymous_bytes(&self) -> Result<u64> {
+    pub fn read(&self) -> Result<MemoryBytes> {
         let mut text = [0_u8; 128];
         let len = self.statm.read_at(&mut text, 0)?;
         let mut numbers = text[..len].split(|b| b.is_ascii_whitespace()).map(parse_decimal);
         let resident = numbers.nth(1).flatten().ok_or(Errno::EINVAL)?;
         let shared = numbers.next().flatten().ok_or(Errno::EINVAL)?;
-        Ok(resident.saturating_sub(shared) * PAGE as u64)
+        let data = numbers.nth(2).flatten().ok_or(Errno::EINVAL)?;
+        let bytes = |pages| pages * PAGE as u64;
+        Ok(MemoryBytes { anonymous: bytes(resident.saturating_sub(shared)), writable: bytes(data) })
     }
 
     /// The same with each page divided by the processes that share it (`Pss_Anon`), bytes. Walks all page tables.
@@ -310,7 +321,7 @@ mod tests {
         let memory = MemoryUse::open().expect("/proc");
         let block = core::hint::black_box(std::vec![1_u8; 64 << 20]);
         // Other tests run beside this one and take and give a few megabytes: only a bound from below is certain.
-        assert!(memory.read_anonymous_bytes().expect("statm") >= 60 << 20);
+        assert!(memory.read().expect("statm").anonymous >= 60 << 20);
         assert!(memory.read_proportional_bytes().expect("rollup") >= 60 << 20);
         drop(block);
     }

@@ -10,7 +10,7 @@ use crate::table::{ADDRESS_END, CHUNK, Copy};
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering;
-use spmem_core::reclaim::{Cover, Coverage, Gate};
+use spmem_core::reclaim::{Cover, Coverage, Extent, Gate};
 use spmem_sys::fd::Fd;
 use spmem_sys::maps::Maps;
 use spmem_sys::pagemap::Pagemap;
@@ -42,13 +42,13 @@ impl GateKeeper {
     }
 
     /// Does what the plan says of growth.
-    pub(crate) fn keep(&mut self, gate: Gate) {
+    pub(crate) fn keep(&mut self, gate: Gate, extent: Extent) {
         let now = clock::now_ns();
-        match self.coverage.look(gate, now) {
+        match self.coverage.look(gate, now, extent) {
             Cover::Keep => {}
             Cover::All => {
                 let ranges = self.register_all();
-                self.coverage.covered(now, ranges);
+                self.coverage.covered(now, ranges, extent);
             }
             Cover::Nothing => self.release(),
         }

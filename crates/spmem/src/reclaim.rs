@@ -18,14 +18,14 @@ use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::compressed::Room;
 use spmem_core::placing::TRIAL_PAGES;
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Facts, Floor, Gate, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress, SLEEP_MAX_NS,
-    SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
+    self, BATCH_PAGES, Extent, Facts, Floor, Gate, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress,
+    SLEEP_MAX_NS, SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
 use spmem_sys::fd::close_all_but;
 use spmem_sys::filter::Refusal;
-use spmem_sys::process::{DescriptorLimit, MemoryUse};
+use spmem_sys::process::{DescriptorLimit, MemoryBytes, MemoryUse};
 use spmem_sys::{PAGE, Result, clock, process, thread};
 
 /// Entry of the first agent thread.
@@ -207,11 +207,12 @@ impl Monitor {
             return Some((ticket, SLEEP_MAX_NS));
         }
         self.open_or_shut(&facts, &plan);
+        let extent = self.gauge.extent;
         let Some(tools) = &mut self.tools else {
             return Some((ticket, plan.sleep_ns));
         };
         runtime.working(0, || {
-            tools.gate.keep(plan.gate);
+            tools.gate.keep(plan.gate, extent);
             tools.look_at_placed(runtime, plan.gate);
         });
         let has_encoder = runtime.exchange().is_some();
@@ -322,6 +323,7 @@ struct Gauge {
     floor_pages: u64,
     resident_pages: u64,
     refused_pages: u64,
+    extent: Extent,
     processors: u32,
     last_ns: u64,
     last_used: u64,
@@ -342,6 +344,7 @@ impl Gauge {
             floor_pages: 0,
             resident_pages: 0,
             refused_pages: 0,
+            extent: Extent::default(),
             processors: u32::try_from(process::cpu_count()).unwrap_or(u32::MAX),
             last_ns: clock::now_ns(),
             last_used: 0,
@@ -423,9 +426,10 @@ impl Gauge {
 
     /// Resident anonymous memory; pages shared with relatives count in part.
     fn read_used(&mut self, now: u64) -> u64 {
-        let Ok(anonymous) = self.memory.read_anonymous_bytes() else {
+        let Ok(MemoryBytes { anonymous, writable }) = self.memory.read() else {
             return self.runtime.own_slot().used_bytes.load(Relaxed);
         };
+        self.extent = Extent { writable: Bytes(writable), used: Bytes(anonymous) };
         if self.runtime.is_shared.load(Relaxed) && self.sharing.is_due(now) {
             let proportional = self.memory.read_proportional_bytes().ok().map(Bytes);
             if !self.sharing.note(now, Bytes(anonymous), proportional) {

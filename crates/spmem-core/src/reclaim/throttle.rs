@@ -22,10 +22,14 @@ const IMPATIENCE_NS: u64 = 200_000;
 const LEAVE_MIN: u64 = 2 * BATCH_PAGES;
 /// ... or after this part of what is resident: a look takes time in proportion to that.
 const LEAVE_SHARE: u64 = 64;
-/// How often new ranges are looked for while the gate is not open, ns, ...
+/// How often new ranges are looked for while the gate is not open and something hints at one, ns, ...
 const COVER_NS: u64 = 4_000_000;
-/// ... but never more often than this for each range that there is, ns: programs have thousands. A look takes about an eighth of it.
+/// ... but never more often than this for each range that there is, ns: programs have thousands. A look takes about a quarter of it.
 const COVER_RANGE_NS: u64 = 8_000;
+/// Without a hint they are looked for this many times less often: a mapping may have taken the place of one of its size.
+const COVER_RARELY: u64 = 16;
+/// Growth that hints at a range which is not covered.
+const COVER_GROWTH: Bytes = Bytes::mib(1);
 /// How long the gate has to be open before ranges are let go, ns.
 const UNCOVER_NS: u64 = 1_000_000_000;
 
@@ -185,11 +189,23 @@ pub enum Cover {
     Nothing,
 }
 
+/// What hints at ranges that can grow and are not covered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Address space of private writable mappings (proc_pid_statm(5), `data`).
+    pub writable: Bytes,
+    /// RAM that the process takes.
+    pub used: Bytes,
+}
+
 /// When first touches come through the fault handler.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
-    /// When new ranges are looked for next, ns.
+    /// When new ranges are looked for next if something hints at one, and else, ns.
     due_ns: u64,
+    rarely_ns: u64,
+    /// At the last look; of what is used the least since then.
+    extent: Extent,
     /// When the gate was last seen not open, ns; none since all was let go.
     gated_ns: Option<u64>,
 }
@@ -198,16 +214,20 @@ impl Coverage {
     /// What is due.
     ///
     /// ```
-    /// use spmem_core::reclaim::{Cover, Coverage, Gate};
+    /// use spmem_core::{reclaim::{Cover, Coverage, Extent, Gate}, units::Bytes};
     /// let mut coverage = Coverage::default();
-    /// assert_eq!(coverage.look(Gate::Open, 5), Cover::Keep);
-    /// assert_eq!(coverage.look(Gate::Throttled, 10), Cover::All);
-    /// coverage.covered(10, 40);
-    /// assert_eq!(coverage.look(Gate::Throttled, 12), Cover::Keep, "nothing grows that fast");
-    /// assert_eq!(coverage.look(Gate::Open, 20), Cover::Keep, "it may be needed again soon");
-    /// assert_eq!(coverage.look(Gate::Open, 2_000_000_000), Cover::Nothing);
+    /// let extent = Extent { writable: Bytes::mib(64), used: Bytes::mib(32) };
+    /// let grown = Extent { used: Bytes::mib(34), ..extent };
+    /// assert_eq!(coverage.look(Gate::Open, 5, extent), Cover::Keep);
+    /// assert_eq!(coverage.look(Gate::Throttled, 10, extent), Cover::All);
+    /// coverage.covered(10, 40, extent);
+    /// assert_eq!(coverage.look(Gate::Throttled, 12, grown), Cover::Keep, "nothing grows that fast");
+    /// assert_eq!(coverage.look(Gate::Throttled, 5_000_000, extent), Cover::Keep, "nothing hints at a new range");
+    /// assert_eq!(coverage.look(Gate::Throttled, 5_000_000, grown), Cover::All);
+    /// assert_eq!(coverage.look(Gate::Open, 6_000_000, extent), Cover::Keep, "it may be needed again soon");
+    /// assert_eq!(coverage.look(Gate::Open, 2_000_000_000, extent), Cover::Nothing);
     /// ```
-    pub fn look(&mut self, gate: Gate, now_ns: u64) -> Cover {
+    pub fn look(&mut self, gate: Gate, now_ns: u64, extent: Extent) -> Cover {
         let is_over = |since: Option<u64>, ns| since.is_none_or(|since| now_ns.saturating_sub(since) >= ns);
         if gate == Gate::Open {
             if self.gated_ns.is_none() || !is_over(self.gated_ns, UNCOVER_NS) {
@@ -217,14 +237,19 @@ impl Coverage {
             return Cover::Nothing;
         }
         self.gated_ns = Some(now_ns);
-        if now_ns < self.due_ns { Cover::Keep } else { Cover::All }
+        self.extent.used = self.extent.used.min(extent.used);
+        let has_grown = extent.used.0 - self.extent.used.0 > COVER_GROWTH.0;
+        let is_hinted = has_grown || extent.writable != self.extent.writable;
+        if now_ns < if is_hinted { self.due_ns } else { self.rarely_ns } { Cover::Keep } else { Cover::All }
     }
 
     /// All that can grow was looked at: so many ranges. Their number counts, not the time that it took, which is long for one
     /// range too where the looking thread has to wait for a processor.
-    pub const fn covered(&mut self, now_ns: u64, ranges: u64) {
-        let pause = ranges.saturating_mul(COVER_RANGE_NS);
-        self.due_ns = now_ns.saturating_add(if pause > COVER_NS { pause } else { COVER_NS });
+    pub fn covered(&mut self, now_ns: u64, ranges: u64, extent: Extent) {
+        let pause = ranges.saturating_mul(COVER_RANGE_NS).max(COVER_NS);
+        self.due_ns = now_ns.saturating_add(pause);
+        self.rarely_ns = now_ns.saturating_add(pause.saturating_mul(COVER_RARELY));
+        self.extent = extent;
     }
 }
 
@@ -356,20 +381,35 @@ mod tests {
     }
 
     #[test]
-    fn new_ranges_are_looked_for_less_often_the_more_there_are() {
-        let looks = |ranges| {
+    fn new_ranges_are_looked_for_less_often_the_more_there_are_and_where_nothing_hints_at_one() {
+        let looks = |ranges, growth, mapped| {
             let mut coverage = Coverage::default();
             let is_look = |&ms: &u64| {
                 let now = ms * 1_000_000;
-                let is_due = coverage.look(Gate::Throttled, now) == Cover::All;
+                let extent = Extent { writable: Bytes(ms * mapped), used: Bytes(ms * growth) };
+                let is_due = coverage.look(Gate::Throttled, now, extent) == Cover::All;
                 if is_due {
-                    coverage.covered(now, ranges);
+                    coverage.covered(now, ranges, extent);
                 }
                 is_due
             };
             (0..1000).filter(is_look).count()
         };
-        assert_eq!((looks(40), looks(500), looks(1000), looks(10_000)), (250, 250, 125, 13));
+        for (growth, mapped) in [(1 << 20, 0), (0, PAGE_SIZE)] {
+            let looks = |ranges| looks(ranges, growth, mapped);
+            assert_eq!((looks(40), looks(500), looks(1000), looks(10_000)), (250, 250, 125, 13));
+        }
+        let looks = |ranges| looks(ranges, 0, 0);
+        assert_eq!((looks(40), looks(500), looks(1000), looks(10_000)), (16, 16, 8, 1));
+    }
+
+    #[test]
+    fn growth_is_what_came_since_the_least_since_the_last_look() {
+        let mut coverage = Coverage::default();
+        let used = |used| Extent { writable: Bytes(0), used: Bytes::mib(used) };
+        coverage.covered(0, 1, used(100));
+        assert_eq!(coverage.look(Gate::Throttled, 2 * COVER_NS, used(60)), Cover::Keep);
+        assert_eq!(coverage.look(Gate::Throttled, 3 * COVER_NS, used(62)), Cover::All);
     }
 
     #[test]

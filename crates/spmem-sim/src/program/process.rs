@@ -7,7 +7,7 @@ use spmem_core::lru::{self, Age, Verdict};
 use spmem_core::mm::{Block, MemoryManager};
 use spmem_core::readahead::Readahead;
 use spmem_core::reclaim::{
-    Admission, Cover, Coverage, Facts, Floor, Look, Movable, PATIENCE_NS, Plan, Progress, Retry, Throttle,
+    Admission, Cover, Coverage, Extent, Facts, Floor, Look, Movable, PATIENCE_NS, Plan, Progress, Retry, Throttle,
     Turnstile, is_near, keeps_copies, plan,
 };
 use spmem_core::units::{Bytes, DomainId, FrameCount, NodeId, Order, PAGE_SIZE};
@@ -317,11 +317,13 @@ impl Process {
         if !self.is_prepared {
             return Ok(now + plan.sleep_ns);
         }
-        match self.coverage.look(plan.gate, now) {
+        // What a program of the simulator may use is mapped from the start.
+        let extent = Extent { writable: Bytes(self.pages.len() as u64 * PAGE_SIZE), used: Bytes(self.used()) };
+        match self.coverage.look(plan.gate, now, extent) {
             Cover::Keep => {}
             Cover::All => {
                 self.is_covered = true;
-                self.coverage.covered(now, 1);
+                self.coverage.covered(now, 1, extent);
             }
             Cover::Nothing => self.is_covered = false,
         }
