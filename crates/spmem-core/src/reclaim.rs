@@ -137,9 +137,19 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// How many pages to move into the holding area in a batch, with so many in it.
-    pub fn sweep_pages(&self, held: u64) -> u64 {
-        self.holding_target_pages.saturating_sub(held).min(BATCH_PAGES / 2)
+    /// How many pages to let go for the holding area in a batch, with `held` in it and `going` on their way. While it is at least
+    /// half full, none for a few: to look for pages takes as long as to move some.
+    ///
+    /// ```
+    /// use spmem_core::reclaim::{Gate, Plan};
+    /// let plan = Plan { evict_pages: 9, holding_target_pages: 100, gate: Gate::Throttled, sleep_ns: 0 };
+    /// assert_eq!((plan.sweep_pages(0, 0), plan.sweep_pages(80, 10), plan.sweep_pages(90, 3)), (16, 10, 0));
+    /// assert_eq!(Plan { holding_target_pages: 8, ..plan }.sweep_pages(3, 0), 5);
+    /// ```
+    pub fn sweep_pages(&self, held: u64, going: u64) -> u64 {
+        let missing = self.holding_target_pages.saturating_sub(held).saturating_sub(going);
+        let is_few = missing < BATCH_PAGES / 4 && held >= self.holding_target_pages / 2;
+        if is_few { 0 } else { missing.min(BATCH_PAGES / 2) }
     }
 
     /// How many pages to demote in a batch that found so many in the holding area and moved so many more there. While it fills
@@ -148,6 +158,13 @@ impl Plan {
         let is_filling = moved > 0 && held.saturating_add(moved) < self.holding_target_pages / 2;
         if is_filling { 0 } else { self.evict_pages.min(BATCH_PAGES) }
     }
+}
+
+/// Whether the handler takes out a run that was let go, one after each fault that it has served, instead of the monitor, which
+/// takes many at once: where both are bound to the processor of the one thread that faults, that waits while the monitor works. A
+/// whole step stays the monitor's: it is one call for many pages.
+pub const fn hands_over(is_bound: bool, has_encoder: bool, is_whole_step: bool) -> bool {
+    is_bound && has_encoder && !is_whole_step
 }
 
 /// Whether a tree is near enough to its limit that what moving pages takes should be ready.

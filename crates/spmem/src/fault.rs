@@ -21,6 +21,7 @@ use crate::place::{comes_up, now_ms, raise};
 use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
+use crate::sweep::take_out;
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
@@ -178,7 +179,9 @@ impl Server {
                             let fault = Waiting { address, kind, tid, was_away, since_ns: now };
                             if let Some(before) = waiting.iter_mut().find(|before| fault.is_again(before)) {
                                 before.kind = kind;
-                            } else if !space.is_settled() || !self.try_serve(space, uffd, fault, now) {
+                            } else if space.is_settled() && self.try_serve(space, uffd, fault, now) {
+                                self.take_along(space, uffd);
+                            } else {
                                 assert!(
                                     waiting.len() < MAX_WAITING,
                                     "more than {MAX_WAITING} threads wait for their pages"
@@ -254,6 +257,20 @@ impl Server {
             }
         }
         served == Served::Yes
+    }
+
+    /// A page in, a page out: for what a fault has brought in, what was let go moves out, where that is the handler's.
+    fn take_along(&self, space: &mut Space<Cram>, uffd: &Uffd) {
+        let Some(pagemap) = self.pagemap.as_deref().filter(|_| self.follower.is_bound()) else { return };
+        let mut moved = 0;
+        while moved < self.brought
+            && let Some(run) = space.outgoing.take()
+        {
+            let progress = take_out(self.runtime, space, uffd, pagemap, run);
+            // One that cannot be remembered stays where it is, until the sweep meets it again.
+            let _ = progress.stopped == Some(Errno::EBUSY) && space.outgoing.note_busy(run.0 + progress.done);
+            moved += 1 + progress.done / PAGE;
+        }
     }
 
     /// Puts the page back, from wherever it is. `uffd` is this process's, or that of a child being nursed.

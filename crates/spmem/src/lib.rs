@@ -30,6 +30,7 @@ pub mod holding;
 mod hurdle;
 mod identity;
 mod nurse;
+mod outgoing;
 mod pins;
 mod place;
 mod populate;

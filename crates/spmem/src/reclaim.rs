@@ -226,15 +226,19 @@ impl Monitor {
         }
         runtime.working(0, || tools.densifier.run(true));
         let done = runtime.working(0, || {
-            let held = u64::from(runtime.space.lock().as_ref().map_or(0, |space| space.holding.held()));
-            let moved = match plan.sweep_pages(held) {
+            let (held, going) =
+                runtime.space.lock().as_ref().map_or((0, 0), |space| {
+                    (u64::from(space.holding.held()), (space.outgoing.bytes() / PAGE) as u64)
+                });
+            let moved = match plan.sweep_pages(held, going) {
                 0 => 0,
                 wanted => tools.sweeper.run(wanted as usize),
             };
-            match plan.demote_pages(held, moved as u64) {
+            let done = match plan.demote_pages(held, moved as u64) {
                 0 => moved,
                 wanted => moved + tools.demoter.run(wanted as usize),
-            }
+            };
+            if done == 0 { tools.sweeper.take_rest() } else { done }
         });
         let rest = self.progress.note(done as u64);
         runtime.is_stuck.store(self.progress.is_stuck(), Relaxed);

@@ -10,6 +10,7 @@
 
 use crate::changes::Changes;
 use crate::holding::{Holding, State};
+use crate::outgoing::Outgoing;
 use crate::table::{CHUNK, Copy, Entry, Table};
 use alloc::vec::Vec;
 use spmem_core::readahead::WINDOW_MAX;
@@ -46,6 +47,8 @@ pub struct Space<B> {
     pub(crate) changes: Changes,
     /// Pages that came back from node 1, and of these, such as were encoded anew.
     pub(crate) returned: (u64, u64),
+    /// Runs that were let go and wait for their turn.
+    pub(crate) outgoing: Outgoing,
     orphans: Vec<Handle>,
     /// Those of swap files.
     swap_orphans: Vec<Handle>,
@@ -66,6 +69,7 @@ impl<B: Backend> Space<B> {
             mode: Mode::Normal,
             changes: Changes::new(),
             returned: (0, 0),
+            outgoing: Outgoing::new(),
             orphans: Vec::with_capacity(ORPHANS),
             swap_orphans: Vec::with_capacity(ORPHANS),
             has_more_swap_orphans: false,
@@ -282,6 +286,7 @@ impl<B: Backend> Space<B> {
         self.swap_orphans.clear();
         self.has_more_swap_orphans = false;
         self.promoted.clear();
+        self.outgoing.clear();
         self.table.leak_spares();
         self.holding.settle();
     }

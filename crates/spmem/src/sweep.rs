@@ -7,12 +7,12 @@
 use crate::place::now_ms;
 use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
-use crate::space::Space;
+use crate::space::{Mode, Space};
 use crate::table::{ADDRESS_END, CHUNK, Copy, Entry};
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::lru::{self, Verdict};
 use spmem_core::placing::TRIALS_MAX;
-use spmem_core::reclaim::{Mapping, Origin, Retry};
+use spmem_core::reclaim::{self, Mapping, Origin, Retry};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping::populate_write;
 use spmem_sys::maps::{Maps, Name, Vma};
@@ -33,9 +33,8 @@ pub(crate) struct Sweeper {
     pagemap: core::mem::ManuallyDrop<Pagemap>,
     hand: usize,
     retry: Retry,
-    /// Pages the kernel would not move (EBUSY), to be looked at without the lock.
-    busy: [usize; HOLD_PAGES],
-    busy_count: usize,
+    /// Pages that the handler is to take out, of this run.
+    handed_over: usize,
 }
 
 /// Why a run ended.
@@ -72,13 +71,18 @@ impl Sweeper {
             pagemap: runtime.shared_pagemap().ok_or(Errno(libc::EACCES))?,
             hand: 0,
             retry: Retry::default(),
-            busy: [0; HOLD_PAGES],
-            busy_count: 0,
+            handed_over: 0,
         })
     }
 
-    /// Moves up to `wanted` pages into the holding area; how many were moved. Gives up after two rounds.
+    /// Moves up to `wanted` pages into the holding area, or hands them over; how many were moved. Gives up after two rounds.
     pub(crate) fn run(&mut self, wanted: usize) -> usize {
+        self.handed_over = 0;
+        self.let_go(wanted) - self.handed_over
+    }
+
+    /// How many pages were moved or handed over.
+    fn let_go(&mut self, wanted: usize) -> usize {
         let (mut moved, mut wraps) = (0, 0);
         let mut runs = [Run::default(); RUNS];
         let mut last: Option<Vma> = None;
@@ -160,11 +164,34 @@ impl Sweeper {
                 return (result.0, at);
             }
             at = step;
-            if self.busy_count == HOLD_PAGES {
+            if space.outgoing.is_busy_full() {
                 return (End::Done, at);
             }
         }
         (End::Done, at)
+    }
+
+    /// Whether the handler is to take a run out.
+    fn hands_over(&self, space: &Space<Cram>, start: usize, end: usize) -> bool {
+        let is_bound = self.runtime.home_cpu.load(Relaxed) >= 0;
+        let is_whole_step = end - start >= HOLD_PAGES * PAGE;
+        reclaim::hands_over(is_bound, self.runtime.exchange().is_some(), is_whole_step)
+            && space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end))
+    }
+
+    /// Takes out what no fault has; how many pages were moved.
+    pub(crate) fn take_rest(&mut self) -> usize {
+        let mut moved = 0;
+        loop {
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut() else { return moved };
+            let Some(run) = space.outgoing.take() else { return moved };
+            let progress = take_out(self.runtime, space, &self.uffd, &self.pagemap, run);
+            moved += progress.done / PAGE;
+            if progress.stopped == Some(Errno::EBUSY) {
+                self.note_busy(space, run.0 + progress.done);
+            }
+        }
     }
 
     /// Under the lock: takes what may leave of `[start, end)`, which lies in one chunk and was present a moment ago.
@@ -184,6 +211,12 @@ impl Sweeper {
             }
             if stop == at {
                 at += PAGE;
+                continue;
+            }
+            if self.hands_over(space, at, stop) && space.outgoing.offer(at, stop) {
+                moved += (stop - at) / PAGE;
+                self.handed_over += (stop - at) / PAGE;
+                at = stop;
                 continue;
             }
             let (ended, count) = self.take_run(space, vma, at, stop);
@@ -225,13 +258,7 @@ impl Sweeper {
             let Some((slot, count)) = space.holding.room(((end - at) / PAGE) as u32) else {
                 return (End::Full, moved);
             };
-            let progress = self.move_out(space.holding.address(slot), at, count as usize * PAGE);
-            for page in (at..at + progress.done).step_by(PAGE) {
-                let entry = space.table.get(page);
-                let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
-                let slot = space.holding.push(page, kept);
-                space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
-            }
+            let progress = move_run(space, &self.uffd, &self.pagemap, slot, at, count as usize * PAGE);
             moved += progress.done / PAGE;
             at += progress.done;
             let Some(errno) = progress.stopped else { continue };
@@ -262,14 +289,7 @@ impl Sweeper {
                 }
             }
         }
-        if let Some(chunk) = space.table.find_mut(start) {
-            chunk.left_ns = clock::now_ns();
-        }
         (End::Done, moved)
-    }
-
-    fn move_out(&self, to: usize, from: usize, len: usize) -> Progress {
-        self.uffd.move_present(to, from, len, &self.pagemap)
     }
 
     /// Makes sure that faults on the range come to us before a page of it leaves.
@@ -308,11 +328,8 @@ impl Sweeper {
         }
     }
 
-    fn note_busy(&mut self, space: &mut Space<Cram>, page: usize) {
-        if self.busy_count < HOLD_PAGES {
-            self.busy[self.busy_count] = page;
-            self.busy_count += 1;
-        } else {
+    fn note_busy(&self, space: &mut Space<Cram>, page: usize) {
+        if !space.outgoing.note_busy(page) {
             self.refuse(space, page);
         }
     }
@@ -326,15 +343,16 @@ impl Sweeper {
 
     /// Pages the kernel would not move: shared with a relative, once shared, or pinned for I/O. A write fault makes
     /// a page that was shared its only owner's again (Documentation/mm: anonymous exclusive); a pinned one never moves.
-    fn look_at_busy(&mut self, moved: &mut usize) {
+    fn look_at_busy(&self, moved: &mut usize) {
         let counters = &self.runtime.shared().counters;
-        for index in 0..core::mem::take(&mut self.busy_count) {
-            let page = self.busy[index];
+        let busy = self.runtime.space.lock().as_mut().map(|space| space.outgoing.take_busy());
+        for page in busy.into_iter().flatten().flatten() {
             let is_exclusive = self.pagemap.is_exclusive(page).unwrap_or(false);
             let may_retry = is_exclusive && populate_write(page, PAGE).is_ok();
             let mut space = self.runtime.space.lock();
             let Some(space) = space.as_mut() else { return };
-            if may_retry && self.try_again(space, page) {
+            let take_out = |space| take_out(self.runtime, space, &self.uffd, &self.pagemap, (page, page + PAGE));
+            if may_retry && take_out(space).done > 0 {
                 *moved += 1;
                 continue;
             }
@@ -362,7 +380,8 @@ impl Sweeper {
                 return;
             }
             self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
-            if self.move_out(space.holding.address(slot), page, PAGE).done == PAGE {
+            let to = space.holding.address(slot);
+            if self.uffd.move_present(to, page, PAGE, &self.pagemap).done == PAGE {
                 let slot = space.holding.push(page, None);
                 space.holding.begin_trial(slot, target, now_ms());
                 space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
@@ -370,28 +389,49 @@ impl Sweeper {
             self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
         }
     }
+}
 
-    fn try_again(&self, space: &mut Space<Cram>, page: usize) -> bool {
+/// Under the lock: takes a run of one chunk out that was let go a while ago, unless something has come between, as far as it
+/// goes.
+pub(crate) fn take_out(
+    runtime: &Runtime,
+    space: &mut Space<Cram>,
+    uffd: &Uffd,
+    pagemap: &Pagemap,
+    (start, end): (usize, usize),
+) -> Progress {
+    let is_registered = space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end));
+    let may_leave = is_registered
+        && space.mode == Mode::Normal
+        && space.is_settled()
+        && (start..end).step_by(PAGE).all(|page| space.may_leave(space.table.get(page)))
+        && runtime.pinned_in(start, end).is_none();
+    let Some((slot, count)) = space.holding.room(((end - start) / PAGE) as u32).filter(|_| may_leave) else {
+        return Progress { done: 0, stopped: None };
+    };
+    runtime.leaving.fetch_add(1, Ordering::SeqCst);
+    let progress = move_run(space, uffd, pagemap, slot, start, count as usize * PAGE);
+    runtime.leaving.fetch_add(1, Ordering::SeqCst);
+    progress
+}
+
+/// Moves a run to the slots from `slot` on, which are the next free ones.
+fn move_run(
+    space: &mut Space<Cram>,
+    uffd: &Uffd,
+    pagemap: &Pagemap,
+    slot: u32,
+    start: usize,
+    len: usize,
+) -> Progress {
+    let progress = uffd.move_present(space.holding.address(slot), start, len, pagemap);
+    for page in (start..start + progress.done).step_by(PAGE) {
         let entry = space.table.get(page);
-        let is_registered = space.table.find(page).is_some_and(|chunk| chunk.is_registered(page, page + PAGE));
-        if !space.is_settled()
-            || !is_registered
-            || !space.may_leave(entry)
-            || self.runtime.pinned_in(page, page + PAGE).is_some()
-        {
-            return false;
-        }
-        let Some((slot, _)) = space.holding.room(1) else { return false };
-        self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
-        let progress = self.move_out(space.holding.address(slot), page, PAGE);
-        if progress.stopped.is_none() {
-            let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
-            let slot = space.holding.push(page, kept);
-            space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
-        }
-        self.runtime.leaving.fetch_add(1, Ordering::SeqCst);
-        progress.stopped.is_none()
+        let kept = if let Copy::Stored(handle) = entry.copy() { Some(handle) } else { None };
+        let slot = space.holding.push(page, kept);
+        space.table.set(page, Entry::away(Copy::Holding(slot), entry.age()));
     }
+    progress
 }
 
 /// Whether the page at `address`, a slot's, is all zero.

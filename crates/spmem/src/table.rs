@@ -184,8 +184,6 @@ pub struct Chunk {
     pub refused: u32,
     /// Pages on mapped nodes.
     pub placed: u32,
-    /// When a page last left, ns.
-    pub left_ns: u64,
 }
 
 impl Chunk {
@@ -200,7 +198,6 @@ impl Chunk {
             kept: 0,
             refused: 0,
             placed: 0,
-            left_ns: 0,
         }
     }
 

@@ -344,7 +344,7 @@ impl Process {
         mm: &mut MemoryManager,
     ) -> Result<(u64, u64), Violation> {
         let held = self.held;
-        let moved = self.sweep(plan.sweep_pages(held), now, report, mm);
+        let moved = self.sweep(plan.sweep_pages(held, 0), now, report, mm);
         let (mut freed, mut encoded) = (0, 0);
         for _ in 0..plan.demote_pages(held, moved) {
             match self.demote(report, mm)? {
