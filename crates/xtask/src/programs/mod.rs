@@ -14,6 +14,7 @@ mod vm_poison_probe;
 mod vm_reboots;
 mod vm_runs;
 mod vm_runs_dax;
+mod vm_runs_disk;
 mod vm_runs_probe;
 mod vm_wall;
 mod vm_wall_doors;

@@ -1,7 +1,7 @@
 //! In a guest of `cargo xtask vm`: cold pages of `spm run`'s programs on a node of the kernel's, behind walls and without.
 //!
 //! Each row starts [`vm_runs_probe`](super::vm_runs_probe), which checks every byte and asks the kernel where its pages are. Node 2 is
-//! where they go, by configuration. And memory that fails. Where there is a dax device, it is that ([`vm_runs_dax`]). Called by
+//! where they go, by configuration. And memory that fails, and disks that are slow or fail ([`vm_runs_disk`]). Where there is a dax device, it is that ([`vm_runs_dax`]). Called by
 //! `cargo xtask vm-test` on the topologies numa4 and hmem.
 #![allow(unsafe_code, reason = "another user, between fork and exec")]
 
@@ -18,10 +18,10 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde_json::Value;
 
 use super::vm_facts::Facts;
-use super::vm_runs_dax;
 use super::vm_runs_probe::HOT;
 use super::vm_wall::{NOBODY, within_seconds};
 use super::vm_wall_rights::{delegate, process_of, start_in};
+use super::{vm_runs_dax, vm_runs_disk};
 
 /// What to hold against.
 #[derive(Clone, clap::Args)]
@@ -93,6 +93,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             check_failed_memory(&mut facts, &options.spm, what)?;
         }
     }
+    vm_runs_disk::check(&mut facts, &options.spm, &is_wanted)?;
     facts.end()
 }
 

@@ -32,7 +32,11 @@ const QUICK: [Few; 7] = [
         Kernel::V6_12,
         "numa4",
         "plain",
-        &[("facts", ""), ("walls", "few,delegated"), ("runs", "write fenced,read --mib 16,failed held,delegated")],
+        &[
+            ("facts", ""),
+            ("walls", "few,delegated"),
+            ("runs", "write fenced,read --mib 16,failed held,delegated,slow write,broken"),
+        ],
     ),
     (
         Kernel::V6_12,
