@@ -145,10 +145,11 @@ impl Plan {
     /// let plan = Plan { evict_pages: 9, holding_target_pages: 100, gate: Gate::Throttled, sleep_ns: 0 };
     /// assert_eq!((plan.sweep_pages(0, 0), plan.sweep_pages(80, 10), plan.sweep_pages(90, 3)), (16, 10, 0));
     /// assert_eq!(Plan { holding_target_pages: 8, ..plan }.sweep_pages(3, 0), 5);
+    /// assert_eq!(Plan { holding_target_pages: 1, ..plan }.sweep_pages(0, 0), 1);
     /// ```
     pub fn sweep_pages(&self, held: u64, going: u64) -> u64 {
         let missing = self.holding_target_pages.saturating_sub(held).saturating_sub(going);
-        let is_few = missing < BATCH_PAGES / 4 && held >= self.holding_target_pages / 2;
+        let is_few = missing < BATCH_PAGES / 4 && held >= self.holding_target_pages.div_ceil(2);
         if is_few { 0 } else { missing.min(BATCH_PAGES / 2) }
     }
 

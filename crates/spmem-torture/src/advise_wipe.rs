@@ -5,6 +5,8 @@ use crate::harness::{Case, Ctx, Outcome, ensure};
 use crate::model::PAGE;
 use crate::process;
 use crate::sys;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     Case::new(
@@ -15,6 +17,11 @@ pub const CASES: &[Case] = &[
     Case::new("madvise-wipe-many", "300 WIPEONFORK pages apart are zero in a child", wipe_many),
     Case::new("madvise-wipe-vector", "process_madvise of oneself: wiped in a child, guarded", wipe_vector),
     Case::new("madvise-wipe-early", "WIPEONFORK given by a constructor", wipe_early),
+    Case::new(
+        "madvise-wipe-deep",
+        "WIPEONFORK by a thread whose own stack is cold, while another faults",
+        wipe_deep,
+    ),
     Case::new("madvise-wipe-bounds", "WIPEONFORK of 32 GiB and of memory nobody may read", wipe_bounds).warm(),
 ];
 
@@ -51,6 +58,39 @@ fn wipe(ctx: &Ctx) -> Outcome {
         area.scribble(&mut ctx.rng(round), 2);
     }
     Ok(())
+}
+
+/// What the calling thread's frames take of its stack before the call: more than what never leaves next to its control block.
+const DEPTH: usize = 64 << 10;
+/// More than is brought back without stopping reclaim.
+const LONG_PAGES: usize = (3 << 20) / PAGE;
+
+/// The call looks for pages that are away under the handler's lock, on a stack that reclaim takes away as any memory.
+fn wipe_deep(ctx: &Ctx) -> Outcome {
+    let mut area = Area::filled(ctx.seed, ctx.pages())?;
+    let wiped = Area::filled(ctx.seed ^ 1, LONG_PAGES)?;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(|| {
+            let mut frame = [0_u8; DEPTH];
+            std::hint::black_box(&mut frame);
+            while !is_over.load(Ordering::Relaxed) {
+                sys::advise(wiped.base, LONG_PAGES, libc::MADV_WIPEONFORK)?;
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            std::hint::black_box(&mut frame);
+            wiped.check_all("WIPEONFORK pages, here")
+        });
+        let result = ctx.rounds(4).try_for_each(|round| {
+            // Here and there: what leaves is single pages, then.
+            let mut rng = ctx.rng(round);
+            area.scribble(&mut rng, 4);
+            (0..area.len()).try_for_each(|_| area.check(rng.below(area.len())))
+        });
+        let result = result.and_then(|()| area.check_all("beside a thread that calls madvise"));
+        is_over.store(true, Ordering::Relaxed);
+        result.and(caller.join().expect("a thread"))
+    })
 }
 
 /// Every second page: no two ranges touch.

@@ -262,15 +262,23 @@ impl Server {
     /// A page in, a page out: for what a fault has brought in, what was let go moves out, where that is the handler's.
     fn take_along(&self, space: &mut Space<Cram>, uffd: &Uffd) {
         let Some(pagemap) = self.pagemap.as_deref().filter(|_| self.follower.is_bound()) else { return };
-        let mut moved = 0;
-        while moved < self.brought
-            && let Some(run) = space.outgoing.take()
-        {
-            let progress = take_out(self.runtime, space, uffd, pagemap, run);
-            // One that cannot be remembered stays where it is, until the sweep meets it again.
-            let _ = progress.stopped == Some(Errno::EBUSY) && space.outgoing.note_busy(run.0 + progress.done);
-            moved += 1 + progress.done / PAGE;
+        if space.mode != Mode::Normal || !space.is_settled() {
+            return;
         }
+        // Nothing leaves while reclaimers pause, so this counts as one of them.
+        self.runtime.try_working(|| {
+            let mut moved = 0;
+            while moved < self.brought
+                && !space.outgoing.is_busy_full()
+                && let Some(run) = space.outgoing.take()
+            {
+                let progress = take_out(self.runtime, space, uffd, pagemap, run);
+                if progress.stopped == Some(Errno::EBUSY) {
+                    let _ = space.outgoing.note_busy(run.0 + progress.done);
+                }
+                moved += (progress.done / PAGE).max(1);
+            }
+        });
     }
 
     /// Puts the page back, from wherever it is. `uffd` is this process's, or that of a child being nursed.

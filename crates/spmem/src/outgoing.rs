@@ -1,8 +1,8 @@
 //! What is to leave next: runs that the policy has let go and that wait for their turn.
 //!
 //! Where one thread faults and an encoder does the heavy work, the monitor shares the thread's processor
-//! ([`crate::follow`]), and the thread waits for as long as it works. So there the sweep only picks runs, and the handler takes
-//! one out after each fault that it has served: a page in, a page out. What no fault takes out the monitor does.
+//! ([`crate::follow`]), and the thread waits for as long as it works. So there the sweep only picks short runs, and the handler
+//! takes one out after each fault that it has served: a page in, a page out. Long ones, and what no fault takes out, the monitor moves.
 
 use alloc::collections::VecDeque;
 

@@ -18,8 +18,8 @@ use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::compressed::Room;
 use spmem_core::placing::TRIAL_PAGES;
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Extent, Facts, Floor, Gate, HELPER_REST_NS, Look, Movable, Needs, Plan, Progress,
-    SLEEP_MAX_NS, SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
+    self, BATCH_PAGES, Extent, Facts, Floor, Gate, HELPER_REST_NS, Look, MAX_RECLAIMERS, Movable, Needs, Plan,
+    Progress, SLEEP_MAX_NS, SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
@@ -101,6 +101,9 @@ pub(crate) extern "C" fn helper(argument: usize) -> ! {
     }
 }
 
+/// The handler's number where reclaimers announce themselves.
+const HANDLER: usize = MAX_RECLAIMERS;
+
 impl Runtime {
     /// Runs a piece of work that a fork must not cut in two.
     pub(crate) fn working<T>(&self, number: usize, work: impl FnOnce() -> T) -> T {
@@ -118,11 +121,26 @@ impl Runtime {
             }
         }
         let result = work();
+        self.end_work(number);
+        result
+    }
+
+    /// The same for the handler, which cannot wait: whether it was run.
+    pub(crate) fn try_working(&self, work: impl FnOnce()) -> bool {
+        self.working[HANDLER].store(1, Ordering::SeqCst);
+        let may_work = !self.is_paused.load(Ordering::SeqCst);
+        if may_work {
+            work();
+        }
+        self.end_work(HANDLER);
+        may_work
+    }
+
+    fn end_work(&self, number: usize) {
         self.working[number].store(0, Ordering::SeqCst);
         if self.is_paused.load(Ordering::SeqCst) {
             self.pause.signal();
         }
-        result
     }
 }
 

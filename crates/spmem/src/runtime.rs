@@ -119,7 +119,7 @@ pub struct Runtime {
     /// Pages may be shared with a relative: count proportionally.
     pub(crate) is_shared: AtomicBool,
     pub(crate) is_paused: AtomicBool,
-    pub(crate) working: [AtomicU32; MAX_RECLAIMERS],
+    pub(crate) working: [AtomicU32; MAX_RECLAIMERS + 1],
     /// Reclaimers that have begun; each takes the next number.
     pub(crate) reclaimers: AtomicU32,
     /// Address of what is shared with the encoder; 0 for none.
@@ -189,7 +189,7 @@ impl Runtime {
             is_stuck: AtomicBool::new(false),
             is_shared: AtomicBool::new(false),
             is_paused: AtomicBool::new(false),
-            working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS],
+            working: [const { AtomicU32::new(0) }; MAX_RECLAIMERS + 1],
             reclaimers: AtomicU32::new(0),
             exchange: AtomicUsize::new(0),
             staging_start: AtomicUsize::new(0),

@@ -180,14 +180,26 @@ impl Sweeper {
     }
 
     /// Takes out what no fault has; how many pages were moved.
-    pub(crate) fn take_rest(&mut self) -> usize {
+    pub(crate) fn take_rest(&self) -> usize {
         let mut moved = 0;
+        while self.take_some(&mut moved) {
+            self.look_at_busy(&mut moved);
+        }
+        self.look_at_busy(&mut moved);
+        moved
+    }
+
+    /// Takes runs out until there are none, or until busy pages have to be looked at; whether they have.
+    fn take_some(&self, moved: &mut usize) -> bool {
         loop {
             let mut space = self.runtime.space.lock();
-            let Some(space) = space.as_mut() else { return moved };
-            let Some(run) = space.outgoing.take() else { return moved };
+            let Some(space) = space.as_mut() else { return false };
+            if space.outgoing.is_busy_full() {
+                return true;
+            }
+            let Some(run) = space.outgoing.take() else { return false };
             let progress = take_out(self.runtime, space, &self.uffd, &self.pagemap, run);
-            moved += progress.done / PAGE;
+            *moved += progress.done / PAGE;
             if progress.stopped == Some(Errno::EBUSY) {
                 self.note_busy(space, run.0 + progress.done);
             }
@@ -347,6 +359,11 @@ impl Sweeper {
         let counters = &self.runtime.shared().counters;
         let busy = self.runtime.space.lock().as_mut().map(|space| space.outgoing.take_busy());
         for page in busy.into_iter().flatten().flatten() {
+            // It may be somebody else's place by now.
+            let is_here = |space: &Space<Cram>| is_as_let_go(space, page, page + PAGE);
+            if !self.runtime.space.lock().as_ref().is_some_and(is_here) {
+                continue;
+            }
             let is_exclusive = self.pagemap.is_exclusive(page).unwrap_or(false);
             let may_retry = is_exclusive && populate_write(page, PAGE).is_ok();
             let mut space = self.runtime.space.lock();
@@ -391,8 +408,8 @@ impl Sweeper {
     }
 }
 
-/// Under the lock: takes a run of one chunk out that was let go a while ago, unless something has come between, as far as it
-/// goes.
+/// Under the lock, by who is in [`Runtime::working`]: takes a run of one chunk out that was let go a while ago, unless something has come
+/// between, as far as it goes.
 pub(crate) fn take_out(
     runtime: &Runtime,
     space: &mut Space<Cram>,
@@ -400,19 +417,24 @@ pub(crate) fn take_out(
     pagemap: &Pagemap,
     (start, end): (usize, usize),
 ) -> Progress {
-    let is_registered = space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end));
-    let may_leave = is_registered
-        && space.mode == Mode::Normal
-        && space.is_settled()
-        && (start..end).step_by(PAGE).all(|page| space.may_leave(space.table.get(page)))
-        && runtime.pinned_in(start, end).is_none();
-    let Some((slot, count)) = space.holding.room(((end - start) / PAGE) as u32).filter(|_| may_leave) else {
-        return Progress { done: 0, stopped: None };
+    // Odd before the pins are looked at (Runtime::pin_thread).
+    runtime.leaving.fetch_add(1, Ordering::SeqCst);
+    let may_leave = is_as_let_go(space, start, end) && runtime.pinned_in(start, end).is_none();
+    let room = space.holding.room(((end - start) / PAGE) as u32).filter(|_| may_leave);
+    let progress = match room {
+        Some((slot, count)) => move_run(space, uffd, pagemap, slot, start, count as usize * PAGE),
+        None => Progress { done: 0, stopped: None },
     };
     runtime.leaving.fetch_add(1, Ordering::SeqCst);
-    let progress = move_run(space, uffd, pagemap, slot, start, count as usize * PAGE);
-    runtime.leaving.fetch_add(1, Ordering::SeqCst);
     progress
+}
+
+/// Whether a run that the policy has let go is still the program's memory, in its place and registered.
+fn is_as_let_go(space: &Space<Cram>, start: usize, end: usize) -> bool {
+    space.mode == Mode::Normal
+        && space.is_settled()
+        && space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end))
+        && (start..end).step_by(PAGE).all(|page| space.may_leave(space.table.get(page)))
 }
 
 /// Moves a run to the slots from `slot` on, which are the next free ones.

@@ -233,7 +233,7 @@ impl Coverage {
             if self.gated_ns.is_none() || !is_over(self.gated_ns, UNCOVER_NS) {
                 return Cover::Keep;
             }
-            self.gated_ns = None;
+            (self.gated_ns, self.rarely_ns) = (None, 0);
             return Cover::Nothing;
         }
         self.gated_ns = Some(now_ns);
