@@ -6,13 +6,12 @@
 //!
 //! Hole: who may make threads and no processes is ended by the attempt, if the filter ends those who try.
 
-use core::arch::asm;
 use core::fmt;
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use syscalls::{Sysno, syscall};
 
-use crate::{Errno, Result, process};
+use crate::{Result, process};
 
 const NO_FD: usize = usize::MAX;
 /// Behind the last descriptor there can be.
@@ -168,33 +167,8 @@ extern "C" fn try_apart(argument: usize) -> ! {
 fn run_apart(entry: extern "C" fn(usize) -> !, argument: usize) -> Result<i32> {
     // As for agent threads ([`crate::thread`]), a tracer does not get it.
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES | libc::CLONE_FS | libc::CLONE_UNTRACED;
-    let mask = process::set_signal_mask(u64::MAX);
-    let result: isize;
-    // SAFETY: as after vfork(2) the child runs below this frame, which lives on, and never returns from `entry`.
-    unsafe {
-        asm!(
-            "syscall",
-            "test rax, rax",
-            "jnz 2f",
-            "mov rdi, r13",
-            "call r12",
-            "ud2",
-            "2:",
-            inlateout("rax") 56_isize => result,
-            in("rdi") flags as isize,
-            in("rsi") 0_usize,
-            in("rdx") 0_usize,
-            in("r10") 0_usize,
-            in("r8") 0_usize,
-            in("r12") entry,
-            in("r13") argument,
-            lateout("rcx") _,
-            lateout("r11") _,
-        );
-    }
-    process::set_signal_mask(mask);
-    let result = i32::try_from(result).unwrap_or(-libc::EINVAL);
-    if result < 0 { Err(Errno(-result)) } else { Ok(result) }
+    // SAFETY: as after vfork(2) the child runs below, in a frame that lives on, since this thread waits for it (CLONE_VFORK).
+    unsafe { crate::thread::clone(flags, core::ptr::null_mut(), entry, argument) }
 }
 
 fn wait_for(pid: i32) {

@@ -179,6 +179,8 @@ mod tests {
     fn a_scan_finds_exactly_the_pages_written() {
         let pagemap = Pagemap::open().expect("pagemap");
         let mut mapping = Mapping::new(16 * PAGE, c"spmem test").expect("mmap");
+        // Another test that forks would make the pages shared.
+        mapping.keep_from_children().expect("madvise");
         let mut runs = [Run::default(); RUNS];
         mapping.bytes_mut(2 * PAGE, 3 * PAGE).fill(1);
         mapping.bytes_mut(9 * PAGE, 1).fill(1);

@@ -39,10 +39,25 @@ pub unsafe fn spawn(
     if table == Table::Shared {
         flags |= libc::CLONE_FILES;
     }
+    // SAFETY: as the caller promises.
+    let tid = unsafe { clone(flags, stack_top, entry, argument) }?;
+    Ok(u32::try_from(tid).unwrap_or(0))
+}
+
+/// Starts `entry(argument)` with all signals blocked in what clone(2) makes; its number. On this stack, below, if `stack_top` is null.
+///
+/// # Safety
+/// As of [`spawn`]; without a stack of its own `flags` make the caller wait until it is needed no more.
+pub(crate) unsafe fn clone(
+    flags: i32,
+    stack_top: *mut u8,
+    entry: extern "C" fn(usize) -> !,
+    argument: usize,
+) -> Result<i32> {
     let mask = process::set_signal_mask(u64::MAX);
     let result: isize;
-    // SAFETY: the child returns from the system call on its own stack, with the callee-saved registers of the parent
-    // (entry and argument among them), and never returns from `entry`.
+    // SAFETY: the child returns from the system call on its stack, with the callee-saved registers of the parent
+    // (entry and argument among them), and never returns from `entry`; this frame lives on.
     unsafe {
         asm!(
             "syscall",
@@ -66,10 +81,8 @@ pub unsafe fn spawn(
         );
     }
     process::set_signal_mask(mask);
-    if result < 0 {
-        return Err(crate::Errno(i32::try_from(-result).unwrap_or(libc::EINVAL)));
-    }
-    Ok(u32::try_from(result).unwrap_or(0))
+    let result = i32::try_from(result).unwrap_or(-libc::EINVAL);
+    if result < 0 { Err(crate::Errno(-result)) } else { Ok(result) }
 }
 
 /// Ends the calling thread, and only it.

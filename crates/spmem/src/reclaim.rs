@@ -125,15 +125,13 @@ impl Runtime {
         result
     }
 
-    /// The same for the handler, which cannot wait: whether it was run.
-    pub(crate) fn try_working(&self, work: impl FnOnce()) -> bool {
+    /// The same for the handler, which cannot wait: not run while reclaimers pause.
+    pub(crate) fn try_working(&self, work: impl FnOnce()) {
         self.working[HANDLER].store(1, Ordering::SeqCst);
-        let may_work = !self.is_paused.load(Ordering::SeqCst);
-        if may_work {
+        if !self.is_paused.load(Ordering::SeqCst) {
             work();
         }
         self.end_work(HANDLER);
-        may_work
     }
 
     fn end_work(&self, number: usize) {

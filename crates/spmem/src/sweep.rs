@@ -182,11 +182,13 @@ impl Sweeper {
     /// Takes out what no fault has; how many pages were moved.
     pub(crate) fn take_rest(&self) -> usize {
         let mut moved = 0;
-        while self.take_some(&mut moved) {
+        loop {
+            let is_more = self.take_some(&mut moved);
             self.look_at_busy(&mut moved);
+            if !is_more {
+                return moved;
+            }
         }
-        self.look_at_busy(&mut moved);
-        moved
     }
 
     /// Takes runs out until there are none, or until busy pages have to be looked at; whether they have.
