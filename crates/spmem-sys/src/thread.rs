@@ -121,6 +121,15 @@ impl Affinity {
         Some(Self(set))
     }
 
+    /// The others.
+    #[must_use]
+    pub fn without(mut self, cpu: usize) -> Self {
+        if let Some(word) = self.0.get_mut(cpu / 64) {
+            *word &= !(1 << (cpu % 64));
+        }
+        self
+    }
+
     /// Whether it is one of them.
     pub fn contains(&self, cpu: usize) -> bool {
         self.0.get(cpu / 64).is_some_and(|word| word & (1 << (cpu % 64)) != 0)

@@ -148,7 +148,7 @@ impl Demoter {
         let at = self.out.iter().position(Option::is_none);
         if let (Some(client), Some(at)) = (&mut self.client, at) {
             self.out[at] = Some(span);
-            client.post(addresses.into_iter().take(span.len as usize));
+            client.post(addresses.into_iter().take(span.len as usize), self.runtime.home.get());
         }
     }
 

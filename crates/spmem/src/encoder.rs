@@ -12,13 +12,14 @@
 //! the agent encodes by itself.
 
 use crate::dense::DenseLane;
+use crate::follow::{Home, Shadow};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 use spmem_core::reclaim::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 use spmem_node::compressed::{Codec, Label, Verified};
 use spmem_node::{Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::Event;
-use spmem_sys::{PAGE, clock, process};
+use spmem_sys::{PAGE, clock, process, thread};
 
 /// Pages of a lane.
 pub const LANE_PAGES: usize = 16;
@@ -49,6 +50,8 @@ const NOT_REPRODUCED: u32 = 3;
 #[repr(C)]
 pub struct Exchange {
     posted: Event<true>,
+    /// Where the handler of the process is bound.
+    home: Home,
     lanes: [Lane; LANES],
     /// See [`crate::dense`].
     pub(crate) dense: DenseLane,
@@ -110,7 +113,10 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
     let mut pages = alloc::vec![0_u8; LANE_PAGES * PAGE];
     let mut next = 0;
     let mut spin = Spin::new();
+    let mut shadow = Shadow::new();
+    thread::set_nice(-10);
     loop {
+        shadow.avoid(exchange.home.get());
         let lane = &exchange.lanes[next];
         let ticket = exchange.posted.ticket();
         // Acquire pairs with the Release in `Client::post`.
@@ -127,9 +133,12 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
         }
         let since = clock::now_ns();
         let is_posted = || lane.state.load(Relaxed) == POSTED;
-        while !is_posted() && spin.goes_on(clock::now_ns() - since) {
+        let mut now = since;
+        while !is_posted() && spin.goes_on(now - since) {
             // Whoever else has work for this processor goes first.
             process::give_way();
+            let before = core::mem::replace(&mut now, clock::now_ns());
+            spin.gave_way(now - before);
         }
         if !is_posted() {
             exchange.posted.wait(ticket, Some(ENCODER_IDLE_NS));
@@ -199,8 +208,9 @@ impl Client {
         self.out < LANES && self.exchange.lanes[self.next].state.load(Ordering::Acquire) != POSTED
     }
 
-    /// Has these pages encoded; 0 stands for one that is not to be.
-    pub(crate) fn post(&mut self, addresses: impl Iterator<Item = usize>) {
+    /// Has these pages encoded, on any processor but `home`; 0 stands for one that is not to be.
+    pub(crate) fn post(&mut self, addresses: impl Iterator<Item = usize>, home: Option<usize>) {
+        self.exchange.home.set(home);
         let lane = &self.exchange.lanes[self.next];
         let mut count = 0;
         for (item, address) in lane.pages.iter().zip(addresses) {
@@ -297,7 +307,12 @@ pub(crate) mod tests {
             bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; LANE_PAGES],
         };
         let lanes = core::array::from_fn(|_| lane());
-        Box::leak(Box::new(Exchange { posted: Event::new(), lanes, dense: DenseLane::new() }))
+        Box::leak(Box::new(Exchange {
+            posted: Event::new(),
+            home: Home::nowhere(),
+            lanes,
+            dense: DenseLane::new(),
+        }))
     }
 
     fn memory() -> Fd {
@@ -326,7 +341,7 @@ pub(crate) mod tests {
             let address = |page: &Page| page.as_ptr().expose_provenance();
             let addresses = [address(&pages[0]), 0, address(&pages[1]), address(&pages[2]), 0];
             while client.has_room() {
-                client.post(addresses.into_iter());
+                client.post(addresses.into_iter(), None);
             }
             assert!(client.wait(), "round {round}");
             let lane = client.oldest().expect("two are out");
@@ -355,13 +370,14 @@ pub(crate) mod tests {
         let mut client = Client::new(exchange);
         client.post(
             [pages[0].as_ptr().expose_provenance(), PAGE, pages[1].as_ptr().expose_provenance()].into_iter(),
+            None,
         );
         let lane = &exchange.lanes[0];
         lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
         assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
         assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
         assert!(!client.is_useless(0));
-        client.post([0, PAGE].into_iter());
+        client.post([0, PAGE].into_iter(), None);
         let lane = &exchange.lanes[1];
         lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
         assert!(client.is_useless(1));
@@ -370,10 +386,10 @@ pub(crate) mod tests {
     #[test]
     fn without_an_encoder_the_agent_goes_on() {
         let mut client = Client::new(exchange());
-        client.post([PAGE].into_iter());
+        client.post([PAGE].into_iter(), None);
         assert!(!client.wait());
         client.retire();
-        client.post([PAGE].into_iter());
+        client.post([PAGE].into_iter(), None);
         client.retire();
         assert!(!client.has_room(), "lanes that are out stay out of use");
     }

@@ -129,7 +129,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
         pages,
         zeros,
         readahead: Readahead::default(),
-        follower: Follower::new(&runtime.home_cpu),
+        follower: Follower::new(&runtime.home),
         turnstile: Turnstile::default(),
         promotion: Promotion::new(PROMOTION_RATE, Time(clock::now_ns())),
         brought: 1,

@@ -5,22 +5,42 @@
 //! there is no such place, and the scheduler decides.
 //!
 //! The monitor comes along where an encoder does its heavy work ([`crate::encoder`]): what it does to the page tables is
-//! cheap while no other processor runs the process.
+//! cheap while no other processor runs the process. And the encoder keeps away: it would take turns with the thread.
 
-use core::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use spmem_core::reclaim::{Follow, Following};
 use spmem_sys::thread::{Affinity, last_cpu};
 
+/// A processor, or none: one word, and zeroed memory is a valid value.
+#[repr(transparent)]
+#[derive(Default)]
+pub(crate) struct Home(AtomicU32);
+
+impl Home {
+    pub(crate) const fn nowhere() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    pub(crate) fn get(&self) -> Option<usize> {
+        self.0.load(Relaxed).checked_sub(1).map(|cpu| cpu as usize)
+    }
+
+    pub(crate) fn set(&self, cpu: Option<usize>) {
+        let cpu = cpu.and_then(|cpu| u32::try_from(cpu + 1).ok());
+        self.0.store(cpu.unwrap_or(0), Relaxed);
+    }
+}
+
 /// Binds the calling thread to where the faults are, and says where that is.
 pub(crate) struct Follower {
-    home: &'static AtomicI32,
+    home: &'static Home,
     all: Affinity,
     following: Following,
 }
 
 impl Follower {
-    pub(crate) fn new(home: &'static AtomicI32) -> Self {
+    pub(crate) fn new(home: &'static Home) -> Self {
         Self { home, all: Affinity::of_caller(), following: Following::default() }
     }
 
@@ -43,28 +63,35 @@ impl Follower {
             Some(Follow::Bind(cpu)) if Affinity::only(cpu).is_some_and(|only| only.apply().is_ok()) => {}
             Some(Follow::Bind(_)) => self.following.let_go(),
         }
-        let home = self.following.bound().and_then(|cpu| i32::try_from(cpu).ok());
-        self.home.store(home.unwrap_or(-1), Relaxed);
+        self.home.set(self.following.bound());
     }
 }
 
-/// Binds the calling thread to where the handler is, as long as it is bound.
+/// Binds the calling thread to where the handler is, or to where it is not, as long as the handler is bound.
 pub(crate) struct Shadow {
     all: Affinity,
-    at: i32,
+    at: Option<usize>,
 }
 
 impl Shadow {
     pub(crate) fn new() -> Self {
-        Self { all: Affinity::of_caller(), at: -1 }
+        Self { all: Affinity::of_caller(), at: None }
     }
 
-    pub(crate) fn follow(&mut self, home: i32) {
-        if home == self.at {
-            return;
+    /// Where the handler is.
+    pub(crate) fn follow(&mut self, home: Option<usize>) {
+        if home != self.at {
+            self.at = home;
+            let _ = home.and_then(Affinity::only).unwrap_or(self.all).apply();
         }
-        self.at = home;
-        let only = usize::try_from(home).ok().and_then(Affinity::only);
-        let _ = only.map_or_else(|| self.all.apply(), |only| only.apply());
+    }
+
+    /// Elsewhere, where there is any such place.
+    pub(crate) fn avoid(&mut self, home: Option<usize>) {
+        if home != self.at {
+            self.at = home;
+            let others = home.map_or(self.all, |home| self.all.without(home));
+            let _ = others.apply().or_else(|_| self.all.apply());
+        }
     }
 }

@@ -231,8 +231,7 @@ impl Monitor {
             tools.gate.keep(plan.gate, extent);
             tools.look_at_placed(runtime, plan.gate);
         });
-        let has_encoder = runtime.exchange().is_some();
-        self.shadow.follow(if has_encoder { runtime.home_cpu.load(Relaxed) } else { -1 });
+        self.shadow.follow(runtime.exchange().and_then(|_| runtime.home.get()));
         if plan.evict_pages == 0 {
             runtime.working(0, || {
                 tools.demoter.drain();

@@ -19,6 +19,7 @@ use crate::control::{self, Control, NODE_1, Slot};
 use crate::demote::TRASH_LEN;
 use crate::encoder::Exchange;
 use crate::fault;
+use crate::follow::Home;
 use crate::fork;
 use crate::frames::{Frames, lend_metadata};
 use crate::holding::Holding;
@@ -132,8 +133,8 @@ pub struct Runtime {
     pub(crate) is_encoder_late: AtomicBool,
     /// Several processes have filled node 1 together (R18).
     pub(crate) is_node_full: AtomicBool,
-    /// Where the handler is bound, for the monitor to follow; negative for nowhere.
-    pub(crate) home_cpu: AtomicI32,
+    /// Where the handler is bound, for the monitor to follow.
+    pub(crate) home: Home,
     /// The fault handler's thread; a forked child finds its parent's here.
     pub(crate) handler_tid: AtomicU32,
     /// Wakes the monitor.
@@ -196,7 +197,7 @@ impl Runtime {
             crossing: AtomicUsize::new(0),
             is_encoder_late: AtomicBool::new(false),
             is_node_full: AtomicBool::new(false),
-            home_cpu: AtomicI32::new(-1),
+            home: Home::nowhere(),
             handler_tid: AtomicU32::new(0),
             demand: Event::new(),
             help: Event::new(),
@@ -560,7 +561,7 @@ impl Runtime {
     pub(crate) fn dismiss_encoder(&self) {
         self.exchange.store(0, Ordering::Relaxed);
         self.is_encoder_late.store(false, Ordering::Relaxed);
-        self.home_cpu.store(-1, Ordering::Relaxed);
+        self.home.set(None);
     }
 
     /// The pagemap that agent threads share; `None` where it could not be opened.

@@ -173,7 +173,7 @@ impl Sweeper {
 
     /// Whether the handler is to take a run out.
     fn hands_over(&self, space: &Space<Cram>, start: usize, end: usize) -> bool {
-        let is_bound = self.runtime.home_cpu.load(Relaxed) >= 0;
+        let is_bound = self.runtime.home.get().is_some();
         let is_whole_step = end - start >= HOLD_PAGES * PAGE;
         reclaim::hands_over(is_bound, self.runtime.exchange().is_some(), is_whole_step)
             && space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end))

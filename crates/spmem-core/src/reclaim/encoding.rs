@@ -9,6 +9,10 @@
 const SPIN_NS: u64 = 1_000_000;
 /// Pages that come so many spins apart are still worth one.
 const WORTH_SPINS: u64 = 4;
+/// Who gives way for longer than this was not alone on the processor, ns: a call takes less than a microsecond.
+const ALONE_NS: u64 = 50_000;
+/// Sleeps, instead of spins, until the encoder tries again whether it is alone.
+const SLEEPS_IN_A_CROWD: u32 = 256;
 /// How often an encoder without work looks whether it is still wanted, ns.
 pub const ENCODER_IDLE_NS: u64 = 500_000_000;
 /// Longest that a process waits for an answer, ns.
@@ -20,6 +24,8 @@ const LOOKS: u64 = 4;
 #[derive(Clone, Debug)]
 pub struct Spin {
     ns: u64,
+    /// Sleeps that are left: the processor is another's too.
+    sleeps: u32,
 }
 
 impl Default for Spin {
@@ -31,7 +37,7 @@ impl Default for Spin {
 impl Spin {
     /// Of an encoder that expects work.
     pub const fn new() -> Self {
-        Self { ns: SPIN_NS }
+        Self { ns: SPIN_NS, sleeps: 0 }
     }
 
     /// Whether to spin on, after so long.
@@ -47,12 +53,35 @@ impl Spin {
     /// ```
     #[inline]
     pub const fn goes_on(&self, since_ns: u64) -> bool {
-        since_ns < self.ns
+        self.sleeps == 0 && since_ns < self.ns
     }
 
-    /// It spun in vain, slept, and was woken so long after it had begun to wait. Spinning pays only where work keeps
+    /// It gave way while it spun, and had its processor back after so long. Whoever is ready runs for some
+    /// milliseconds then, however little he weighs: one who sleeps is put before him once woken, one who gives way is not.
+    ///
+    /// ```
+    /// use spmem_core::reclaim::Spin;
+    /// let mut spin = Spin::new();
+    /// spin.gave_way(50_000);
+    /// assert!(spin.goes_on(0));
+    /// spin.gave_way(50_001);
+    /// assert!(!spin.goes_on(0), "not alone");
+    /// for _ in 0..256 {
+    ///     assert!(!spin.goes_on(0));
+    ///     spin.woken(300_000);
+    /// }
+    /// assert!(spin.goes_on(0), "perhaps it is by now");
+    /// ```
+    pub const fn gave_way(&mut self, took_ns: u64) {
+        if took_ns > ALONE_NS {
+            self.sleeps = SLEEPS_IN_A_CROWD;
+        }
+    }
+
+    /// It slept, and was woken so long after it had begun to wait. Spinning pays only where work keeps
     /// coming.
     pub const fn woken(&mut self, waited_ns: u64) {
+        self.sleeps = self.sleeps.saturating_sub(1);
         self.ns = if waited_ns < WORTH_SPINS * SPIN_NS { SPIN_NS } else { 0 };
     }
 }
