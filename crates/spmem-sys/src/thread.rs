@@ -203,6 +203,12 @@ pub fn set_name(name: &core::ffi::CStr) {
     let _ = unsafe { syscall!(Sysno::prctl, libc::PR_SET_NAME, name.as_ptr()) };
 }
 
+/// The nice value of the calling thread (getpriority(2)); 0 when the kernel does not say.
+pub fn nice() -> i32 {
+    // SAFETY: takes no pointer. The raw call returns 20 less the value.
+    unsafe { syscall!(Sysno::getpriority, libc::PRIO_PROCESS, 0) }.map_or(0, |value| 20 - value as i32)
+}
+
 /// Asks for a nice value for the calling thread; refused silently without the right to lower it.
 pub fn set_nice(nice: i32) {
     // SAFETY: takes no pointer.
@@ -269,6 +275,17 @@ mod tests {
             assert_eq!(last_cpu(u32::try_from(tid).expect("an id")), Ok(cpu));
         }
         before.apply().expect("what it was");
+    }
+
+    #[test]
+    fn a_thread_has_the_nice_value_it_asked_for() {
+        std::thread::spawn(|| {
+            let before = nice();
+            set_nice(before + 1);
+            assert_eq!(nice(), (before + 1).min(19));
+        })
+        .join()
+        .expect("a thread");
     }
 
     static DONE: Event = Event::new();

@@ -26,6 +26,9 @@ pub const LANE_PAGES: usize = 16;
 /// One is encoded while the other is taken and filled.
 pub const LANES: usize = 2;
 
+/// Nice value of an encoder that encodes: as urgent as the handler, as the program waits for what it has not done.
+const URGENT: i32 = -10;
+
 /// States of a lane; it is free in any other.
 const POSTED: u32 = 1;
 const DONE: u32 = 2;
@@ -114,14 +117,16 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
     let mut next = 0;
     let mut spin = Spin::new();
     let mut shadow = Shadow::new();
-    thread::set_nice(-10);
+    let nice = thread::nice();
     loop {
         shadow.avoid(exchange.home.get());
         let lane = &exchange.lanes[next];
         let ticket = exchange.posted.ticket();
         // Acquire pairs with the Release in `Client::post`.
         if lane.state.load(Ordering::Acquire) == POSTED {
+            thread::set_nice(URGENT);
             lane.encode(&codec, &mut workspace, &mut pages, memory);
+            thread::set_nice(nice);
             // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
             lane.done.signal();

@@ -11,8 +11,8 @@ const SPIN_NS: u64 = 1_000_000;
 const WORTH_SPINS: u64 = 4;
 /// Who gives way for longer than this was not alone on the processor, ns: a call takes less than a microsecond.
 const ALONE_NS: u64 = 50_000;
-/// Sleeps, instead of spins, until the encoder tries again whether it is alone.
-const SLEEPS_IN_A_CROWD: u32 = 256;
+/// Sleeps, instead of spins, until the encoder tries again whether it is alone: at most so many, a power of two.
+const MAX_SLEEPS: u32 = 256;
 /// How often an encoder without work looks whether it is still wanted, ns.
 pub const ENCODER_IDLE_NS: u64 = 500_000_000;
 /// Longest that a process waits for an answer, ns.
@@ -24,8 +24,10 @@ const LOOKS: u64 = 4;
 #[derive(Clone, Debug)]
 pub struct Spin {
     ns: u64,
-    /// Sleeps that are left: the processor is another's too.
+    /// Sleeps that are left, as the processor is another's too.
     sleeps: u32,
+    /// How many they were at first; 0: it was alone.
+    last_sleeps: u32,
 }
 
 impl Default for Spin {
@@ -37,7 +39,7 @@ impl Default for Spin {
 impl Spin {
     /// Of an encoder that expects work.
     pub const fn new() -> Self {
-        Self { ns: SPIN_NS, sleeps: 0 }
+        Self { ns: SPIN_NS, sleeps: 0, last_sleeps: 0 }
     }
 
     /// Whether to spin on, after so long.
@@ -57,25 +59,36 @@ impl Spin {
     }
 
     /// It gave way while it spun, and had its processor back after so long. Whoever is ready runs for some
-    /// milliseconds then, however little he weighs: one who sleeps is put before him once woken, one who gives way is not.
+    /// milliseconds then, however little he weighs; one who sleeps is put before him once woken. But a processor that
+    /// falls idle attracts the program's threads. So it sleeps once instead of spinning, and each time that there is
+    /// still somebody twice as often.
     ///
     /// ```
     /// use spmem_core::reclaim::Spin;
     /// let mut spin = Spin::new();
     /// spin.gave_way(50_000);
     /// assert!(spin.goes_on(0));
-    /// spin.gave_way(50_001);
-    /// assert!(!spin.goes_on(0), "not alone");
-    /// for _ in 0..256 {
-    ///     assert!(!spin.goes_on(0));
-    ///     spin.woken(300_000);
+    /// for sleeps in [1, 2, 4, 8, 16, 32, 64, 128, 256, 256] {
+    ///     spin.gave_way(50_001);
+    ///     for _ in 0..sleeps {
+    ///         assert!(!spin.goes_on(0), "not alone");
+    ///         spin.woken(300_000);
+    ///     }
+    ///     assert!(spin.goes_on(0), "perhaps it is by now");
     /// }
-    /// assert!(spin.goes_on(0), "perhaps it is by now");
+    /// spin.gave_way(500);
+    /// spin.gave_way(50_001);
+    /// spin.woken(300_000);
+    /// assert!(spin.goes_on(0), "whoever came now is gone");
     /// ```
     pub const fn gave_way(&mut self, took_ns: u64) {
-        if took_ns > ALONE_NS {
-            self.sleeps = SLEEPS_IN_A_CROWD;
-        }
+        self.sleeps = match self.last_sleeps {
+            _ if took_ns <= ALONE_NS => 0,
+            0 => 1,
+            MAX_SLEEPS => MAX_SLEEPS,
+            sleeps => sleeps * 2,
+        };
+        self.last_sleeps = self.sleeps;
     }
 
     /// It slept, and was woken so long after it had begun to wait. Spinning pays only where work keeps
