@@ -21,7 +21,7 @@ use crate::place::{comes_up, now_ms, raise};
 use crate::recorder::{Happening, IS_WRITE};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
-use crate::sweep::take_listed;
+use crate::sweep::take_out;
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
@@ -272,7 +272,11 @@ impl Server {
                 && !space.outgoing.is_busy_full()
                 && let Some(run) = space.outgoing.take()
             {
-                moved += take_listed(self.runtime, space, uffd, pagemap, run).max(1);
+                let progress = take_out(self.runtime, space, uffd, pagemap, run);
+                if progress.stopped == Some(Errno::EBUSY) {
+                    let _ = space.outgoing.note_busy(run.0 + progress.done);
+                }
+                moved += (progress.done / PAGE).max(1);
             }
         });
     }

@@ -176,10 +176,7 @@ impl Sweeper {
         let is_bound = self.runtime.home.get().is_some();
         let is_whole_step = end - start >= HOLD_PAGES * PAGE;
         reclaim::hands_over(is_bound, self.runtime.exchange().is_some(), is_whole_step)
-            && space
-                .table
-                .find(start)
-                .is_some_and(|chunk| !chunk.is_taken_by_sweep && chunk.is_registered(start, end))
+            && space.table.find(start).is_some_and(|chunk| chunk.is_registered(start, end))
     }
 
     /// Takes out what no fault has; how many pages were moved.
@@ -203,7 +200,11 @@ impl Sweeper {
                 return true;
             }
             let Some(run) = space.outgoing.take() else { return false };
-            *moved += take_listed(self.runtime, space, &self.uffd, &self.pagemap, run);
+            let progress = take_out(self.runtime, space, &self.uffd, &self.pagemap, run);
+            *moved += progress.done / PAGE;
+            if progress.stopped == Some(Errno::EBUSY) {
+                self.note_busy(space, run.0 + progress.done);
+            }
         }
     }
 
@@ -274,10 +275,10 @@ impl Sweeper {
             let progress = move_run(space, &self.uffd, &self.pagemap, slot, at, count as usize * PAGE);
             moved += progress.done / PAGE;
             at += progress.done;
+            let Some(errno) = progress.stopped else { continue };
             if progress.done > 0 {
-                space.table.find_or_add(start).is_taken_by_sweep = false;
+                continue;
             }
-            let Some(errno) = progress.stopped.filter(|_| progress.done == 0) else { continue };
             match errno {
                 Errno::EAGAIN => return (End::Unread, moved),
                 // Gone meanwhile, or dropped as announced.
@@ -428,26 +429,6 @@ pub(crate) fn take_out(
     };
     runtime.leaving.fetch_add(1, Ordering::SeqCst);
     progress
-}
-
-/// [`take_out`] for a run of the list, which has room for a busy page; how many pages were moved. What the kernel refuses for long the
-/// sweep is to meet, which knows the mapping and passes over all of it (locked memory, say).
-pub(crate) fn take_listed(
-    runtime: &Runtime,
-    space: &mut Space<Cram>,
-    uffd: &Uffd,
-    pagemap: &Pagemap,
-    run: (usize, usize),
-) -> usize {
-    let progress = take_out(runtime, space, uffd, pagemap, run);
-    match progress.stopped {
-        None | Some(Errno::EAGAIN | Errno::ENOENT) => {}
-        Some(Errno::EBUSY) => {
-            let _ = space.outgoing.note_busy(run.0 + progress.done);
-        }
-        Some(_) => space.table.find_or_add(run.0).is_taken_by_sweep = true,
-    }
-    progress.done / PAGE
 }
 
 /// Whether a run that the policy has let go is still the program's memory, in its place and registered.

@@ -184,8 +184,6 @@ pub struct Chunk {
     pub refused: u32,
     /// Pages on mapped nodes.
     pub placed: u32,
-    /// The kernel has refused to move what was handed over of it: the sweep takes its pages out, and sees why.
-    pub(crate) is_taken_by_sweep: bool,
 }
 
 impl Chunk {
@@ -200,7 +198,6 @@ impl Chunk {
             kept: 0,
             refused: 0,
             placed: 0,
-            is_taken_by_sweep: false,
         }
     }
 
