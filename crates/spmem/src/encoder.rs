@@ -118,18 +118,21 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
     let mut spin = Spin::new();
     let mut shadow = Shadow::new();
     let nice = thread::nice();
+    // Whoever is on the other processors goes before one that gives way to most: the scheduler knows a better place.
+    let gives_way = nice > 0;
     loop {
-        shadow.avoid(exchange.home.get());
+        shadow.avoid(exchange.home.get().filter(|_| !gives_way));
         let lane = &exchange.lanes[next];
         let ticket = exchange.posted.ticket();
         // Acquire pairs with the Release in `Client::post`.
         if lane.state.load(Ordering::Acquire) == POSTED {
-            thread::set_nice(URGENT);
+            thread::set_nice(URGENT.min(nice));
             lane.encode(&codec, &mut workspace, &mut pages, memory);
-            thread::set_nice(nice);
             // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
             lane.done.signal();
+            // Not before: whoever else is ready has the processor from here on.
+            thread::set_nice(nice);
             next = (next + 1) % LANES;
             continue;
         }
@@ -296,6 +299,7 @@ pub(crate) mod tests {
     use super::*;
     use alloc::boxed::Box;
     use alloc::vec::Vec;
+    use spmem_sys::thread::Affinity;
 
     pub(crate) fn exchange() -> &'static Exchange {
         let item = || Item {
@@ -365,6 +369,24 @@ pub(crate) mod tests {
         is_over.store(true, Relaxed);
         exchange.wake();
         encoder.join().expect("the encoder");
+    }
+
+    #[test]
+    fn an_encoder_keeps_off_the_home_unless_it_gives_way_to_most() {
+        let check = |nice| {
+            thread::set_nice(nice);
+            let before = Affinity::of_caller();
+            let Some(home) = (0..1024).find(|&cpu| before.contains(cpu)).filter(|_| before.count() > 1) else {
+                return;
+            };
+            let exchange = exchange();
+            exchange.home.set(Some(home));
+            serve(exchange, Codec::new(5), &memory(), &AtomicBool::new(true));
+            assert_eq!(Affinity::of_caller().contains(home), thread::nice() > 0);
+        };
+        for nice in [0, 1] {
+            std::thread::spawn(move || check(nice)).join().expect("a thread");
+        }
     }
 
     #[test]
