@@ -128,11 +128,10 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
         if lane.state.load(Ordering::Acquire) == POSTED {
             thread::set_nice(URGENT.min(nice));
             lane.encode(&codec, &mut workspace, &mut pages, memory);
+            thread::set_nice(nice);
             // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
             lane.done.signal();
-            // Not before: whoever else is ready has the processor from here on.
-            thread::set_nice(nice);
             next = (next + 1) % LANES;
             continue;
         }
