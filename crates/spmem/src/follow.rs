@@ -14,7 +14,6 @@ use spmem_sys::thread::{Affinity, last_cpu};
 
 /// A processor, or none: one word, and zeroed memory is a valid value.
 #[repr(transparent)]
-#[derive(Default)]
 pub(crate) struct Home(AtomicU32);
 
 impl Home {
