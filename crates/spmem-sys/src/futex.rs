@@ -39,6 +39,13 @@ impl<T> Lock<T> {
         Held { lock: self }
     }
 
+    /// Takes the lock if it is free.
+    pub fn try_lock(&self) -> Option<Held<'_, T>> {
+        // Acquire pairs with the Release in `Held::drop`.
+        let result = self.word.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed);
+        result.is_ok().then(|| Held { lock: self })
+    }
+
     #[cold]
     fn lock_contended(&self) {
         for _ in 0..SPINS {

@@ -44,8 +44,9 @@ const POSTED: u32 = 1;
 const DONE: u32 = 2;
 /// Kinds of an answer.
 const UNREAD: u32 = 0;
-const ENCODED: u32 = 1;
 const NOT_REPRODUCED: u32 = 3;
+/// With lz4, or densely without a dictionary and with one.
+const ENCODED: [u32; 3] = [1, 4, 5];
 
 /// One answer of so many is spoiled.
 const SPOILED_SHARE: usize = 2;
@@ -220,12 +221,12 @@ impl Spoiler {
             }
             // What cannot be stored is said to be encoded, in so many bytes.
             3 => {
-                self.exchange.write(item + KIND, &ENCODED.to_ne_bytes())?;
+                self.exchange.write(item + KIND, &ENCODED[rng.below(3)].to_ne_bytes())?;
                 self.exchange.write(item + LEN, &(rng.below(2 * PAGE) as u32).to_ne_bytes())?;
             }
             // A page is said to be the same word throughout.
             4 => {
-                self.exchange.write(item + KIND, &ENCODED.to_ne_bytes())?;
+                self.exchange.write(item + KIND, &ENCODED[rng.below(3)].to_ne_bytes())?;
                 self.exchange.write(item + LEN, &0_u32.to_ne_bytes())?;
                 self.exchange.write(item + WORD, &(rng.below(256) as u64).to_ne_bytes())?;
             }

@@ -446,7 +446,7 @@ fn judge_report(case: &Case, path: &Path, budget_bytes: u64) -> Result<Completio
     if field(&text, "lost_pages") != Some(0) {
         return Err(format!("pages were lost\n{text}").into());
     }
-    if case.name == GOES_COLD && has_encoder() && field(&text, "dense_pages").unwrap_or(0) == 0 {
+    if case.name == GOES_COLD && has_encoder() && field(&text, "recompressed_pages").unwrap_or(0) == 0 {
         return Err(format!("no page was recompressed: the case proved nothing\n{text}").into());
     }
     let counted = field(&text, "processes");

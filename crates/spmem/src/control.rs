@@ -99,8 +99,10 @@ pub struct Counters {
     pub clean_pages: AtomicU64,
     /// Of those: pages filled with one value.
     pub same_filled_pages: AtomicU64,
-    /// Stored pages whose encoding gave way to a denser one.
+    /// Of those: encoded densely at once.
     pub dense_pages: AtomicU64,
+    /// Stored pages whose encoding gave way to a denser one.
+    pub recompressed_pages: AtomicU64,
     /// Pages that came back from node 1.
     pub promoted_pages: AtomicU64,
     /// Of those: brought along by fault-around, not asked for.

@@ -7,7 +7,7 @@
 //! What cannot be stored goes back to the program (R19); when node 1 is full, demotion stops (R18).
 
 use crate::control::NODE_1;
-use crate::encoder::{Answer, Client, LANE_PAGES, LANES};
+use crate::encoder::{Answer, Client, LANE_PAGES, LANES, Wanted};
 use crate::fault::lose_held;
 use crate::holding::{Span, State};
 use crate::place::Placer;
@@ -20,7 +20,7 @@ use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::placing::Targets;
-use spmem_core::reclaim::BATCH_PAGES;
+use spmem_core::reclaim::{self, BATCH_PAGES};
 use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
@@ -134,9 +134,9 @@ impl Demoter {
 
     fn post(&mut self, span: Span) {
         let mut addresses = [0; LANE_PAGES];
-        {
-            let space = self.runtime.space.lock();
-            let Some(space) = space.as_ref() else { return };
+        let wanted = {
+            let mut space = self.runtime.space.lock();
+            let Some(space) = space.as_mut() else { return };
             for (address, slot) in addresses.iter_mut().zip(span.first..span.first + span.len) {
                 let held = space.holding.get(slot);
                 // An older copy is tried first, here; and one on trial goes back.
@@ -144,11 +144,17 @@ impl Demoter {
                     *address = space.holding.address(slot);
                 }
             }
-        }
+            let is_dense = reclaim::is_dense_at_once(space.store.payload(), self.runtime.room_pages.load(Relaxed));
+            if is_dense && space.store.prepare_dense() {
+                Wanted::Dense(space.store.newest_dictionary())
+            } else {
+                Wanted::Lz4
+            }
+        };
         let at = self.out.iter().position(Option::is_none);
         if let (Some(client), Some(at)) = (&mut self.client, at) {
             self.out[at] = Some(span);
-            client.post(addresses.into_iter().take(span.len as usize), self.runtime.home.get());
+            client.post(addresses.into_iter().take(span.len as usize), self.runtime.home.get(), wanted);
         }
     }
 
@@ -166,8 +172,12 @@ impl Demoter {
             {
                 let mut space = self.runtime.space.lock();
                 let (Some(space), Some(client)) = (space.as_mut(), &mut self.client) else { return freed };
+                // The slot may have another dictionary by now.
+                let offered = lane.and_then(|lane| client.dictionary(lane));
+                let is_readable = offered.is_none_or(|(slot, name)| space.store.has_dictionary(slot, name));
                 for (index, unsettled) in indices.clone().zip(&mut unsettled) {
                     let answer = lane.map_or(Answer::Unread, |lane| client.answer(lane, index));
+                    let answer = if is_readable { answer } else { Answer::Unread };
                     let slot = span.first + index as u32;
                     let staged = match (lane, answer, Self::busy_page(space, slot)) {
                         (Some(lane), Answer::Encoded(label), Some(page)) => {
@@ -352,6 +362,7 @@ impl Demoter {
             counters.demoted_pages.fetch_add(1, Relaxed);
             counters.clean_pages.fetch_add(u64::from(is_clean), Relaxed);
             counters.same_filled_pages.fetch_add(u64::from(is_same_filled), Relaxed);
+            counters.dense_pages.fetch_add(u64::from(!is_clean && Cram::is_dense(handle)), Relaxed);
             space.table.set(owner, Entry::away(copy, entry.age()));
         } else {
             space.table.set(owner, Entry::present(copy, entry.age()));

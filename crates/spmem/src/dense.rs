@@ -6,22 +6,19 @@
 //! page at a time, after the store has read both and compared them. So nothing depends on what `spm` sends: an answer that
 //! is wrong, late, or about a page that has moved on changes nothing.
 //!
-//! `spm`'s side is [`serve`]. It makes the dictionaries, of the pages that it is sent, and leaves them in the lane.
+//! `spm`'s side is [`serve`]. The dictionaries are [`crate::workshop`]'s.
 
 use crate::control::NODE_1;
-use crate::encoder::{Exchange, put};
+use crate::encoder::{Exchange, get, put};
 use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
 use crate::table::{CHUNK, CHUNK_PAGES, Copy};
+use crate::workshop::{Handover, Workshop};
 use alloc::boxed::Box;
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
-use spmem_core::reclaim::{
-    self, DENSE_PAGES, Dictionaries, ENCODER_IDLE_NS, LOOK_ENTRIES, Payoff, Rounds, SAMPLE_PAGES, Stay, Turnover,
-    Way,
-};
+use spmem_core::reclaim::{self, DENSE_PAGES, ENCODER_IDLE_NS, LOOK_ENTRIES, Payoff, Rounds, Stay, Turnover};
 use spmem_node::compressed::{
-    Codec, Dense, DenseEncoder, Kept, Label, MAX_DICTIONARY_BYTES, MAX_PAYLOAD_BYTES, Original, Slot,
+    Codec, Dense, DenseEncoder, DictionaryName, Encoding, Kept, Label, MAX_PAYLOAD_BYTES, Original, Slot,
 };
 use spmem_node::{Handle, Page};
 use spmem_sys::futex::Event;
@@ -48,13 +45,7 @@ pub(crate) struct DenseLane {
     state: AtomicU32,
     count: AtomicU32,
     pub(crate) posted: Event<true>,
-    /// A bit for each dictionary that pages need.
-    slots_in_use: AtomicU32,
-    /// Number of the newest dictionary; its slot is the number modulo 2, or it is 0: there is none.
-    number: AtomicU32,
-    dictionary_len: AtomicU32,
     items: [Item; DENSE_PAGES],
-    dictionary: [AtomicU64; MAX_DICTIONARY_BYTES / 8],
     bytes: [[AtomicU64; PAGE / 8]; DENSE_PAGES],
 }
 
@@ -73,37 +64,14 @@ impl DenseLane {
             state: AtomicU32::new(0),
             count: AtomicU32::new(0),
             posted: Event::new(),
-            slots_in_use: AtomicU32::new(0),
-            number: AtomicU32::new(0),
-            dictionary_len: AtomicU32::new(0),
             items: core::array::from_fn(|_| item()),
-            dictionary: [const { AtomicU64::new(0) }; MAX_DICTIONARY_BYTES / 8],
             bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; DENSE_PAGES],
         }
     }
 }
 
-fn slot_of(number: u32) -> Slot {
-    Slot::ALL[number as usize % 2]
-}
-
-fn bit_of(slot: Slot) -> u32 {
-    if slot == Slot::A { 1 } else { 2 }
-}
-
-/// Copies `len` bytes out of shared words; what they are is checked where it matters.
-fn get(words: &[AtomicU64], bytes: &mut [u8; PAGE], len: usize) {
-    let (bytes, _) = bytes.as_chunks_mut::<8>();
-    for (bytes, word) in bytes.iter_mut().zip(words).take(len.div_ceil(8)) {
-        *bytes = word.load(Relaxed).to_ne_bytes();
-    }
-}
-
-/// Makes a dictionary for pages like these, if there is one.
-pub type Train = fn(&[Page]) -> Option<Box<[u8]>>;
-
 /// Encodes densely until `is_over`: a thread of `spm`, for one process.
-pub fn serve(exchange: &Exchange, codec: Codec, train: Train, is_over: &AtomicBool) {
+pub fn serve(exchange: &Exchange, workshop: &Workshop, codec: Codec, is_over: &AtomicBool) {
     thread::be_idle();
     let lane = &exchange.dense;
     // Most processes never have a page that is cold for so long.
@@ -112,8 +80,8 @@ pub fn serve(exchange: &Exchange, codec: Codec, train: Train, is_over: &AtomicBo
         let ticket = lane.posted.ticket();
         // Acquire pairs with the Release in `Densifier::post`.
         if lane.state.load(Ordering::Acquire) == POSTED {
-            maker.get_or_insert_with(|| Maker::new(codec, train)).work(lane, is_over);
-            // Release: whoever sees it done sees the encodings and the dictionary.
+            maker.get_or_insert_with(|| Maker::new(codec)).work(lane, workshop, is_over);
+            // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
         } else if is_over.load(Relaxed) {
             return;
@@ -126,28 +94,20 @@ pub fn serve(exchange: &Exchange, codec: Codec, train: Train, is_over: &AtomicBo
 /// What the thread of `spm` works with.
 struct Maker {
     codec: Codec,
-    train: Train,
     encoder: DenseEncoder,
-    dictionaries: Dictionaries,
-    samples: Vec<Page>,
-    number: u32,
+    /// The dictionary that the encoder has, and its slot.
+    dictionary: Option<(Slot, DictionaryName)>,
 }
 
 impl Maker {
-    fn new(codec: Codec, train: Train) -> Self {
-        Self {
-            codec,
-            train,
-            encoder: DenseEncoder::new(&codec),
-            dictionaries: Dictionaries::new(),
-            samples: Vec::new(),
-            number: 0,
-        }
+    fn new(codec: Codec) -> Self {
+        Self { codec, encoder: DenseEncoder::new(&codec), dictionary: None }
     }
 
-    fn work(&mut self, lane: &DenseLane, is_over: &AtomicBool) {
+    fn work(&mut self, lane: &DenseLane, workshop: &Workshop, is_over: &AtomicBool) {
+        let slot = self.slot(workshop);
         let count = (lane.count.load(Relaxed) as usize).min(DENSE_PAGES);
-        for (item, words) in lane.items.iter().zip(&lane.bytes).take(count) {
+        for (index, (item, words)) in lane.items.iter().zip(&lane.bytes).take(count).enumerate() {
             let kind = item.kind.swap(NONE, Relaxed);
             let mut bytes = [0; PAGE];
             let len = item.len.load(Relaxed) as usize;
@@ -155,12 +115,15 @@ impl Maker {
                 continue;
             }
             get(words, &mut bytes, len);
-            let label = Label { len, word: item.word.load(Relaxed) };
+            let label = Label { len, word: item.word.load(Relaxed), encoding: Encoding::Lz4 };
             let mut page = [0; PAGE];
             if !(Original { label, bytes: &bytes[..len] }).read(&self.codec, &mut page) {
                 continue;
             }
-            if let Some(dense) = self.encode(lane, &page) {
+            if index == 0 {
+                workshop.offer(&page);
+            }
+            if let Some(dense) = self.encoder.encode(&page, slot) {
                 put(words, dense.bytes);
                 item.len.store(dense.bytes.len() as u32, Relaxed);
                 item.kind.store(dense.slot.map_or(PLAIN, |slot| WITH[usize::from(slot == Slot::B)]), Relaxed);
@@ -168,44 +131,14 @@ impl Maker {
         }
     }
 
-    fn encode(&mut self, lane: &DenseLane, page: &Page) -> Option<Dense<'_>> {
-        // The one before the newest may still be in use where the next is to go.
-        let next = slot_of(self.number + 1);
-        let has_room = lane.slots_in_use.load(Relaxed) & bit_of(next) == 0;
-        let slot = (self.number > 0).then(|| slot_of(self.number));
-        match self.dictionaries.next(has_room) {
-            Way::Plain => self.encoder.encode(page, None),
-            way @ (Way::Sample | Way::Train) => {
-                self.samples.push(*page);
-                if way == Way::Train || self.samples.len() > SAMPLE_PAGES as usize {
-                    let is_made = self.make(lane, next);
-                    self.dictionaries.note_made(is_made);
-                }
-                self.encoder.encode(page, None)
-            }
-            Way::With => self.encoder.encode(page, slot),
-            Way::Both => {
-                let plain = self.encoder.encode(page, None).map_or(PAGE, |dense| dense.bytes.len());
-                let with = self.encoder.encode(page, slot).map_or(PAGE, |dense| dense.bytes.len());
-                self.dictionaries.note_trial(plain, with);
-                self.encoder.encode(page, if with < plain { slot } else { None })
-            }
+    /// Where the process has the dictionary that pays, if it has it and the encoder does.
+    fn slot(&mut self, workshop: &Workshop) -> Option<Slot> {
+        let name = workshop.recommended()?;
+        if self.dictionary.is_none_or(|(_, own)| own != name) {
+            let (slot, bytes) = workshop.dictionary(&self.codec, name)?;
+            self.dictionary = self.encoder.set_dictionary(slot, &bytes).then_some((slot, name));
         }
-    }
-
-    /// Makes a dictionary of the samples and leaves it in the lane, which is ours until it is done.
-    fn make(&mut self, lane: &DenseLane, slot: Slot) -> bool {
-        let samples = core::mem::take(&mut self.samples);
-        let dictionary = (self.train)(&samples).filter(|bytes| bytes.len() <= MAX_DICTIONARY_BYTES);
-        let Some(dictionary) = dictionary else { return false };
-        if !self.encoder.set_dictionary(slot, &dictionary) {
-            return false;
-        }
-        self.number += 1;
-        put(&lane.dictionary, &dictionary);
-        lane.dictionary_len.store(dictionary.len() as u32, Relaxed);
-        lane.number.store(self.number, Relaxed);
-        true
+        self.dictionary.map(|(slot, _)| slot)
     }
 }
 
@@ -219,8 +152,6 @@ pub(crate) struct Densifier {
     /// What is out: its address and handle, and the label it was sent with.
     out: [Option<(usize, Handle, Label)>; DENSE_PAGES],
     is_out: bool,
-    /// The newest dictionary that the store has.
-    number: u32,
     bytes: Box<Page>,
 }
 
@@ -233,13 +164,15 @@ impl Densifier {
             hand: (0, 0),
             out: [None; DENSE_PAGES],
             is_out: false,
-            number: 0,
             bytes: Box::new([0; PAGE]),
         }
     }
 
     /// Takes what is done and sends more, if it is time. `is_busy`: the process has pages to evict.
     pub(crate) fn run(&mut self, is_busy: bool) {
+        if let Some(exchange) = self.runtime.exchange() {
+            self.take_dictionary(&exchange.dictionaries);
+        }
         let now = clock::now_ns();
         if !self.rounds.may_look(now) {
             return;
@@ -266,7 +199,6 @@ impl Densifier {
     }
 
     fn take(&mut self, lane: &DenseLane) {
-        self.take_dictionary(lane);
         for (index, out) in self.out.iter_mut().enumerate() {
             let Some((page, handle, label)) = out.take() else { continue };
             let item = &lane.items[index];
@@ -282,18 +214,14 @@ impl Densifier {
         }
     }
 
-    fn take_dictionary(&mut self, lane: &DenseLane) {
-        let number = lane.number.load(Relaxed);
-        let len = lane.dictionary_len.load(Relaxed) as usize;
-        if number == self.number || len > MAX_DICTIONARY_BYTES {
-            return;
-        }
-        get(&lane.dictionary, &mut self.bytes, len);
-        let mut space = self.runtime.space.lock();
-        let Some(space) = space.as_mut().filter(|space| space.mode == Mode::Normal) else { return };
-        // If it is not taken, nothing that needs it reads back: it is not stored then.
-        let _ = space.store.set_dictionary(slot_of(number), &self.bytes[..len]);
-        self.number = number;
+    /// Takes the newest dictionary, if there is a slot for it.
+    fn take_dictionary(&mut self, handover: &Handover) {
+        let runtime = self.runtime;
+        handover.take(&mut self.bytes, |slot, bytes| {
+            let mut space = runtime.space.lock();
+            let space = space.as_mut().filter(|space| space.mode == Mode::Normal);
+            space.is_some_and(|space| space.store.set_dictionary(slot, bytes))
+        });
     }
 
     /// Lets the hand go on, until a batch is full or it has looked at enough. `lane`: where cold pages go, if one is free.
@@ -306,11 +234,14 @@ impl Densifier {
             now,
             Turnover {
                 stored: stats.object_pages,
-                dense: stats.dense_pages,
+                anew: stats.anew_pages,
                 returned: space.returned.0,
-                dense_returned: space.returned.1,
+                anew_returned: space.returned.1,
             },
         );
+        if let Some(exchange) = self.runtime.exchange() {
+            exchange.dictionaries.say_free(|slot| space.store.dictionary_pages(slot) == 0);
+        }
         let lane = lane.filter(|_| allowed > 0);
         let most = allowed.min(DENSE_PAGES as u64) as usize;
         let (mut looked, mut count) = (0, 0);
@@ -347,8 +278,6 @@ impl Densifier {
             }
         }
         if let Some(lane) = lane.filter(|_| count > 0) {
-            let in_use = Slot::ALL.into_iter().filter(|&slot| space.store.dictionary_pages(slot) > 0).map(bit_of);
-            lane.slots_in_use.store(in_use.sum(), Relaxed);
             lane.count.store(count as u32, Relaxed);
             // Release: whoever sees it posted sees the items.
             lane.state.store(POSTED, Ordering::Release);
@@ -366,9 +295,9 @@ impl Item {
     }
 }
 
-/// Whether such a copy is in the dense encoding.
-pub(crate) fn is_dense(copy: Copy) -> bool {
-    matches!(copy, Copy::Stored(raw) if Handle::from_raw(raw).is_some_and(Cram::is_dense))
+/// Whether such a copy was encoded anew.
+pub(crate) fn is_anew(copy: Copy) -> bool {
+    matches!(copy, Copy::Stored(raw) if Handle::from_raw(raw).is_some_and(Cram::is_anew))
 }
 
 /// The hand meets a page: whether it was moved within the store, and what to send of it, if it is cold.
@@ -415,7 +344,7 @@ fn replace(
     match result {
         Ok(new) => {
             space.table.set(page, entry.stored_as(new.raw()));
-            runtime.shared().counters.dense_pages.fetch_add(1, Relaxed);
+            runtime.shared().counters.recompressed_pages.fetch_add(1, Relaxed);
         }
         Err(Kept::NoGain) => {
             space.table.set(page, entry.with_stay(Stay::FOR_GOOD));

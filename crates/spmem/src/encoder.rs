@@ -13,9 +13,11 @@
 
 use crate::dense::DenseLane;
 use crate::follow::{Home, Shadow};
+use crate::workshop::{Handover, Workshop};
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 use spmem_core::reclaim::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
-use spmem_node::compressed::{Codec, Label, Verified};
+use spmem_node::compressed::{Codec, DenseStage, DictionaryName, Encoding, Fill, Label, Slot, Verified};
 use spmem_node::{Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::futex::Event;
@@ -45,9 +47,13 @@ pub enum Answer {
 }
 
 const UNREAD: u32 = 0;
-const ENCODED: u32 = 1;
+/// Encoded as an lz4 block.
+const LZ4: u32 = 1;
 const INCOMPRESSIBLE: u32 = 2;
 const NOT_REPRODUCED: u32 = 3;
+/// Encoded densely, without a dictionary or with that of the lane.
+const DENSE: u32 = 4;
+const DENSE_WITH: u32 = 5;
 
 /// What agent and encoder share. Atomics only: zeroed memory is a valid value, and any other as well.
 #[repr(C)]
@@ -58,6 +64,8 @@ pub struct Exchange {
     lanes: [Lane; LANES],
     /// See [`crate::dense`].
     pub(crate) dense: DenseLane,
+    /// See [`crate::workshop`].
+    pub(crate) dictionaries: Handover,
 }
 
 #[repr(C, align(64))]
@@ -67,6 +75,10 @@ struct Lane {
     done: Event<true>,
     pages: [Item; LANE_PAGES],
     bytes: [[AtomicU64; PAGE / 8]; LANE_PAGES],
+    /// Name of the dictionary that the agent has for the dense encoding, or 0, ...
+    dictionary: AtomicU64,
+    /// ... and whether the pages are wanted in that: 1.
+    wants_dense: AtomicU32,
 }
 
 #[repr(C)]
@@ -90,7 +102,14 @@ impl Item {
     fn answer(&self, answer: Answer) {
         let (kind, len, word) = match answer {
             Answer::Unread => (UNREAD, 0, 0),
-            Answer::Encoded(label) => (ENCODED, label.len, label.word),
+            Answer::Encoded(label) => {
+                let kind = match label.encoding {
+                    Encoding::Lz4 => LZ4,
+                    Encoding::Dense { slot: None, .. } => DENSE,
+                    Encoding::Dense { slot: Some(_), .. } => DENSE_WITH,
+                };
+                (kind, label.len, label.word)
+            }
             Answer::Unfit(Unfit::Incompressible { encoded, limit }) => (INCOMPRESSIBLE, encoded, limit as u64),
             Answer::Unfit(Unfit::NotReproduced) => (NOT_REPRODUCED, 0, 0),
         };
@@ -99,10 +118,14 @@ impl Item {
         self.word.store(word, Relaxed);
     }
 
-    fn answered(&self) -> Answer {
+    /// `slot`: where the agent has the lane's dictionary.
+    fn answered(&self, slot: Option<Slot>) -> Answer {
         let (len, word) = (self.len.load(Relaxed) as usize, self.word.load(Relaxed));
+        let encoded = |encoding| Answer::Encoded(Label { len, word, encoding });
         match self.kind.load(Relaxed) {
-            ENCODED => Answer::Encoded(Label { len, word }),
+            LZ4 => encoded(Encoding::Lz4),
+            DENSE => encoded(Encoding::Dense { slot: None, is_anew: false }),
+            DENSE_WITH if slot.is_some() => encoded(Encoding::Dense { slot, is_anew: false }),
             INCOMPRESSIBLE => Answer::Unfit(Unfit::Incompressible { encoded: len, limit: word as usize }),
             NOT_REPRODUCED => Answer::Unfit(Unfit::NotReproduced),
             _ => Answer::Unread,
@@ -111,9 +134,8 @@ impl Item {
 }
 
 /// Encodes for the process whose /proc/PID/mem `memory` is, until `is_over`; the encoder's thread.
-pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBool) {
-    let mut workspace = codec.workspace();
-    let mut pages = alloc::vec![0_u8; LANE_PAGES * PAGE];
+pub fn serve(exchange: &Exchange, workshop: &Workshop, codec: Codec, memory: &Fd, is_over: &AtomicBool) {
+    let mut desk = Desk::new(codec, workshop);
     let mut next = 0;
     let mut spin = Spin::new();
     let mut shadow = Shadow::new();
@@ -127,7 +149,7 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
         // Acquire pairs with the Release in `Client::post`.
         if lane.state.load(Ordering::Acquire) == POSTED {
             thread::set_nice(URGENT.min(nice));
-            lane.encode(&codec, &mut workspace, &mut pages, memory);
+            desk.encode(lane, memory);
             thread::set_nice(nice);
             // Release: whoever sees it done sees the encodings.
             lane.state.store(DONE, Ordering::Release);
@@ -154,25 +176,48 @@ pub fn serve(exchange: &Exchange, codec: Codec, memory: &Fd, is_over: &AtomicBoo
     }
 }
 
-impl Lane {
-    fn encode(&self, codec: &Codec, workspace: &mut <Codec as Stage>::Workspace, pages: &mut [u8], memory: &Fd) {
-        let count = (self.count.load(Relaxed) as usize).min(LANE_PAGES);
+/// What the encoder works with.
+struct Desk<'a> {
+    codec: Codec,
+    workshop: &'a Workshop,
+    workspace: <Codec as Stage>::Workspace,
+    /// Made when it is asked for: most processes have few pages that leave.
+    dense: Option<DenseStage>,
+    pages: Vec<u8>,
+}
+
+impl<'a> Desk<'a> {
+    fn new(codec: Codec, workshop: &'a Workshop) -> Self {
+        let pages = alloc::vec![0; LANE_PAGES * PAGE];
+        Self { codec, workshop, workspace: codec.workspace(), dense: None, pages }
+    }
+
+    /// Encodes the pages of a lane.
+    fn encode(&mut self, lane: &Lane, memory: &Fd) {
+        let count = (lane.count.load(Relaxed) as usize).min(LANE_PAGES);
         let mut addresses = [0; LANE_PAGES];
         let mut wanted = 0;
-        for item in &self.pages[..count] {
+        for item in &lane.pages[..count] {
             item.answer(Answer::Unread);
             if item.address.load(Relaxed) != 0 {
                 addresses[wanted] = item.address.load(Relaxed) as usize;
                 wanted += 1;
             }
         }
-        let read = process::read_pages(memory, &addresses[..wanted], pages);
-        let items = self.pages[..count].iter().zip(&self.bytes);
+        let read = process::read_pages(memory, &addresses[..wanted], &mut self.pages);
+        let wants_dense = lane.wants_dense.load(Relaxed) == 1;
+        let slot = if wants_dense { self.prepare(DictionaryName(lane.dictionary.load(Relaxed))) } else { None };
+        let mut dense = self.dense.as_mut().filter(|_| wants_dense);
+        let items = lane.pages[..count].iter().zip(&lane.bytes);
         let items = items.filter(|(item, _)| item.address.load(Relaxed) != 0);
-        let (pages, _) = pages.as_chunks::<PAGE>();
+        let (pages, _) = self.pages.as_chunks::<PAGE>();
         for ((item, bytes), page) in items.zip(&pages[..read]) {
             let page: &Page = page;
-            item.answer(match codec.stage(page, workspace) {
+            let is_filled = Fill::of(page).is_some();
+            let densely = dense.as_mut().filter(|_| !is_filled).and_then(|dense| dense.stage(page, slot));
+            // A page that cannot be had so may still be stored.
+            let staged = densely.map_or_else(|| self.codec.stage(page, &mut self.workspace), Ok);
+            item.answer(match staged {
                 Ok(verified) => {
                     let (label, encoding) = verified.to_parcel();
                     put(bytes, encoding);
@@ -181,6 +226,34 @@ impl Lane {
                 Err(unfit) => Answer::Unfit(unfit),
             });
         }
+        if let Some(page) = pages[..read].first().filter(|page| wants_dense && Fill::of(page).is_none()) {
+            self.workshop.offer(page);
+        }
+    }
+
+    /// Gets the dense stage ready, with that dictionary if it pays. The slot to encode for; the answer says only that there is
+    /// one, as the agent knows which.
+    fn prepare(&mut self, name: DictionaryName) -> Option<Slot> {
+        if self.dense.is_none() {
+            self.dense = DenseStage::new(&self.codec);
+        }
+        let dense = self.dense.as_mut()?;
+        if self.workshop.recommended() != Some(name) {
+            return None;
+        }
+        if dense.dictionary() != Some(name) {
+            let (_, bytes) = self.workshop.dictionary(&self.codec, name)?;
+            dense.set_dictionary(&bytes);
+        }
+        (dense.dictionary() == Some(name)).then_some(Slot::A)
+    }
+}
+
+/// Copies `len` bytes out of shared words; what they are is checked where it matters.
+pub(crate) fn get(words: &[AtomicU64], bytes: &mut Page, len: usize) {
+    let (bytes, _) = bytes.as_chunks_mut::<8>();
+    for (bytes, word) in bytes.iter_mut().zip(words).take(len.div_ceil(8)) {
+        *bytes = word.load(Relaxed).to_ne_bytes();
     }
 }
 
@@ -196,9 +269,26 @@ pub(crate) fn put(words: &[AtomicU64], bytes: &[u8]) {
     }
 }
 
+/// How pages are to be encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// With lz4.
+    Lz4,
+    /// Densely, with the dictionary of that name if it pays, which the store has in that slot.
+    Dense(Option<(Slot, DictionaryName)>),
+}
+
+impl Wanted {
+    pub(crate) fn dictionary(self) -> Option<(Slot, DictionaryName)> {
+        if let Self::Dense(dictionary) = self { dictionary } else { None }
+    }
+}
+
 /// The agent's side: one reclaimer's.
 pub(crate) struct Client {
     exchange: &'static Exchange,
+    /// How pages of each lane are wanted.
+    wanted: [Wanted; LANES],
     /// Lane to post next; the oldest one that is out is `next - out`.
     next: usize,
     out: usize,
@@ -207,7 +297,7 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(exchange: &'static Exchange) -> Self {
-        Self { exchange, next: 0, out: 0, bytes: alloc::boxed::Box::new([0; PAGE]) }
+        Self { exchange, wanted: [Wanted::Lz4; LANES], next: 0, out: 0, bytes: alloc::boxed::Box::new([0; PAGE]) }
     }
 
     /// Whether a lane is free.
@@ -216,7 +306,7 @@ impl Client {
     }
 
     /// Has these pages encoded, on any processor but `home`; 0 stands for one that is not to be.
-    pub(crate) fn post(&mut self, addresses: impl Iterator<Item = usize>, home: Option<usize>) {
+    pub(crate) fn post(&mut self, addresses: impl Iterator<Item = usize>, home: Option<usize>, wanted: Wanted) {
         self.exchange.home.set(home);
         let lane = &self.exchange.lanes[self.next];
         let mut count = 0;
@@ -225,6 +315,9 @@ impl Client {
             count += 1;
         }
         lane.count.store(count, Relaxed);
+        lane.wants_dense.store(u32::from(wanted != Wanted::Lz4), Relaxed);
+        lane.dictionary.store(wanted.dictionary().map_or(0, |(_, name)| name.0), Relaxed);
+        self.wanted[self.next] = wanted;
         // Release: the encoder that sees it posted sees the addresses.
         lane.state.store(POSTED, Ordering::Release);
         self.exchange.posted.signal();
@@ -264,15 +357,21 @@ impl Client {
 
     /// Whether the encoder could read none of the pages of a lane that is done.
     pub(crate) fn is_useless(&self, lane: usize) -> bool {
-        let lane = &self.exchange.lanes[lane];
-        let wanted = || lane.pages.iter().take(lane.count.load(Relaxed) as usize);
-        let mut asked = wanted().filter(|item| item.address.load(Relaxed) != 0).peekable();
-        asked.peek().is_some() && asked.all(|item| item.answered() == Answer::Unread)
+        let Lane { pages, count, .. } = &self.exchange.lanes[lane];
+        let wanted = 0..LANE_PAGES.min(count.load(Relaxed) as usize);
+        let mut asked = wanted.filter(|&index| pages[index].address.load(Relaxed) != 0).peekable();
+        asked.peek().is_some() && asked.all(|index| self.answer(lane, index) == Answer::Unread)
     }
 
     /// What became of page `index` of a lane that is done.
     pub(crate) fn answer(&self, lane: usize, index: usize) -> Answer {
-        self.exchange.lanes[lane].pages[index].answered()
+        let slot = self.dictionary(lane).map(|(slot, _)| slot);
+        self.exchange.lanes[lane].pages[index].answered(slot)
+    }
+
+    /// The dictionary that was offered with a lane.
+    pub(crate) fn dictionary(&self, lane: usize) -> Option<(Slot, DictionaryName)> {
+        self.wanted[lane].dictionary()
     }
 
     /// What a lane that is done says to be `page`, encoded.
@@ -284,141 +383,10 @@ impl Client {
         page: &Page,
     ) -> Option<Verified<'_>> {
         let words = &self.exchange.lanes[lane].bytes[index];
-        let (bytes, _) = self.bytes.as_chunks_mut::<8>();
-        for (bytes, word) in bytes.iter_mut().zip(words).take(label.len.div_ceil(8)) {
-            *bytes = word.load(Relaxed).to_ne_bytes();
-        }
+        get(words, &mut self.bytes, label.len);
         Verified::from_parcel(codec, label, &self.bytes[..], page)
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    extern crate std;
-    use super::*;
-    use alloc::boxed::Box;
-    use alloc::vec::Vec;
-    use spmem_sys::thread::Affinity;
-
-    pub(crate) fn exchange() -> &'static Exchange {
-        let item = || Item {
-            address: AtomicU64::new(0),
-            kind: AtomicU32::new(0),
-            len: AtomicU32::new(0),
-            word: AtomicU64::new(0),
-        };
-        let lane = || Lane {
-            state: AtomicU32::new(0),
-            count: AtomicU32::new(0),
-            done: Event::new(),
-            pages: core::array::from_fn(|_| item()),
-            bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; LANE_PAGES],
-        };
-        let lanes = core::array::from_fn(|_| lane());
-        Box::leak(Box::new(Exchange {
-            posted: Event::new(),
-            home: Home::nowhere(),
-            lanes,
-            dense: DenseLane::new(),
-        }))
-    }
-
-    fn memory() -> Fd {
-        Fd::open(c"/proc/self/mem", libc::O_RDONLY).expect("/proc")
-    }
-
-    /// Page 0 compresses, 1 is same-filled, 2 is noise.
-    fn pages() -> Vec<Page> {
-        let text = core::array::from_fn(|index| (index / 50) as u8);
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let noise = core::array::from_fn(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 56) as u8
-        });
-        alloc::vec![text, [7; PAGE], noise]
-    }
-
-    #[test]
-    fn every_page_comes_back_as_this_process_would_have_encoded_it() {
-        let (exchange, pages, codec) = (exchange(), pages(), Codec::new(5));
-        let is_over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-        let encoder = std::thread::spawn(move || serve(exchange, codec, &memory(), is_over));
-        let mut client = Client::new(exchange);
-        let mut workspace = codec.workspace();
-        for round in 0..50 {
-            let address = |page: &Page| page.as_ptr().expose_provenance();
-            let addresses = [address(&pages[0]), 0, address(&pages[1]), address(&pages[2]), 0];
-            // Wherever the handler is, and goes meanwhile.
-            let home = (round % 3_usize).checked_sub(1);
-            while client.has_room() {
-                client.post(addresses.into_iter(), home);
-            }
-            assert!(client.wait(), "round {round}");
-            let lane = client.oldest().expect("two are out");
-            for (index, page) in [(0, &pages[0]), (2, &pages[1])] {
-                let Answer::Encoded(label) = client.answer(lane, index) else { panic!("page {index}") };
-                let parcel = codec.stage(page, &mut workspace).expect("it compresses").to_parcel();
-                let taken = client.take(&codec, (lane, index), label, page).expect("of this codec");
-                assert_eq!(taken.to_parcel(), parcel);
-                // R19: right of another page is wrong.
-                assert!(client.take(&codec, (lane, index), label, &pages[2]).is_none(), "round {round}");
-            }
-            assert!(matches!(client.answer(lane, 3), Answer::Unfit(Unfit::Incompressible { .. })));
-            assert_eq!((client.answer(lane, 1), client.answer(lane, 4)), (Answer::Unread, Answer::Unread));
-            client.retire();
-        }
-        is_over.store(true, Relaxed);
-        exchange.wake();
-        encoder.join().expect("the encoder");
-    }
-
-    #[test]
-    fn an_encoder_keeps_off_the_home_unless_it_gives_way_to_most() {
-        let check = |nice| {
-            thread::set_nice(nice);
-            let before = Affinity::of_caller();
-            let Some(home) = (0..1024).find(|&cpu| before.contains(cpu)).filter(|_| before.count() > 1) else {
-                return;
-            };
-            let exchange = exchange();
-            exchange.home.set(Some(home));
-            serve(exchange, Codec::new(5), &memory(), &AtomicBool::new(true));
-            assert_eq!(Affinity::of_caller().contains(home), thread::nice() > 0);
-        };
-        for nice in [0, 1] {
-            std::thread::spawn(move || check(nice)).join().expect("a thread");
-        }
-    }
-
-    #[test]
-    fn pages_that_cannot_be_read_are_left_to_the_agent() {
-        let exchange = exchange();
-        let pages = pages();
-        let codec = Codec::new(5);
-        let mut client = Client::new(exchange);
-        client.post(
-            [pages[0].as_ptr().expose_provenance(), PAGE, pages[1].as_ptr().expose_provenance()].into_iter(),
-            None,
-        );
-        let lane = &exchange.lanes[0];
-        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
-        assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
-        assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
-        assert!(!client.is_useless(0));
-        client.post([0, PAGE].into_iter(), None);
-        let lane = &exchange.lanes[1];
-        lane.encode(&codec, &mut codec.workspace(), &mut alloc::vec![0; LANE_PAGES * PAGE], &memory());
-        assert!(client.is_useless(1));
-    }
-
-    #[test]
-    fn without_an_encoder_the_agent_goes_on() {
-        let mut client = Client::new(exchange());
-        client.post([PAGE].into_iter(), None);
-        assert!(!client.wait());
-        client.retire();
-        client.post([PAGE].into_iter(), None);
-        client.retire();
-        assert!(!client.has_room(), "lanes that are out stay out of use");
-    }
-}
+pub(crate) mod tests;

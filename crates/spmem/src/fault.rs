@@ -12,7 +12,7 @@
 //! Over 500 lines: where a page may come from, and what the kernel may answer, case by case.
 
 use crate::changes;
-use crate::dense::is_dense;
+use crate::dense::is_anew;
 use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
@@ -366,7 +366,7 @@ impl Server {
             }
             shared.counters.promoted_pages.fetch_add(1, Relaxed);
             space.returned.0 += 1;
-            space.returned.1 += u64::from(is_dense(copy));
+            space.returned.1 += u64::from(is_anew(copy));
             if space.mode == Mode::Normal && !self.runtime.keeps_copies.load(Relaxed) {
                 space.forget_copy(entry);
                 copy = Copy::None;

@@ -44,6 +44,7 @@ mod swap;
 mod sweep;
 pub mod table;
 mod tracking;
+pub mod workshop;
 
 use core::fmt::{self, Write};
 

@@ -1,5 +1,5 @@
 //! The encoders of one managed process: a thread of `spm` for pages that leave (`spmem::encoder`), another for those that
-//! stay away (`spmem::dense`).
+//! stay away (`spmem::dense`), and one that learns from both (`spmem::workshop`).
 
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use anyhow::Context;
 use spmem::dense;
 use spmem::encoder::{self, Exchange};
+use spmem::workshop::{self, Workshop};
 use spmem_node::compressed::{Codec, train};
 use spmem_sys::fd::Fd;
 
@@ -17,6 +18,7 @@ use super::shared::Shared;
 /// Works until this is dropped.
 pub struct Encoder {
     exchange: Arc<Shared<Exchange>>,
+    workshop: Arc<Workshop>,
     is_over: Arc<AtomicBool>,
 }
 
@@ -27,17 +29,37 @@ impl Encoder {
     /// No memory, no descriptor or no thread.
     pub fn start(memory: OwnedFd, seed: u64) -> anyhow::Result<Self> {
         spmem_sys::clock::find();
-        let exchange = Arc::new(Shared::create("spmem-exchange")?);
-        let is_over = Arc::new(AtomicBool::new(false));
-        let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
         let memory = Fd::from_raw(memory.into_raw_fd());
-        let work = move || encoder::serve(&its_exchange, Codec::new(seed), &memory, &its_end);
-        std::thread::Builder::new().name("spm-encoder".into()).spawn(work).context("no thread for an encoder")?;
-        let (its_exchange, its_end) = (Arc::clone(&exchange), Arc::clone(&is_over));
-        let work = move || dense::serve(&its_exchange, Codec::new(seed), train, &its_end);
-        // Without it what is stored stays as it is.
-        let _ = std::thread::Builder::new().name("spm-dense".into()).spawn(work);
-        Ok(Self { exchange, is_over })
+        let encoder = Self {
+            exchange: Arc::new(Shared::create("spmem-exchange")?),
+            workshop: Arc::new(Workshop::new()),
+            is_over: Arc::new(AtomicBool::new(false)),
+        };
+        let codec = Codec::new(seed);
+        encoder
+            .spawn("spm-encoder", move |exchange, workshop, is_over| {
+                encoder::serve(exchange, workshop, codec, &memory, is_over);
+            })
+            .context("no thread for an encoder")?;
+        // Without these what is stored stays as it is, and there is no dictionary.
+        let _ = encoder.spawn("spm-dense", move |exchange, workshop, is_over| {
+            dense::serve(exchange, workshop, codec, is_over);
+        });
+        let _ = encoder.spawn("spm-learner", move |exchange, workshop, is_over| {
+            workshop::learn(exchange, workshop, codec, train, is_over);
+        });
+        Ok(encoder)
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        work: impl FnOnce(&Exchange, &Workshop, &AtomicBool) + Send + 'static,
+    ) -> std::io::Result<()> {
+        let (exchange, workshop) = (Arc::clone(&self.exchange), Arc::clone(&self.workshop));
+        let is_over = Arc::clone(&self.is_over);
+        let work = move || work(&exchange, &workshop, &is_over);
+        std::thread::Builder::new().name(name.into()).spawn(work).map(drop)
     }
 
     /// What the process maps to talk to it.
@@ -50,5 +72,6 @@ impl Drop for Encoder {
     fn drop(&mut self) {
         self.is_over.store(true, Relaxed);
         self.exchange.wake();
+        self.workshop.wake();
     }
 }

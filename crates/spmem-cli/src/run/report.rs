@@ -154,6 +154,7 @@ pub struct Summary {
     rescued_pages: u64,
     same_filled_pages: u64,
     dense_pages: u64,
+    recompressed_pages: u64,
     /// What was stored of them was damaged: whoever used them got SIGBUS, and each was told of.
     lost_pages: u64,
     /// What became of the porter; only of runs that have one.
@@ -255,6 +256,7 @@ impl Summary {
             rescued_pages: read(&counters.rescued_pages),
             same_filled_pages: read(&counters.same_filled_pages),
             dense_pages: read(&counters.dense_pages),
+            recompressed_pages: read(&counters.recompressed_pages),
             lost_pages: read(&counters.corrupt_pages),
             porter: match control.porter.load(Relaxed) {
                 porter::WORKS => Some("works"),
@@ -297,8 +299,13 @@ impl Summary {
         writeln!(to, "  processes  {} managed, {} unmanaged", self.processes, self.unmanaged_processes)?;
         writeln!(
             to,
-            "  pages      {} demoted ({} same-filled), {} promoted, {} rescued from the holding area, {} recompressed",
-            self.demoted_pages, self.same_filled_pages, self.promoted_pages, self.rescued_pages, self.dense_pages
+            "  pages      {} demoted ({} same-filled, {} as zstd), {} promoted, {} rescued from the holding area, {} recompressed",
+            self.demoted_pages,
+            self.same_filled_pages,
+            self.dense_pages,
+            self.promoted_pages,
+            self.rescued_pages,
+            self.recompressed_pages
         )?;
         if self.lost_pages > 0 {
             writeln!(to, "  lost       {} pages: what was stored of them was damaged", self.lost_pages)?;

@@ -36,6 +36,7 @@ fn the_json_has_exactly_the_documented_fields() {
         "rescued_pages",
         "same_filled_pages",
         "dense_pages",
+        "recompressed_pages",
         "lost_pages",
         "refused_pages",
         "fault_us",

@@ -121,11 +121,11 @@ pub struct Turnover {
     /// Pages that are stored.
     pub stored: u64,
     /// Of these, encoded anew.
-    pub dense: u64,
+    pub anew: u64,
     /// Pages that came back, since the beginning.
     pub returned: u64,
     /// Of these, encoded anew.
-    pub dense_returned: u64,
+    pub anew_returned: u64,
 }
 
 /// Whether encoding pages anew pays: by how soon those come back that were.
@@ -145,27 +145,46 @@ impl Payoff {
         let watched_ns = now_ns.saturating_sub(self.since_ns);
         if watched_ns >= WATCH_NS {
             let returned = u128::from(now.returned.saturating_sub(self.before.returned));
-            let dense_returned = u128::from(now.dense_returned.saturating_sub(self.before.dense_returned));
+            let anew_returned = u128::from(now.anew_returned.saturating_sub(self.before.anew_returned));
             // What came back was there as well, if only between two looks.
-            let dense = u128::from(self.before.dense.midpoint(now.dense)).max(dense_returned);
+            let anew = u128::from(self.before.anew.midpoint(now.anew)).max(anew_returned);
             let stored = u128::from(self.before.stored.midpoint(now.stored)).max(1);
-            let stays_long = dense * u128::from(watched_ns) >= dense_returned * PAYS_NS;
-            let stays_longer = dense * returned >= PAYS_TIMES * dense_returned * stored;
+            let stays_long = anew * u128::from(watched_ns) >= anew_returned * PAYS_NS;
+            let stays_longer = anew * returned >= PAYS_TIMES * anew_returned * stored;
             self.is_held = !stays_long && !stays_longer;
             (self.since_ns, self.before) = (now_ns, now);
         }
-        if self.is_held { PROBE_PAGES.saturating_sub(now.dense) } else { u64::MAX }
+        if self.is_held { PROBE_PAGES.saturating_sub(now.anew) } else { u64::MAX }
     }
 }
 
+/// What a store has to hold before pages come densely the first time: the decoder takes 35 KiB, and 31 for a dictionary.
+const DENSE_FROM: Bytes = Bytes(256 << 10);
+
+/// Whether a page that leaves is encoded densely at once. That makes it a quarter smaller and takes about twice as long, there and back, so more
+/// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them.
+///
+/// ```
+/// use spmem_core::{reclaim::is_dense_at_once, units::Bytes};
+/// assert!(is_dense_at_once(Bytes::mib(1), 1));
+/// assert!(!is_dense_at_once(Bytes::mib(1), 0), "the program waits for room");
+/// assert!(!is_dense_at_once(Bytes(255 << 10), 1), "it could not save what the decoder takes");
+/// ```
+pub const fn is_dense_at_once(stored: Bytes, room_pages: i64) -> bool {
+    stored.0 >= DENSE_FROM.0 && room_pages > 0
+}
+
+/// Pages laid aside, of those that leave, before it is looked what can be learnt of them.
+pub const LEARN_PAGES: usize = TRIALS as usize;
 /// Pages that a dictionary is made from.
 pub const SAMPLE_PAGES: u32 = 128;
 /// Pages encoded both ways before it is judged.
 const TRIALS: u32 = 32;
 /// Once it has paid, one page of so many is encoded both ways.
 const TRIAL_EVERY: u32 = 16;
-/// It pays if it makes pages smaller by this part: one in so many.
-const WORTH_PART: u64 = 32;
+/// With one, a page is encoded and decoded in four fifths of the time, as its tables are there already. So it pays unless it makes
+/// pages larger by more than this part: one in so many.
+const WORSE_PART: u64 = 64;
 /// Pages without one after one that does not pay, at first; each failure doubles it.
 const REST_PAGES: u32 = 1024;
 const REST_PAGES_MAX: u32 = 1 << 20;
@@ -248,6 +267,16 @@ impl Dictionaries {
         }
     }
 
+    /// Whether the dictionary that there is pays.
+    pub fn pays(&self) -> bool {
+        self.phase == Phase::Use && self.is_proven
+    }
+
+    /// Whether pages tell something: it does not pay, or is not known to, and has not been given up.
+    pub fn is_learning(&self) -> bool {
+        self.phase == Phase::Gather || self.phase == Phase::Use && !self.is_proven
+    }
+
     /// Whether a dictionary could be made of the samples.
     pub fn note_made(&mut self, is_made: bool) {
         if is_made {
@@ -266,7 +295,7 @@ impl Dictionaries {
         if self.trials < TRIALS {
             return;
         }
-        let pays = self.with_bytes + self.plain_bytes / WORTH_PART <= self.plain_bytes;
+        let pays = self.with_bytes <= self.plain_bytes + self.plain_bytes / WORSE_PART;
         (self.trials, self.plain_bytes, self.with_bytes) = (0, 0, 0);
         if !pays {
             if self.is_proven {
@@ -326,13 +355,13 @@ mod tests {
     fn one_that_stops_paying_is_made_anew_and_one_that_never_paid_rests_longer_each_time() {
         let mut dictionaries = Dictionaries::new();
         drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 900));
-        let ways = drive(&mut dictionaries, TRIALS * TRIAL_EVERY + SAMPLE_PAGES, (1000, 990));
+        let ways = drive(&mut dictionaries, TRIALS * TRIAL_EVERY + SAMPLE_PAGES, (1000, 1020));
         assert!(ways[Way::Sample as usize] > 0, "samples are gathered again: {ways:?}");
 
         let mut dictionaries = Dictionaries::new();
         let mut rests = [0; 3];
         for rest in &mut rests {
-            drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 1000));
+            drive(&mut dictionaries, SAMPLE_PAGES + TRIALS, (1000, 1020));
             while dictionaries.phase == Phase::Rest {
                 assert_eq!(dictionaries.next(true), Way::Plain);
                 *rest += 1;
@@ -361,8 +390,8 @@ mod tests {
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 if (random >> 33) % stay_ticks == 0 {
                     turnover.returned += 1;
-                    turnover.dense_returned += u64::from(*is_dense);
-                    turnover.dense -= u64::from(*is_dense);
+                    turnover.anew_returned += u64::from(*is_dense);
+                    turnover.anew -= u64::from(*is_dense);
                     (*evicted, *is_dense) = (tick, false);
                 }
             }
@@ -370,11 +399,11 @@ mod tests {
             let cold = stored.iter_mut().filter(|page| !page.1 && tick - page.0 >= COLD_TICKS);
             for page in cold.take(usize::try_from(allowed).expect("few")) {
                 page.1 = true;
-                turnover.dense += 1;
+                turnover.anew += 1;
                 made += u64::from(tick >= ticks / 2);
             }
         }
-        (made, turnover.dense)
+        (made, turnover.anew)
     }
 
     #[test]
@@ -399,12 +428,12 @@ mod tests {
     #[test]
     fn pages_that_come_to_rest_are_encoded_anew_soon() {
         let mut payoff = Payoff::default();
-        let mut now = Turnover { stored: 20_000, dense: 2000, returned: 0, dense_returned: 0 };
+        let mut now = Turnover { stored: 20_000, anew: 2000, returned: 0, anew_returned: 0 };
         assert_eq!(payoff.allowed(0, now), u64::MAX);
-        (now.returned, now.dense_returned) = (15_000, 1500);
+        (now.returned, now.anew_returned) = (15_000, 1500);
         assert_eq!(payoff.allowed(WATCH_NS - 1, now), u64::MAX, "not judged yet");
-        assert_eq!(payoff.allowed(WATCH_NS, Turnover { dense: 200, ..now }), PROBE_PAGES - 200);
-        assert_eq!(payoff.allowed(WATCH_NS + 1, Turnover { dense: 300, ..now }), 0);
+        assert_eq!(payoff.allowed(WATCH_NS, Turnover { anew: 200, ..now }), PROBE_PAGES - 200);
+        assert_eq!(payoff.allowed(WATCH_NS + 1, Turnover { anew: 300, ..now }), 0);
         assert_eq!(payoff.allowed(2 * WATCH_NS, now), u64::MAX, "none came back");
     }
 

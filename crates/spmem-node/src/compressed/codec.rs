@@ -17,6 +17,7 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::class::MAX_SLOT;
+use super::dense::{self, Encoding};
 use super::handle::Fill;
 use crate::backend::{Damage, PAGE_BYTES, Page, Stage, Unfit};
 
@@ -95,7 +96,7 @@ impl Verified<'_> {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Storable<'a> {
     Fill(Fill),
-    Object { bytes: &'a [u8], checksum: u64 },
+    Object { bytes: &'a [u8], checksum: u64, encoding: Encoding },
 }
 
 impl Codec {
@@ -155,6 +156,14 @@ impl Codec {
         page.is_same_filled() || page.seed == self.seed
     }
 
+    /// What is in front of an object that is so encoded.
+    pub(super) fn checksum_of(&self, encoding: Encoding, page: &Page, bytes: &[u8]) -> u64 {
+        match encoding {
+            Encoding::Lz4 => self.checksum(page, bytes),
+            Encoding::Dense { .. } => dense::checksum(self, page, bytes),
+        }
+    }
+
     pub(super) fn checksum(&self, page: &Page, bytes: &[u8]) -> u64 {
         xxh3_64_with_seed(bytes, xxh3_64_with_seed(page, self.seed)) & CHECKSUM_MASK
     }
@@ -195,7 +204,7 @@ impl<'a> Encoded<'a> {
             Self::SameFilled(fill) => (Storable::Fill(fill), 0, fill.is(page)),
             Self::Compressed { bytes, checksum, seed } => {
                 let is_whole = matches!(decompress_into(bytes, readback), Ok(PAGE_BYTES));
-                (Storable::Object { bytes, checksum }, seed, is_whole && readback == page)
+                (Storable::Object { bytes, checksum, encoding: Encoding::Lz4 }, seed, is_whole && readback == page)
             }
         };
         if is_same { Ok(Verified { storable, seed }) } else { Err(Unfit::NotReproduced) }
@@ -209,14 +218,18 @@ pub struct Label {
     pub len: usize,
     /// The checksum, or the value that fills the page.
     pub word: u64,
+    /// How the bytes are to be read.
+    pub encoding: Encoding,
 }
 
 impl<'a> Verified<'a> {
     /// What to send: label and bytes.
     pub fn to_parcel(&self) -> (Label, &'a [u8]) {
         match self.storable {
-            Storable::Fill(fill) => (Label { len: 0, word: fill.value() }, &[]),
-            Storable::Object { bytes, checksum } => (Label { len: bytes.len(), word: checksum }, bytes),
+            Storable::Fill(fill) => (Label { len: 0, word: fill.value(), encoding: Encoding::Lz4 }, &[]),
+            Storable::Object { bytes, checksum, encoding } => {
+                (Label { len: bytes.len(), word: checksum, encoding }, bytes)
+            }
         }
     }
 
@@ -227,9 +240,11 @@ impl<'a> Verified<'a> {
             0 => Storable::Fill(Fill::from_value(label.word).filter(|fill| fill.is(page))?),
             len if len <= MAX_PAYLOAD_BYTES => {
                 let bytes = bytes.get(..len)?;
+                let checksum = codec.checksum_of(label.encoding, page, bytes);
                 Storable::Object {
                     bytes,
-                    checksum: Some(label.word).filter(|&word| word == codec.checksum(page, bytes))?,
+                    checksum: Some(label.word).filter(|&word| word == checksum)?,
+                    encoding: label.encoding,
                 }
             }
             _ => return None,

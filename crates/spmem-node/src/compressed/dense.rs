@@ -18,7 +18,7 @@ use core::cell::Cell;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 use zstd_safe::{CCtx, CParameter, DCtx, DDict, DParameter, FrameFormat};
 
-use super::codec::{CHECKSUM_BITS, CHECKSUM_MASK, Codec};
+use super::codec::{CHECKSUM_BITS, CHECKSUM_MASK, Codec, MAX_PAYLOAD_BYTES, Storable, Verified};
 use crate::backend::{Damage, PAGE_BYTES, Page};
 
 /// The check at the end of an encoding that has not been stored.
@@ -56,9 +56,28 @@ impl Slot {
 
 /// How an object's payload is to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Encoding {
+pub enum Encoding {
+    /// An lz4 block.
     Lz4,
-    Dense(Option<Slot>),
+    /// A zstd frame.
+    Dense {
+        /// The dictionary that it needs.
+        slot: Option<Slot>,
+        /// Whether the page was stored as lz4 before.
+        is_anew: bool,
+    },
+}
+
+/// What tells a dictionary from others: xxh3 of its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DictionaryName(pub u64);
+
+impl DictionaryName {
+    /// Of these bytes, for stores with that codec.
+    #[must_use]
+    pub fn of(codec: &Codec, bytes: &[u8]) -> Self {
+        Self(xxh3_64_with_seed(bytes, codec.seed()))
+    }
 }
 
 /// A page in the dense encoding, not compared with anything yet.
@@ -122,15 +141,75 @@ impl DenseEncoder {
 
     /// Encodes `page`; `None` if it needs a dictionary that is not there, or comes to more than a page.
     pub fn encode(&mut self, page: &Page, slot: Option<Slot>) -> Option<Dense<'_>> {
+        let len = self.frame(page, slot)?.len();
+        let check = check_of(&self.out[..len], self.seed);
+        self.out[len..len + CHECK_BYTES].copy_from_slice(&check);
+        (len + CHECK_BYTES <= PAGE_BYTES).then_some(Dense { bytes: &self.out[..len + CHECK_BYTES], slot })
+    }
+
+    /// The frame alone, behind which there is room for a check.
+    fn frame(&mut self, page: &Page, slot: Option<Slot>) -> Option<&[u8]> {
         let context = match slot {
             None => &mut self.plain,
             Some(slot) => self.with[slot.index()].as_mut()?,
         };
         let room = self.out.len() - CHECK_BYTES;
         let len = context.compress2(&mut self.out[..room], page).ok()?;
-        let check = check_of(&self.out[..len], self.seed);
-        self.out[len..len + CHECK_BYTES].copy_from_slice(&check);
-        (len + CHECK_BYTES <= PAGE_BYTES).then_some(Dense { bytes: &self.out[..len + CHECK_BYTES], slot })
+        self.out.get(..len)
+    }
+}
+
+/// Encodes pages densely the first time that they are stored. About 0.8 MiB of heap, and as much for a dictionary.
+pub struct DenseStage {
+    codec: Codec,
+    encoder: DenseEncoder,
+    decoder: DenseDecoder,
+    readback: Box<Page>,
+    dictionary: Option<DictionaryName>,
+}
+
+/// Where a stage has its one dictionary; which slot the store has it in is the store's affair.
+const STAGE_SLOT: Slot = Slot::A;
+
+impl DenseStage {
+    /// For the stores with that codec; `None` without memory for it.
+    #[must_use]
+    pub fn new(codec: &Codec) -> Option<Self> {
+        let mut decoder = DenseDecoder::new();
+        decoder.prepare().then(|| Self {
+            codec: *codec,
+            encoder: DenseEncoder::new(codec),
+            decoder,
+            readback: Box::new([0; PAGE_BYTES]),
+            dictionary: None,
+        })
+    }
+
+    /// The dictionary that it has.
+    #[must_use]
+    pub const fn dictionary(&self) -> Option<DictionaryName> {
+        self.dictionary
+    }
+
+    /// Takes this dictionary in the place of the one that it has; if zstd does not, it has none.
+    pub fn set_dictionary(&mut self, bytes: &[u8]) {
+        let is_taken = self.encoder.set_dictionary(STAGE_SLOT, bytes)
+            && self.decoder.set_dictionary(STAGE_SLOT, DictionaryName::of(&self.codec, bytes), bytes);
+        self.dictionary = is_taken.then(|| DictionaryName::of(&self.codec, bytes));
+    }
+
+    /// Encodes `page`, reads it back and compares every byte (R19); `None` if it cannot be stored so. It is one for a store
+    /// that has the stage's dictionary in `slot`; without one it takes none.
+    pub fn stage(&mut self, page: &Page, slot: Option<Slot>) -> Option<Verified<'_>> {
+        let own_slot = slot.map(|_| STAGE_SLOT);
+        let frame = self.encoder.frame(page, own_slot)?;
+        let is_same =
+            self.decoder.decompress(frame, own_slot, &mut self.readback).is_ok() && *self.readback == *page;
+        (is_same && frame.len() <= MAX_PAYLOAD_BYTES).then(|| {
+            let checksum = checksum(&self.codec, page, frame);
+            let encoding = Encoding::Dense { slot, is_anew: false };
+            Verified { storable: Storable::Object { bytes: frame, checksum, encoding }, seed: self.codec.seed() }
+        })
     }
 }
 
@@ -160,18 +239,20 @@ fn check_of(frame: &[u8], seed: u64) -> [u8; CHECK_BYTES] {
 pub(super) struct DenseDecoder {
     /// Taken while it works.
     context: Cell<Option<DCtx<'static>>>,
-    dictionaries: [Option<DDict<'static>>; 2],
+    dictionaries: [Option<(DictionaryName, DDict<'static>)>; 2],
+    /// Which of them came last.
+    newest: Option<Slot>,
     bytes: usize,
 }
 
 impl DenseDecoder {
     pub(super) const fn new() -> Self {
-        Self { context: Cell::new(None), dictionaries: [None, None], bytes: 0 }
+        Self { context: Cell::new(None), dictionaries: [None, None], newest: None, bytes: 0 }
     }
 
     /// Heap that it takes.
     pub(super) fn metadata_bytes(&self) -> usize {
-        self.bytes + self.dictionaries.iter().flatten().map(DDict::sizeof).sum::<usize>()
+        self.bytes + self.dictionaries.iter().flatten().map(|(_, dictionary)| dictionary.sizeof()).sum::<usize>()
     }
 
     /// Gets ready; whether there is memory for it.
@@ -204,11 +285,31 @@ impl DenseDecoder {
     }
 
     /// From now on `slot` means this dictionary: no object may need another. Whether zstd and memory allow it.
-    pub(super) fn set_dictionary(&mut self, slot: Slot, bytes: &[u8]) -> bool {
-        let digest = DDict::try_create(bytes);
-        let is_made = digest.is_some();
-        self.dictionaries[slot.index()] = digest;
+    pub(super) fn set_dictionary(&mut self, slot: Slot, name: DictionaryName, bytes: &[u8]) -> bool {
+        let dictionary = &mut self.dictionaries[slot.index()];
+        *dictionary = DDict::try_create(bytes).map(|digest| (name, digest));
+        let is_made = dictionary.is_some();
+        self.newest = if is_made { Some(slot) } else { self.newest.filter(|&newest| newest != slot) };
         is_made
+    }
+
+    /// The dictionary that came last, and its slot.
+    pub(super) fn newest(&self) -> Option<(Slot, DictionaryName)> {
+        self.newest.and_then(|slot| Some((slot, self.name_of(slot)?)))
+    }
+
+    pub(super) fn name_of(&self, slot: Slot) -> Option<DictionaryName> {
+        self.dictionaries[slot.index()].as_ref().map(|(name, _)| *name)
+    }
+
+    /// Whether it is ready for such an encoding.
+    pub(super) fn reads(&self, encoding: Encoding) -> bool {
+        match encoding {
+            Encoding::Lz4 => true,
+            Encoding::Dense { slot, .. } => {
+                self.bytes > 0 && slot.is_none_or(|slot| self.dictionaries[slot.index()].is_some())
+            }
+        }
     }
 
     /// Writes the page of a stored frame, if they are what `checksum` was made from; it is anything after an error.
@@ -236,7 +337,7 @@ impl DenseDecoder {
             None => context.decompress(&mut page[..], frame).ok(),
             Some(slot) => self.dictionaries[slot.index()]
                 .as_ref()
-                .and_then(|dictionary| context.decompress_using_ddict(&mut page[..], frame, dictionary).ok()),
+                .and_then(|(_, dictionary)| context.decompress_using_ddict(&mut page[..], frame, dictionary).ok()),
         };
         self.context.set(Some(context));
         if decoded == Some(PAGE_BYTES) { Ok(()) } else { Err(Damage::Undecodable { decoded }) }

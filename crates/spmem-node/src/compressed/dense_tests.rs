@@ -1,10 +1,10 @@
-//! Claims about recompression: whatever goes wrong, a page is what it was or its loss is said.
+//! Claims about the dense encoding and recompression: whatever goes wrong, a page is what it was or its loss is said.
 
 use std::boxed::Box;
 use std::vec::Vec;
 
-use super::codec::Header;
-use super::dense::{Dense, DenseEncoder, Slot, checksum, train};
+use super::codec::{Header, Verified};
+use super::dense::{Dense, DenseEncoder, DenseStage, DictionaryName, Encoding, Slot, checksum, train};
 use super::densify::Kept;
 use super::store::Store;
 use super::{Codec, FrameBytes, HEADER_BYTES};
@@ -14,6 +14,7 @@ use crate::testing::FirstFit;
 
 type TestStore = Store<FirstFit, Vec<u8>>;
 const SEED: u64 = 0x5eed;
+const NAME: DictionaryName = DictionaryName(1);
 
 fn new_store(frames: usize) -> TestStore {
     Store::new(FirstFit::new(frames), alloc::vec![0; frames * PAGE_BYTES], SEED)
@@ -162,7 +163,7 @@ fn a_damaged_dictionary_gives_no_wrong_byte() {
     for at in (0..good.len()).step_by(7) {
         let mut bad = good.clone();
         bad[at] ^= 0x10;
-        store.dense.set_dictionary(Slot::A, &bad);
+        store.dense.set_dictionary(Slot::A, NAME, &bad);
         for (handle, page) in handles.iter().zip(&pages) {
             let mut out = [0x5a; PAGE_BYTES];
             match store.load(*handle, &mut out) {
@@ -175,7 +176,7 @@ fn a_damaged_dictionary_gives_no_wrong_byte() {
         }
     }
     assert!(lost > 0, "pages need the dictionary");
-    assert!(store.dense.set_dictionary(Slot::A, &good));
+    assert!(store.dense.set_dictionary(Slot::A, NAME, &good));
     for (handle, page) in handles.iter().zip(&pages) {
         assert_holds(&store, *handle, page);
     }
@@ -290,4 +291,62 @@ fn an_encoder_of_another_seed_is_refused() {
     let mut foreign = DenseEncoder::new(&Codec::new(SEED + 1));
     assert_eq!(densify(&mut store, handles[0], &mut foreign, None).unwrap_err(), Kept::NotReproduced);
     assert_holds(&store, handles[0], &page);
+}
+
+#[test]
+fn every_byte_of_a_page_that_comes_densely_survives_with_and_without_a_dictionary() {
+    let mut store = new_store(600);
+    let mut stage = DenseStage::new(&store.codec()).expect("memory");
+    stage.set_dictionary(&dictionary());
+    let name = DictionaryName::of(&store.codec(), &dictionary());
+    assert_eq!(stage.dictionary(), Some(name));
+    assert!(store.set_dictionary(Slot::B, &dictionary()) && store.has_dictionary(Slot::B, name));
+    assert_eq!(store.newest_dictionary(), Some((Slot::B, name)));
+    let pages: Vec<Page> =
+        (0..300).map(|i| if i % 3 == 0 { page_with_noise(i, 40) } else { record_page(i) }).collect();
+    let mut handles = Vec::new();
+    for (index, page) in pages.iter().enumerate() {
+        let slot = if index % 2 == 0 { Some(Slot::B) } else { None };
+        let staged = stage.stage(page, slot).expect("it compresses");
+        // As it comes from another process.
+        let (label, bytes) = staged.to_parcel();
+        assert_eq!(label.encoding, Encoding::Dense { slot, is_anew: false });
+        let parcel = Verified::from_parcel(&store.codec(), label, bytes, page).expect("of that page");
+        assert!(Verified::from_parcel(&store.codec(), label, bytes, &record_page(9999)).is_none());
+        handles.push(store.insert(&parcel).expect("there is room"));
+    }
+    let stats = store.stats();
+    assert_eq!((stats.dense_pages, stats.anew_pages, store.dictionary_pages(Slot::B)), (300, 0, 150));
+    assert!(!store.set_dictionary(Slot::B, &dictionary()), "pages need it");
+    for (handle, page) in handles.iter().zip(&pages) {
+        assert_holds(&store, *handle, page);
+        assert!(TestStore::is_dense(*handle) && !TestStore::is_anew(*handle) && store.original(*handle).is_none());
+        store.remove(*handle).unwrap();
+    }
+    assert_eq!((store.stats().dense_pages, store.dictionary_pages(Slot::B)), (0, 0));
+}
+
+#[test]
+fn a_store_takes_nothing_that_it_could_not_read() {
+    let page = record_page(1);
+    let mut store = new_store(16);
+    let mut stage = DenseStage::new(&store.codec()).expect("memory");
+    stage.set_dictionary(&dictionary());
+    assert!(store.insert(&stage.stage(&page, None).unwrap()).is_err(), "there is no decoder");
+    assert!(store.prepare_dense());
+    assert!(store.insert(&stage.stage(&page, Some(Slot::A)).unwrap()).is_err(), "there is no dictionary");
+    let handle = store.insert(&stage.stage(&page, None).unwrap()).unwrap();
+    assert_holds(&store, handle, &page);
+    // Another dictionary in the place of the one that was offered has another name.
+    assert!(store.set_dictionary(Slot::A, &dictionary()));
+    let offered = store.newest_dictionary().expect("set a moment ago");
+    assert!(store.set_dictionary(Slot::A, &dictionary()[..1024]));
+    assert!(!store.has_dictionary(offered.0, offered.1) && !store.has_dictionary(Slot::B, offered.1));
+}
+
+#[test]
+fn what_zstd_makes_too_little_of_is_not_staged_densely() {
+    let mut stage = DenseStage::new(&Codec::new(SEED)).expect("memory");
+    assert!(stage.stage(&page_with_noise(3, 256), None).is_none());
+    assert!(stage.stage(&record_page(3), Some(Slot::A)).is_none(), "it has no dictionary");
 }

@@ -1,4 +1,4 @@
-//! Recompression: a stored page whose lz4 encoding gives way to a dense one.
+//! The dense encoding in the store: of pages that come so, and recompression, where an lz4 encoding gives way to a dense one.
 //!
 //! [`Store::original`] hands out what to encode anew, [`Store::densify`] takes the result. Nothing is trusted: the old
 //! object is decoded and checked, so is the new one, by the decoder that will have to read it, and the two pages are
@@ -8,7 +8,7 @@
 
 use super::class::{CLASSES, class_for};
 use super::codec::{Codec, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES};
-use super::dense::{Dense, Encoding, MAX_DICTIONARY_BYTES, Slot, checksum};
+use super::dense::{Dense, DictionaryName, Encoding, MAX_DICTIONARY_BYTES, Slot, checksum};
 use super::frames::{FrameBytes, FrameSource};
 use super::handle::Place;
 use super::store::Store;
@@ -55,7 +55,29 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     /// Whether the handle is that of an object in the dense encoding.
     #[must_use]
     pub fn is_dense(handle: Handle) -> bool {
-        matches!(Place::unpack(handle), Some(Place::Object { encoding: Encoding::Dense(_), .. }))
+        matches!(Place::unpack(handle), Some(Place::Object { encoding: Encoding::Dense { .. }, .. }))
+    }
+
+    /// Whether the handle is that of an object that was encoded anew.
+    #[must_use]
+    pub fn is_anew(handle: Handle) -> bool {
+        let place = Place::unpack(handle);
+        matches!(place, Some(Place::Object { encoding: Encoding::Dense { is_anew: true, .. }, .. }))
+    }
+
+    /// Gets the decoder ready for pages that come in the dense encoding; whether there is memory for it.
+    pub fn prepare_dense(&mut self) -> bool {
+        self.dense.prepare()
+    }
+
+    /// The newest dictionary, and its slot.
+    pub fn newest_dictionary(&self) -> Option<(Slot, DictionaryName)> {
+        self.dense.newest()
+    }
+
+    /// Whether this dictionary is the one in that slot.
+    pub fn has_dictionary(&self, slot: Slot, name: DictionaryName) -> bool {
+        self.dense.name_of(slot) == Some(name)
     }
 
     /// What is stored of a page in the first encoding; `None` if it is not, or not any more.
@@ -64,7 +86,10 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             return None;
         };
         let object = self.object(block, slot, tag).ok()?;
-        Some(Original { label: Label { len: object.payload.len(), word: object.checksum }, bytes: object.payload })
+        Some(Original {
+            label: Label { len: object.payload.len(), word: object.checksum, encoding: Encoding::Lz4 },
+            bytes: object.payload,
+        })
     }
 
     /// Puts `dense` in the place of the encoding that was handed out with `label`; the new handle. The old one is void then.
@@ -93,7 +118,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         if self.blocks.get(target).is_none_or(|block| block.class().slot_bytes() >= old_slot_bytes) {
             return Err(Kept::NoRoom);
         }
-        let new = self.write(target, frame, length, checksum, Encoding::Dense(dense.slot));
+        let new = self.write(target, frame, length, checksum, Encoding::Dense { slot: dense.slot, is_anew: true });
         // It was read a moment ago.
         self.remove(handle).map_err(Kept::Corrupt)?;
         Ok(new)
@@ -134,7 +159,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         self.dictionary_pages(slot) == 0
             && bytes.len() <= MAX_DICTIONARY_BYTES
             && self.dense.prepare()
-            && self.dense.set_dictionary(slot, bytes)
+            && self.dense.set_dictionary(slot, DictionaryName::of(&self.codec, bytes), bytes)
     }
 
     /// In a forked child, before anything is loaded: see [`super::dense`].

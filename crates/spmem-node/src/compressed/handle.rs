@@ -2,7 +2,7 @@
 //!
 //! | bits | object | same-filled page |
 //! |---|---|---|
-//! | 44..48 | 1: lz4; 5, 6, 7: dense, without a dictionary or with one of two | 2, 3, 4: where the value stands in the repeating word |
+//! | 44..48 | 1: lz4; 5, 6, 7: dense, without a dictionary or with one of two; 8, 9, 10: the same, lz4 before | 2, 3, 4: where the value stands in the repeating word |
 //! | 32..44 | tag: low bits of the object's checksum | 0 |
 //! | 8..32 | block | value |
 //! | 0..8 | slot in the block | value |
@@ -22,8 +22,9 @@ const KIND_FILL_BOTH: u64 = 2;
 const KIND_FILL_LOW: u64 = 3;
 const KIND_FILL_HIGH: u64 = 4;
 const KIND_DENSE: u64 = 5;
-const KIND_DENSE_A: u64 = 6;
-const KIND_DENSE_B: u64 = 7;
+const KIND_ANEW: u64 = 8;
+/// Without a dictionary and with that of each slot.
+const DENSE_KINDS: u64 = 3;
 const TAG_SHIFT: u32 = 32;
 const TAG_MASK: u64 = 0xfff;
 const BLOCK_SHIFT: u32 = 8;
@@ -119,9 +120,9 @@ impl Place {
         let value = raw & 0xffff_ffff;
         let above = raw >> TAG_SHIFT & TAG_MASK;
         let fill = match raw >> KIND_SHIFT {
-            kind @ (KIND_OBJECT | KIND_DENSE | KIND_DENSE_A | KIND_DENSE_B) => {
+            kind if let Some(encoding) = encoding_of(kind) => {
                 return Some(Self::Object {
-                    encoding: encoding_of(kind),
+                    encoding,
                     block: u32::try_from(raw >> BLOCK_SHIFT & BLOCK_MASK).ok()?,
                     slot: u8::try_from(raw & 0xff).ok()?,
                     tag: u16::try_from(above).ok()?,
@@ -141,21 +142,28 @@ impl Place {
 fn kind_of(encoding: Encoding) -> u64 {
     match encoding {
         Encoding::Lz4 => KIND_OBJECT,
-        Encoding::Dense(None) => KIND_DENSE,
-        Encoding::Dense(Some(Slot::A)) => KIND_DENSE_A,
-        Encoding::Dense(Some(Slot::B)) => KIND_DENSE_B,
+        Encoding::Dense { slot, is_anew } => {
+            let first = if is_anew { KIND_ANEW } else { KIND_DENSE };
+            match slot {
+                None => first,
+                Some(Slot::A) => first + 1,
+                Some(Slot::B) => first + 2,
+            }
+        }
     }
 }
 
-/// Of an object's kind.
-fn encoding_of(kind: u64) -> Encoding {
-    match kind {
-        KIND_DENSE => Encoding::Dense(None),
-        KIND_DENSE_A => Encoding::Dense(Some(Slot::A)),
-        KIND_DENSE_B => Encoding::Dense(Some(Slot::B)),
-        _ => Encoding::Lz4,
+/// Of an object's kind; `None` if it is not one's.
+fn encoding_of(kind: u64) -> Option<Encoding> {
+    if kind == KIND_OBJECT {
+        return Some(Encoding::Lz4);
     }
+    let at = kind.checked_sub(KIND_DENSE).filter(|&at| at < 2 * DENSE_KINDS)?;
+    let slot = [None, Some(Slot::A), Some(Slot::B)][(at % DENSE_KINDS) as usize];
+    Some(Encoding::Dense { slot, is_anew: at >= DENSE_KINDS })
 }
+
+const _: () = assert!(KIND_ANEW == KIND_DENSE + DENSE_KINDS && KIND_ANEW + DENSE_KINDS <= 1 << 4);
 
 /// The tag of an object with this checksum.
 pub(super) fn tag_of(checksum: u64) -> u16 {
@@ -205,14 +213,24 @@ mod tests {
         for place in [
             Place::Object { block: 0, slot: 0, tag: 0, encoding: Encoding::Lz4 },
             Place::Object { block: (1 << 24) - 1, slot: 255, tag: 0xfff, encoding: Encoding::Lz4 },
-            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(None) },
-            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(Some(Slot::A)) },
-            Place::Object { block: 7, slot: 1, tag: 2, encoding: Encoding::Dense(Some(Slot::B)) },
         ] {
             assert_eq!(Place::unpack(place.pack()), Some(place));
-            assert!(place.pack().raw() < 1 << 48);
         }
-        for raw in [1, 8 << KIND_SHIFT, KIND_FILL_LOW << KIND_SHIFT, KIND_FILL_BOTH << KIND_SHIFT | 1 << 33] {
+        for slot in [None, Some(Slot::A), Some(Slot::B)] {
+            for is_anew in [false, true] {
+                let encoding = Encoding::Dense { slot, is_anew };
+                let place = Place::Object { block: 7, slot: 1, tag: 2, encoding };
+                assert_eq!(Place::unpack(place.pack()), Some(place));
+                assert!(place.pack().raw() < 1 << 48);
+            }
+        }
+        for raw in [
+            1,
+            11 << KIND_SHIFT,
+            15 << KIND_SHIFT,
+            KIND_FILL_LOW << KIND_SHIFT,
+            KIND_FILL_BOTH << KIND_SHIFT | 1 << 33,
+        ] {
             assert_eq!(Place::unpack(Handle::from_raw(raw).unwrap()), None, "{raw:#x}");
         }
     }

@@ -58,7 +58,7 @@ mod store_tests;
 pub use codec::{Codec, Encoded, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES, Scratch, Verified, Workspace};
 #[cfg(any(test, feature = "train"))]
 pub use dense::train;
-pub use dense::{Dense, DenseEncoder, MAX_DICTIONARY_BYTES, Slot};
+pub use dense::{Dense, DenseEncoder, DenseStage, DictionaryName, Encoding, MAX_DICTIONARY_BYTES, Slot};
 pub use densify::{Kept, Original};
 pub use frames::{FrameBlock, FrameBytes, FrameSource};
 pub use granted::{GrantedFrames, Owners, SetupError, cram_spec, sysram_spec};

@@ -4,7 +4,7 @@ use spmem_core::units::{Bytes, FrameCount, PAGE_SIZE};
 
 use super::block::Blocks;
 use super::codec::HEADER_BYTES;
-use super::dense::Encoding;
+use super::dense::{Encoding, Slot};
 
 /// What a store holds and what it loses, in bytes.
 ///
@@ -16,6 +16,8 @@ pub struct Stats {
     pub object_pages: u64,
     /// Of these, in the dense encoding.
     pub dense_pages: u64,
+    /// Of these, those that were stored as lz4 before.
+    pub anew_pages: u64,
     /// Pages stored as a value in their handle.
     pub same_filled_pages: u64,
     /// Compressed bytes of all objects.
@@ -55,6 +57,7 @@ pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals, decoder_bytes: usi
     let mut stats = Stats {
         same_filled_pages: totals.same_filled_pages,
         dense_pages: totals.dense_pages.iter().sum(),
+        anew_pages: totals.anew_pages,
         payload: Bytes(totals.payload_bytes),
         spare: Bytes(totals.spare_frames * PAGE_SIZE),
         metadata: Bytes((blocks.metadata_bytes() + decoder_bytes) as u64),
@@ -79,13 +82,26 @@ pub(super) fn collect<B>(blocks: &Blocks<B>, totals: &Totals, decoder_bytes: usi
 }
 
 impl Totals {
-    /// How many objects are so encoded, of dense encodings.
-    pub(super) fn dense_mut(&mut self, encoding: Encoding) -> Option<&mut u64> {
-        match encoding {
-            Encoding::Lz4 => None,
-            Encoding::Dense(slot) => Some(&mut self.dense_pages[slot.map_or(0, |slot| 1 + slot.index())]),
+    /// An object that is so encoded is there now.
+    pub(super) fn note_stored(&mut self, encoding: Encoding) {
+        if let Encoding::Dense { slot, is_anew } = encoding {
+            self.dense_pages[of_slot(slot)] += 1;
+            self.anew_pages += u64::from(is_anew);
         }
     }
+
+    /// It is not there any more.
+    pub(super) fn note_gone(&mut self, encoding: Encoding) {
+        if let Encoding::Dense { slot, is_anew } = encoding {
+            let count = &mut self.dense_pages[of_slot(slot)];
+            *count = count.saturating_sub(1);
+            self.anew_pages = self.anew_pages.saturating_sub(u64::from(is_anew));
+        }
+    }
+}
+
+fn of_slot(slot: Option<Slot>) -> usize {
+    slot.map_or(0, |slot| 1 + slot.index())
 }
 
 /// The counts that are kept as pages come and go.
@@ -94,6 +110,8 @@ pub(super) struct Totals {
     pub(super) same_filled_pages: u64,
     /// Without a dictionary, and with that of each slot.
     pub(super) dense_pages: [u64; 3],
+    /// Of these, those that were stored as lz4 before.
+    pub(super) anew_pages: u64,
     pub(super) payload_bytes: u64,
     pub(super) spare_frames: u64,
 }

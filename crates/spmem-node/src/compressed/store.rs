@@ -14,7 +14,7 @@ use spmem_core::units::{Bytes, FrameNumber, NodeId, Order};
 use super::block::{Blocks, Removed};
 use super::class::{CLASSES, MAX_SLOT, class_for, is_fine};
 use super::codec::{Codec, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES, Storable, Verified};
-use super::dense::{self, DenseDecoder, Encoding};
+use super::dense::{DenseDecoder, Encoding};
 use super::frames::{FrameBlock, FrameBytes, FrameSource};
 use super::handle::{Place, tag_of};
 use super::stats::{self, Stats, Totals};
@@ -80,6 +80,11 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         &mut self.frames
     }
 
+    /// Bytes of all objects, without what is around them.
+    pub const fn payload(&self) -> Bytes {
+        Bytes(self.totals.payload_bytes)
+    }
+
     #[cfg(test)]
     pub(super) fn memory_mut(&mut self) -> &mut M {
         &mut self.memory
@@ -93,25 +98,28 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     /// Stores a page.
     ///
     /// # Errors
-    /// [`Full`] if there is no room; then nothing has changed (R18).
+    /// [`Full`] if there is no room, or no decoder that reads it ([`Store::prepare_dense`]); then nothing has changed (R18).
     ///
     /// # Panics
     /// If the page was encoded under another seed: it could never be loaded.
     pub fn insert(&mut self, page: &Verified<'_>) -> Result<Handle, Full> {
         assert!(self.codec.made(page), "a page is encoded by the codec of the store that takes it");
-        let (bytes, checksum) = match page.storable {
+        let (bytes, checksum, encoding) = match page.storable {
             Storable::Fill(fill) => {
                 self.totals.same_filled_pages += 1;
                 return Ok(Place::Fill(fill).pack());
             }
-            Storable::Object { bytes, checksum } => (bytes, checksum),
+            Storable::Object { bytes, checksum, encoding } => (bytes, checksum, encoding),
         };
         let full = |store: &Self| store.full(HEADER_BYTES + bytes.len());
+        if !self.dense.reads(encoding) {
+            return Err(full(self));
+        }
         let (Some(class), Ok(length)) = (class_for(HEADER_BYTES + bytes.len()), u16::try_from(bytes.len())) else {
             return Err(full(self));
         };
         let Some(block) = self.block_with_room(class) else { return Err(full(self)) };
-        Ok(self.write(block, bytes, length, checksum, Encoding::Lz4))
+        Ok(self.write(block, bytes, length, checksum, encoding))
     }
 
     /// Puts an object of `length` bytes into a block that has room.
@@ -125,9 +133,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     ) -> Handle {
         let slot = self.blocks.take_slot(block, u32::from(length));
         self.totals.payload_bytes += u64::from(length);
-        if let Some(count) = self.totals.dense_mut(encoding) {
-            *count += 1;
-        }
+        self.totals.note_stored(encoding);
         let (offset, _) = self.slot_range(block, slot).expect("the slot was taken just now");
         let object = self.memory.bytes_mut(offset, HEADER_BYTES + bytes.len());
         object[..HEADER_BYTES].copy_from_slice(&Header { length, checksum }.to_bytes());
@@ -166,10 +172,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             Some(Place::Fill(fill)) => fill.is(page),
             Some(Place::Object { block, slot, tag, encoding }) => {
                 let Ok(object) = self.object(block, slot, tag) else { return false };
-                let checksum = match encoding {
-                    Encoding::Lz4 => self.codec.checksum(page, object.payload),
-                    Encoding::Dense(_) => dense::checksum(&self.codec, page, object.payload),
-                };
+                let checksum = self.codec.checksum_of(encoding, page, object.payload);
                 checksum == object.checksum && self.decode(&object, encoding, readback).is_ok() && readback == page
             }
             None => false,
@@ -194,10 +197,8 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             None => return Err(self.corrupt(handle, Damage::UnknownHandle)),
         };
         self.give_up(block, slot, u32::try_from(length).expect(SHORT_PAYLOAD));
-        if let Some(count) = self.totals.dense_mut(encoding) {
-            // The handle says it, which is not in the store's memory: no damage there makes a dictionary seem unused.
-            *count = count.saturating_sub(1);
-        }
+        // The handle says it, which is not in the store's memory: no damage there makes a dictionary seem unused.
+        self.totals.note_gone(encoding);
         Ok(())
     }
 
@@ -351,7 +352,7 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
 
     /// Checks and decodes.
     pub(super) fn decode(&self, object: &Object<'_>, encoding: Encoding, page: &mut Page) -> Result<(), Damage> {
-        let Encoding::Dense(slot) = encoding else {
+        let Encoding::Dense { slot, .. } = encoding else {
             return self.codec.decode(object.payload, object.checksum, page);
         };
         self.dense.decode(&self.codec, (object.payload, object.checksum), slot, page)

@@ -1,0 +1,173 @@
+//! Claims about the encoder and its lanes.
+
+extern crate std;
+use super::*;
+use crate::workshop;
+use crate::workshop::tests::{HeapStore, common, new_store};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use spmem_sys::thread::Affinity;
+
+pub(crate) fn exchange() -> &'static Exchange {
+    let item = || Item {
+        address: AtomicU64::new(0),
+        kind: AtomicU32::new(0),
+        len: AtomicU32::new(0),
+        word: AtomicU64::new(0),
+    };
+    let lane = || Lane {
+        state: AtomicU32::new(0),
+        count: AtomicU32::new(0),
+        done: Event::new(),
+        pages: core::array::from_fn(|_| item()),
+        bytes: [const { [const { AtomicU64::new(0) }; PAGE / 8] }; LANE_PAGES],
+        dictionary: AtomicU64::new(0),
+        wants_dense: AtomicU32::new(0),
+    };
+    let lanes = core::array::from_fn(|_| lane());
+    Box::leak(Box::new(Exchange {
+        posted: Event::new(),
+        home: Home::nowhere(),
+        lanes,
+        dense: DenseLane::new(),
+        dictionaries: Handover::new(),
+    }))
+}
+
+fn memory() -> Fd {
+    Fd::open(c"/proc/self/mem", libc::O_RDONLY).expect("/proc")
+}
+
+/// Page 0 compresses, 1 is same-filled, 2 is noise.
+fn pages() -> Vec<Page> {
+    let text = core::array::from_fn(|index| (index / 50) as u8);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let noise = core::array::from_fn(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    });
+    alloc::vec![text, [7; PAGE], noise]
+}
+
+/// Where records lie, and a page whose encoding is the other's is told from it.
+fn check(client: &mut Client, lane: usize, store: &mut HeapStore, pages: &[(usize, Page)], other: &Page) {
+    let codec = store.codec();
+    for (index, page) in pages {
+        let Answer::Encoded(label) = client.answer(lane, *index) else { panic!("page {index}") };
+        // R19: right of another page is wrong.
+        assert!(client.take(&codec, (lane, *index), label, other).is_none());
+        let taken = client.take(&codec, (lane, *index), label, page).expect("of this codec");
+        let handle = store.insert(&taken).expect("there is room");
+        let mut found = [0; PAGE];
+        store.load(handle, &mut found).expect("whole");
+        assert_eq!(found, *page);
+        store.remove(handle).expect("it is there");
+    }
+}
+
+#[test]
+fn every_byte_of_every_page_comes_back_however_it_is_wanted() {
+    let (exchange, pages, mut store) = (exchange(), pages(), new_store(64));
+    let (codec, workshop) = (store.codec(), &*Box::leak(Box::new(Workshop::new())));
+    let is_over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+    let encoder = std::thread::spawn(move || serve(exchange, workshop, codec, &memory(), is_over));
+    let learner = std::thread::spawn(move || workshop::learn(exchange, workshop, codec, common, is_over));
+    let slot = workshop::tests::learn_one(exchange, workshop, &mut store);
+    let newest = store.newest_dictionary();
+    let unknown = Some((slot, DictionaryName(1)));
+    let dense = |slot| Encoding::Dense { slot, is_anew: false };
+    let kinds = [
+        (Wanted::Lz4, Encoding::Lz4),
+        (Wanted::Dense(None), dense(None)),
+        (Wanted::Dense(newest), dense(Some(slot))),
+        (Wanted::Dense(unknown), dense(None)),
+    ];
+    let mut client = Client::new(exchange);
+    let record = workshop::tests::record_page(7);
+    for (round, (wanted, encoding)) in (0..50).flat_map(|_| kinds).enumerate() {
+        let address = |page: &Page| page.as_ptr().expose_provenance();
+        let addresses = [address(&record), 0, address(&pages[0]), address(&pages[1]), address(&pages[2]), 0];
+        // Wherever the handler is, and goes meanwhile.
+        let home = (round % 3_usize).checked_sub(1);
+        while client.has_room() {
+            client.post(addresses.into_iter(), home, wanted);
+        }
+        while client.oldest().is_some() {
+            assert!(client.wait(), "round {round}");
+            let lane = client.oldest().expect("it is out");
+            let Answer::Encoded(label) = client.answer(lane, 0) else { panic!("round {round}") };
+            assert_eq!(label.encoding, encoding, "round {round}");
+            let there = [(0, record), (2, pages[0]), (3, pages[1])];
+            check(&mut client, lane, &mut store, &there, &pages[2]);
+            assert!(matches!(client.answer(lane, 4), Answer::Unfit(Unfit::Incompressible { .. })));
+            assert_eq!((client.answer(lane, 1), client.answer(lane, 5)), (Answer::Unread, Answer::Unread));
+            client.retire();
+        }
+    }
+    is_over.store(true, Relaxed);
+    exchange.wake();
+    workshop.wake();
+    encoder.join().expect("the encoder");
+    learner.join().expect("the thread that learns");
+}
+
+#[test]
+fn an_answer_with_a_dictionary_that_was_not_offered_is_none() {
+    let exchange = exchange();
+    let mut client = Client::new(exchange);
+    client.post([PAGE].into_iter(), None, Wanted::Dense(None));
+    for kind in [DENSE_WITH, 6, u32::MAX] {
+        exchange.lanes[0].pages[0].kind.store(kind, Relaxed);
+        assert_eq!(client.answer(0, 0), Answer::Unread);
+    }
+}
+
+#[test]
+fn an_encoder_keeps_off_the_home_unless_it_gives_way_to_most() {
+    let check = |nice| {
+        thread::set_nice(nice);
+        let before = Affinity::of_caller();
+        let Some(home) = (0..1024).find(|&cpu| before.contains(cpu)).filter(|_| before.count() > 1) else {
+            return;
+        };
+        let exchange = exchange();
+        exchange.home.set(Some(home));
+        serve(exchange, &Workshop::new(), Codec::new(5), &memory(), &AtomicBool::new(true));
+        assert_eq!(Affinity::of_caller().contains(home), thread::nice() > 0);
+    };
+    for nice in [0, 1] {
+        std::thread::spawn(move || check(nice)).join().expect("a thread");
+    }
+}
+
+#[test]
+fn pages_that_cannot_be_read_are_left_to_the_agent() {
+    let exchange = exchange();
+    let pages = pages();
+    let mut client = Client::new(exchange);
+    client.post(
+        [pages[0].as_ptr().expose_provenance(), PAGE, pages[1].as_ptr().expose_provenance()].into_iter(),
+        None,
+        Wanted::Lz4,
+    );
+    let workshop = Workshop::new();
+    let mut desk = Desk::new(Codec::new(5), &workshop);
+    desk.encode(&exchange.lanes[0], &memory());
+    assert!(matches!(client.answer(0, 0), Answer::Encoded(_)));
+    assert_eq!((client.answer(0, 1), client.answer(0, 2)), (Answer::Unread, Answer::Unread));
+    assert!(!client.is_useless(0));
+    client.post([0, PAGE].into_iter(), None, Wanted::Dense(None));
+    desk.encode(&exchange.lanes[1], &memory());
+    assert!(client.is_useless(1));
+}
+
+#[test]
+fn without_an_encoder_the_agent_goes_on() {
+    let mut client = Client::new(exchange());
+    client.post([PAGE].into_iter(), None, Wanted::Lz4);
+    assert!(!client.wait());
+    client.retire();
+    client.post([PAGE].into_iter(), None, Wanted::Lz4);
+    client.retire();
+    assert!(!client.has_room(), "lanes that are out stay out of use");
+}
