@@ -384,7 +384,8 @@ impl Client {
     ) -> Option<Verified<'_>> {
         let words = &self.exchange.lanes[lane].bytes[index];
         get(words, &mut self.bytes, label.len);
-        Verified::from_parcel(codec, label, &self.bytes[..], page)
+        let dictionary = self.wanted[lane].dictionary().map(|(_, name)| name);
+        Verified::from_parcel(codec, label, dictionary, &self.bytes[..], page)
     }
 }
 

@@ -17,7 +17,7 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::class::MAX_SLOT;
-use super::dense::{self, Encoding};
+use super::dense::{self, DictionaryName, Encoding, Slot};
 use super::handle::Fill;
 use crate::backend::{Damage, PAGE_BYTES, Page, Stage, Unfit};
 
@@ -156,12 +156,20 @@ impl Codec {
         page.is_same_filled() || page.seed == self.seed
     }
 
-    /// What is in front of an object that is so encoded.
-    pub(super) fn checksum_of(&self, encoding: Encoding, page: &Page, bytes: &[u8]) -> u64 {
-        match encoding {
-            Encoding::Lz4 => self.checksum(page, bytes),
-            Encoding::Dense { .. } => dense::checksum(self, page, bytes),
-        }
+    /// What is in front of an object that is so encoded; `None` if it needs a dictionary that has no `name`.
+    pub(super) fn checksum_of(
+        &self,
+        encoding: Encoding,
+        name: impl FnOnce(Slot) -> Option<DictionaryName>,
+        page: &Page,
+        bytes: &[u8],
+    ) -> Option<u64> {
+        let dictionary = match encoding {
+            Encoding::Lz4 => return Some(self.checksum(page, bytes)),
+            Encoding::Dense { slot: None, .. } => None,
+            Encoding::Dense { slot: Some(slot), .. } => Some(name(slot)?),
+        };
+        Some(dense::checksum(self, dictionary, page, bytes))
     }
 
     pub(super) fn checksum(&self, page: &Page, bytes: &[u8]) -> u64 {
@@ -233,14 +241,21 @@ impl<'a> Verified<'a> {
         }
     }
 
-    /// What [`Verified::to_parcel`] of a codec with the same seed sent of `page`. `None` if it was something else: the
-    /// checksum, or the value that fills a page, is held against the page itself (R19).
-    pub fn from_parcel(codec: &Codec, label: Label, bytes: &'a [u8], page: &Page) -> Option<Self> {
+    /// What [`Verified::to_parcel`] of a codec with the same seed sent of `page`; `dictionary` is the one that it was encoded with, if
+    /// the label says that it was with one. `None` if it was something else: the checksum, or the value that fills a page, is held against the
+    /// page itself (R19).
+    pub fn from_parcel(
+        codec: &Codec,
+        label: Label,
+        dictionary: Option<DictionaryName>,
+        bytes: &'a [u8],
+        page: &Page,
+    ) -> Option<Self> {
         let storable = match label.len {
             0 => Storable::Fill(Fill::from_value(label.word).filter(|fill| fill.is(page))?),
             len if len <= MAX_PAYLOAD_BYTES => {
                 let bytes = bytes.get(..len)?;
-                let checksum = codec.checksum_of(label.encoding, page, bytes);
+                let checksum = codec.checksum_of(label.encoding, |_| dictionary, page, bytes)?;
                 Storable::Object {
                     bytes,
                     checksum: Some(label.word).filter(|&word| word == checksum)?,

@@ -102,13 +102,15 @@ impl<'a> Dense<'a> {
     }
 }
 
-/// What is in front of a dense object: of xxh3 over its frame the upper bits, of that over its page the lower ones.
-pub(super) fn checksum(codec: &Codec, page: &Page, frame: &[u8]) -> u64 {
-    upper(codec, frame) | xxh3_64_with_seed(page, codec.seed()) & PAGE_MASK
+/// What is in front of a dense object: of xxh3 over its frame, seeded by the dictionary that it needs as well, the upper bits, of that over its
+/// page the lower ones.
+pub(super) fn checksum(codec: &Codec, dictionary: Option<DictionaryName>, page: &Page, frame: &[u8]) -> u64 {
+    upper(codec, dictionary, frame) | xxh3_64_with_seed(page, codec.seed()) & PAGE_MASK
 }
 
-fn upper(codec: &Codec, frame: &[u8]) -> u64 {
-    xxh3_64_with_seed(frame, codec.seed()) << PAGE_BITS & CHECKSUM_MASK
+fn upper(codec: &Codec, dictionary: Option<DictionaryName>, frame: &[u8]) -> u64 {
+    let seed = codec.seed() ^ dictionary.map_or(0, |name| name.0);
+    xxh3_64_with_seed(frame, seed) << PAGE_BITS & CHECKSUM_MASK
 }
 
 /// Makes dense encodings. About 0.7 MiB of heap for each dictionary and for none.
@@ -206,7 +208,7 @@ impl DenseStage {
         let is_same =
             self.decoder.decompress(frame, own_slot, &mut self.readback).is_ok() && *self.readback == *page;
         (is_same && frame.len() <= MAX_PAYLOAD_BYTES).then(|| {
-            let checksum = checksum(&self.codec, page, frame);
+            let checksum = checksum(&self.codec, self.dictionary.filter(|_| slot.is_some()), page, frame);
             let encoding = Encoding::Dense { slot, is_anew: false };
             Verified { storable: Storable::Object { bytes: frame, checksum, encoding }, seed: self.codec.seed() }
         })
@@ -321,12 +323,13 @@ impl DenseDecoder {
         page: &mut Page,
     ) -> Result<(), Damage> {
         let damage = |found| Err(Damage::Checksum { stored: checksum, found });
-        let found = upper(codec, frame);
+        let dictionary = slot.and_then(|slot| self.name_of(slot));
+        let found = upper(codec, dictionary, frame);
         if found != checksum & !PAGE_MASK {
             return damage(found | checksum & PAGE_MASK);
         }
         self.decompress(frame, slot, page)?;
-        let found = self::checksum(codec, page, frame);
+        let found = self::checksum(codec, dictionary, page, frame);
         if found == checksum { Ok(()) } else { damage(found) }
     }
 

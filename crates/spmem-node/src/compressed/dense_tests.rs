@@ -7,14 +7,13 @@ use super::codec::{Header, Verified};
 use super::dense::{Dense, DenseEncoder, DenseStage, DictionaryName, Encoding, Slot, checksum, train};
 use super::densify::Kept;
 use super::store::Store;
-use super::{Codec, FrameBytes, HEADER_BYTES};
+use super::{Codec, FrameBytes, HEADER_BYTES, Label};
 use crate::backend::{Damage, Handle, PAGE_BYTES, Page, Stage};
 use crate::conformance::page_with_noise;
 use crate::testing::FirstFit;
 
 type TestStore = Store<FirstFit, Vec<u8>>;
 const SEED: u64 = 0x5eed;
-const NAME: DictionaryName = DictionaryName(1);
 
 fn new_store(frames: usize) -> TestStore {
     Store::new(FirstFit::new(frames), alloc::vec![0; frames * PAGE_BYTES], SEED)
@@ -145,7 +144,7 @@ fn what_the_check_does_not_see_the_pages_checksum_does() {
     let forged = (6..).map(encode).find(|forged| forged.len() <= len).unwrap();
     let offset = offset_of(&store, handle);
     let header =
-        Header { length: u16::try_from(forged.len()).unwrap(), checksum: checksum(&codec, &page, &forged) };
+        Header { length: u16::try_from(forged.len()).unwrap(), checksum: checksum(&codec, None, &page, &forged) };
     store.memory_mut().bytes_mut(offset, HEADER_BYTES).copy_from_slice(&header.to_bytes());
     store.memory_mut().bytes_mut(offset + HEADER_BYTES, forged.len()).copy_from_slice(&forged);
     let mut out = [0x5a; PAGE_BYTES];
@@ -160,10 +159,11 @@ fn a_damaged_dictionary_gives_no_wrong_byte() {
     let handles: Vec<Handle> =
         handles.iter().map(|handle| densify(&mut store, *handle, &mut encoder, Some(Slot::A)).unwrap()).collect();
     let (mut lost, good) = (0, dictionary());
+    let name = DictionaryName::of(&store.codec(), &good);
     for at in (0..good.len()).step_by(7) {
         let mut bad = good.clone();
         bad[at] ^= 0x10;
-        store.dense.set_dictionary(Slot::A, NAME, &bad);
+        store.dense.set_dictionary(Slot::A, name, &bad);
         for (handle, page) in handles.iter().zip(&pages) {
             let mut out = [0x5a; PAGE_BYTES];
             match store.load(*handle, &mut out) {
@@ -176,7 +176,7 @@ fn a_damaged_dictionary_gives_no_wrong_byte() {
         }
     }
     assert!(lost > 0, "pages need the dictionary");
-    assert!(store.dense.set_dictionary(Slot::A, NAME, &good));
+    assert!(store.dense.set_dictionary(Slot::A, name, &good));
     for (handle, page) in handles.iter().zip(&pages) {
         assert_holds(&store, *handle, page);
     }
@@ -311,8 +311,9 @@ fn every_byte_of_a_page_that_comes_densely_survives_with_and_without_a_dictionar
         // As it comes from another process.
         let (label, bytes) = staged.to_parcel();
         assert_eq!(label.encoding, Encoding::Dense { slot, is_anew: false });
-        let parcel = Verified::from_parcel(&store.codec(), label, bytes, page).expect("of that page");
-        assert!(Verified::from_parcel(&store.codec(), label, bytes, &record_page(9999)).is_none());
+        let dictionary = Some(name);
+        let parcel = Verified::from_parcel(&store.codec(), label, dictionary, bytes, page).expect("of that page");
+        assert!(Verified::from_parcel(&store.codec(), label, dictionary, bytes, &record_page(9999)).is_none());
         handles.push(store.insert(&parcel).expect("there is room"));
     }
     let stats = store.stats();
@@ -349,4 +350,33 @@ fn what_zstd_makes_too_little_of_is_not_staged_densely() {
     let mut stage = DenseStage::new(&Codec::new(SEED)).expect("memory");
     assert!(stage.stage(&page_with_noise(3, 256), None).is_none());
     assert!(stage.stage(&record_page(3), Some(Slot::A)).is_none(), "it has no dictionary");
+}
+
+#[test]
+fn a_page_under_one_dictionary_is_not_taken_for_one_under_another() {
+    let (codec, page) = (Codec::new(SEED), record_page(1));
+    let mut stage = DenseStage::new(&codec).expect("memory");
+    stage.set_dictionary(&dictionary());
+    let (name, other) = (stage.dictionary(), DictionaryName::of(&codec, &dictionary()[..1024]));
+    for own in [None, Some(Slot::A)] {
+        let (label, bytes) = stage.stage(&page, own).expect("it compresses").to_parcel();
+        let take = |slot, dictionary| {
+            let label = Label { encoding: Encoding::Dense { slot, is_anew: false }, ..label };
+            Verified::from_parcel(&codec, label, dictionary, bytes, &page).is_some()
+        };
+        assert_eq!((take(None, name), take(Some(Slot::A), name)), (own.is_none(), own.is_some()));
+        assert!(!take(Some(Slot::A), Some(other)) && !take(Some(Slot::A), None));
+    }
+}
+
+#[test]
+fn where_another_dictionary_came_into_the_slot_pages_are_lost_and_the_decoder_is_not_asked() {
+    let page = record_page(1);
+    let (mut store, handles, mut encoder) = filled(&[page], 200);
+    let handle = densify(&mut store, handles[0], &mut encoder, Some(Slot::A)).unwrap();
+    let name = DictionaryName::of(&store.codec(), &dictionary()[..1024]);
+    assert!(store.dense.set_dictionary(Slot::A, name, &dictionary()[..1024]));
+    let mut out = [0x5a; PAGE_BYTES];
+    let damage = store.load(handle, &mut out).unwrap_err().damage;
+    assert!(matches!(damage, Damage::Checksum { .. }) && out == [0; PAGE_BYTES], "{damage:?}");
 }

@@ -142,7 +142,8 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
         let frame = dense.frame(&self.codec).ok_or(Kept::NotReproduced)?;
         let is_read = self.dense.decompress(frame, dense.slot, &mut new).is_ok();
         if is_read && old == new {
-            Ok((frame, checksum(&self.codec, &new, frame)))
+            let dictionary = dense.slot.and_then(|slot| self.dense.name_of(slot));
+            Ok((frame, checksum(&self.codec, dictionary, &new, frame)))
         } else {
             Err(Kept::NotReproduced)
         }

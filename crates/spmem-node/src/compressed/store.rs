@@ -172,8 +172,11 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             Some(Place::Fill(fill)) => fill.is(page),
             Some(Place::Object { block, slot, tag, encoding }) => {
                 let Ok(object) = self.object(block, slot, tag) else { return false };
-                let checksum = self.codec.checksum_of(encoding, page, object.payload);
-                checksum == object.checksum && self.decode(&object, encoding, readback).is_ok() && readback == page
+                let name = |slot| self.dense.name_of(slot);
+                let checksum = self.codec.checksum_of(encoding, name, page, object.payload);
+                checksum == Some(object.checksum)
+                    && self.decode(&object, encoding, readback).is_ok()
+                    && readback == page
             }
             None => false,
         }

@@ -123,6 +123,31 @@ fn an_answer_with_a_dictionary_that_was_not_offered_is_none() {
 }
 
 #[test]
+fn an_answer_that_says_another_dictionary_than_it_needs_is_refused() {
+    let codec = Codec::new(5);
+    let (workshop, record) = (Workshop::new(), workshop::tests::record_page(7));
+    let address = record.as_ptr().expose_provenance();
+    let bytes = common(&[record]).expect("a page");
+    let offered = Some((Slot::B, DictionaryName::of(&codec, &bytes)));
+    for (kind, said) in [(DENSE, DENSE_WITH), (DENSE_WITH, DENSE)] {
+        let exchange = exchange();
+        let (mut client, lane) = (Client::new(exchange), &exchange.lanes[0]);
+        client.post([address].into_iter(), None, Wanted::Dense(offered));
+        let mut desk = Desk::new(codec, &workshop);
+        if kind == DENSE_WITH {
+            workshop.set(&codec, Slot::B, &bytes);
+        }
+        desk.encode(lane, &memory());
+        assert_eq!(lane.pages[0].kind.load(Relaxed), kind);
+        for (told, is_taken) in [(kind, true), (said, false), (LZ4, false)] {
+            lane.pages[0].kind.store(told, Relaxed);
+            let Answer::Encoded(label) = client.answer(0, 0) else { panic!("kind {told}") };
+            assert_eq!(client.take(&codec, (0, 0), label, &record).is_some(), is_taken, "{kind} as {told}");
+        }
+    }
+}
+
+#[test]
 fn an_encoder_keeps_off_the_home_unless_it_gives_way_to_most() {
     let check = |nice| {
         thread::set_nice(nice);
