@@ -219,8 +219,10 @@ impl Densifier {
         let runtime = self.runtime;
         handover.take(&mut self.bytes, |slot, bytes| {
             let mut space = runtime.space.lock();
-            let space = space.as_mut().filter(|space| space.mode == Mode::Normal);
-            space.is_some_and(|space| space.store.set_dictionary(slot, bytes))
+            let Some(space) = space.as_mut().filter(|space| space.mode == Mode::Normal) else { return false };
+            let is_set = space.store.set_dictionary(slot, bytes);
+            handover.say_free(|slot| space.store.dictionary_pages(slot) == 0);
+            is_set
         });
     }
 

@@ -144,16 +144,20 @@ impl Handover {
         let bit = self.slot.load(Relaxed);
         let slot = Slot::ALL.into_iter().find(|&slot| bit_of(slot) == bit);
         if slot.is_some_and(|slot| set(slot, &buffer[..len])) {
-            // Release: it was read before.
+            // Release: it was read before, and what `set` says to be free is said.
             self.taken.store(number, Ordering::Release);
         }
     }
 
+    fn has_taken(&self, number: u32) -> bool {
+        // Acquire pairs with the Release in `take`: what is said to be free was so then, or later.
+        self.taken.load(Ordering::Acquire) == number
+    }
+
     /// Where the dictionary after number `newest` is to go, which is in `slot`: where no page needs the one that is there, once the process has the newest.
     fn next_slot(&self, newest: u32, slot: Option<Slot>) -> Option<Slot> {
+        let is_taken = self.has_taken(newest);
         let free = self.free_slots.load(Relaxed);
-        // Acquire pairs with the Release in `take`.
-        let is_taken = self.taken.load(Ordering::Acquire) == newest;
         let is_free = |&next: &Slot| is_taken && Some(next) != slot && free & bit_of(next) != 0;
         Slot::ALL.into_iter().find(is_free)
     }
@@ -177,7 +181,7 @@ pub fn learn(exchange: &Exchange, workshop: &Workshop, codec: Codec, train: Trai
         for page in &samples {
             learner.look(&exchange.dictionaries, page);
         }
-        workshop.recommend(learner.recommended(), learner);
+        workshop.recommend(learner.recommended(&exchange.dictionaries), learner);
         // What pays is looked at now and then.
         workshop.wants_samples.store(learner.dictionaries.is_learning(), Relaxed);
     }
@@ -232,9 +236,10 @@ impl Learner {
         }
     }
 
-    /// The dictionary that pays.
-    fn recommended(&self) -> Option<DictionaryName> {
-        let (_, bytes) = self.newest.as_ref().filter(|_| self.dictionaries.pays())?;
+    /// The dictionary that pays, once the process has it.
+    fn recommended(&self, handover: &Handover) -> Option<DictionaryName> {
+        let is_of_use = self.dictionaries.pays() && handover.has_taken(self.number);
+        let (_, bytes) = self.newest.as_ref().filter(|_| is_of_use)?;
         Some(DictionaryName::of(&self.codec, bytes))
     }
 

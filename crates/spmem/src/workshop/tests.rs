@@ -75,12 +75,13 @@ fn a_dictionary_is_recommended_once_it_is_known_to_pay_and_has_one_name_on_both_
     let (workshop, mut learner) = (Workshop::new(), Learner::new(CODEC, common));
     handover.say_free(|_| true);
     look(&mut learner, &handover, 0..TO_PROVE - 1);
-    assert_eq!(learner.recommended(), None);
+    assert_eq!(learner.recommended(&handover), None);
     look(&mut learner, &handover, 0..1);
-    workshop.recommend(learner.recommended(), &learner);
-    let name = workshop.recommended().expect("records have much in common");
-    assert!(handover.next_slot(learner.number, learner.slot()).is_none(), "the process has not taken it");
+    assert_eq!(learner.recommended(&handover), None, "the process has not taken it");
+    assert!(handover.next_slot(learner.number, learner.slot()).is_none());
     handover.take(&mut [0; PAGE], |slot, bytes| store.set_dictionary(slot, bytes));
+    workshop.recommend(learner.recommended(&handover), &learner);
+    let name = workshop.recommended().expect("records have much in common");
     let (slot, bytes) = workshop.dictionary(&CODEC, name).expect("it is recommended");
     assert!(store.has_dictionary(slot, name) && bytes.len() == 512);
     assert!(workshop.dictionary(&CODEC, DictionaryName(name.0 ^ 1)).is_none());
@@ -124,7 +125,7 @@ fn where_no_dictionary_can_be_made_none_is_recommended() {
     let (handover, mut learner) = (Handover::new(), Learner::new(CODEC, |_| None));
     handover.say_free(|_| true);
     look(&mut learner, &handover, 0..TO_PROVE);
-    assert_eq!((learner.recommended(), learner.number), (None, 0));
+    assert_eq!((learner.recommended(&handover), learner.number), (None, 0));
 }
 
 #[test]
@@ -164,4 +165,28 @@ fn a_thread_that_learns_ends_when_told_to() {
         workshop.wake();
         learner.join().expect("it ends");
     });
+}
+
+#[test]
+fn whatever_a_process_writes_into_the_handover_no_dictionary_but_the_learnt_one_is_recommended() {
+    let (handover, mut learner) = (Handover::new(), Learner::new(CODEC, common));
+    let mut state = 1_u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32
+    };
+    for number in 0..4 * TO_PROVE {
+        let free = random() | u32::from(number % 3 == 0);
+        handover.free_slots.store(free, Relaxed);
+        handover.taken.store(if random() % 2 == 0 { learner.number } else { random() }, Relaxed);
+        handover.number.store(random() % 8, Relaxed);
+        handover.slot.store(random() % 8, Relaxed);
+        handover.len.store(random() >> (random() % 32), Relaxed);
+        handover.bytes[number as usize % 512].store(u64::from(random()), Relaxed);
+        learner.look(&handover, &record_page(number));
+        let name = learner.newest.as_ref().map(|(_, bytes)| DictionaryName::of(&CODEC, bytes));
+        assert!(learner.recommended(&handover).is_none_or(|recommended| Some(recommended) == name));
+        handover.take(&mut [0; PAGE], |_, bytes| bytes.len() % 2 == 0);
+    }
+    assert!(learner.dictionaries.pays() && learner.number > 0);
 }
