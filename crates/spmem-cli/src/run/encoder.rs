@@ -15,6 +15,19 @@ use spmem_sys::fd::Fd;
 
 use super::shared::Shared;
 
+/// Allocations from so many bytes on go back to the kernel once they are freed: glibc's M_MMAP_THRESHOLD as it is at first.
+const MAPPED_FROM: i32 = 128 << 10;
+
+/// Keeps what training frees, 4 MiB and more at a time, from staying with each thread that trains: by itself glibc raises the size from which
+/// it maps to that of the largest allocation that was freed.
+pub fn give_back_what_is_freed() {
+    #[allow(unsafe_code, reason = "mallopt(3), which rustix leaves to libc")]
+    // SAFETY: takes no pointer; the option is a documented one. Refused, it changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
+    }
+}
+
 /// Works until this is dropped.
 pub struct Encoder {
     exchange: Arc<Shared<Exchange>>,

@@ -97,6 +97,7 @@ pub fn run(options: &RunArguments) -> anyhow::Result<i32> {
         Err(missing) => return Ok(say_not_started(name, &missing.into())),
     };
     let control = ControlPage::for_tree(sysram.bytes(ram_bytes), config.store_capacity.bytes(ram_bytes))?;
+    encoder::give_back_what_is_freed();
     let targets = Targets::plan(&config).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
     let swap = Swap::make(&targets).map_err(|reason| anyhow::anyhow!("refused: {reason:#}"))?;
     targets.publish(&control, &config)?;
