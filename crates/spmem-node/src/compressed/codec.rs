@@ -96,7 +96,13 @@ impl Verified<'_> {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Storable<'a> {
     Fill(Fill),
-    Object { bytes: &'a [u8], checksum: u64, encoding: Encoding },
+    Object {
+        bytes: &'a [u8],
+        checksum: u64,
+        encoding: Encoding,
+        /// The one that it needs.
+        dictionary: Option<DictionaryName>,
+    },
 }
 
 impl Codec {
@@ -212,7 +218,8 @@ impl<'a> Encoded<'a> {
             Self::SameFilled(fill) => (Storable::Fill(fill), 0, fill.is(page)),
             Self::Compressed { bytes, checksum, seed } => {
                 let is_whole = matches!(decompress_into(bytes, readback), Ok(PAGE_BYTES));
-                (Storable::Object { bytes, checksum, encoding: Encoding::Lz4 }, seed, is_whole && readback == page)
+                let object = Storable::Object { bytes, checksum, encoding: Encoding::Lz4, dictionary: None };
+                (object, seed, is_whole && readback == page)
             }
         };
         if is_same { Ok(Verified { storable, seed }) } else { Err(Unfit::NotReproduced) }
@@ -235,7 +242,7 @@ impl<'a> Verified<'a> {
     pub fn to_parcel(&self) -> (Label, &'a [u8]) {
         match self.storable {
             Storable::Fill(fill) => (Label { len: 0, word: fill.value(), encoding: Encoding::Lz4 }, &[]),
-            Storable::Object { bytes, checksum, encoding } => {
+            Storable::Object { bytes, checksum, encoding, .. } => {
                 (Label { len: bytes.len(), word: checksum, encoding }, bytes)
             }
         }
@@ -260,6 +267,7 @@ impl<'a> Verified<'a> {
                     bytes,
                     checksum: Some(label.word).filter(|&word| word == checksum)?,
                     encoding: label.encoding,
+                    dictionary,
                 }
             }
             _ => return None,

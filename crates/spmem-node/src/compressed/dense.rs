@@ -208,9 +208,11 @@ impl DenseStage {
         let is_same =
             self.decoder.decompress(frame, own_slot, &mut self.readback).is_ok() && *self.readback == *page;
         (is_same && frame.len() <= MAX_PAYLOAD_BYTES).then(|| {
-            let checksum = checksum(&self.codec, self.dictionary.filter(|_| slot.is_some()), page, frame);
+            let dictionary = self.dictionary.filter(|_| slot.is_some());
+            let checksum = checksum(&self.codec, dictionary, page, frame);
             let encoding = Encoding::Dense { slot, is_anew: false };
-            Verified { storable: Storable::Object { bytes: frame, checksum, encoding }, seed: self.codec.seed() }
+            let storable = Storable::Object { bytes: frame, checksum, encoding, dictionary };
+            Verified { storable, seed: self.codec.seed() }
         })
     }
 }
@@ -304,14 +306,11 @@ impl DenseDecoder {
         self.dictionaries[slot.index()].as_ref().map(|(name, _)| *name)
     }
 
-    /// Whether it is ready for such an encoding.
-    pub(super) fn reads(&self, encoding: Encoding) -> bool {
-        match encoding {
-            Encoding::Lz4 => true,
-            Encoding::Dense { slot, .. } => {
-                self.bytes > 0 && slot.is_none_or(|slot| self.dictionaries[slot.index()].is_some())
-            }
-        }
+    /// Whether it is ready for such an encoding, with that dictionary where it is one with a dictionary.
+    pub(super) fn reads(&self, encoding: Encoding, dictionary: Option<DictionaryName>) -> bool {
+        let Encoding::Dense { slot, .. } = encoding else { return true };
+        let has = |slot| dictionary.is_some() && self.name_of(slot) == dictionary;
+        self.bytes > 0 && slot.is_none_or(has)
     }
 
     /// Writes the page of a stored frame, if they are what `checksum` was made from; it is anything after an error.

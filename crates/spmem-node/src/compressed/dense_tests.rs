@@ -343,6 +343,8 @@ fn a_store_takes_nothing_that_it_could_not_read() {
     let offered = store.newest_dictionary().expect("set a moment ago");
     assert!(store.set_dictionary(Slot::A, &dictionary()[..1024]));
     assert!(!store.has_dictionary(offered.0, offered.1) && !store.has_dictionary(Slot::B, offered.1));
+    assert!(store.insert(&stage.stage(&page, Some(Slot::A)).unwrap()).is_err(), "the slot has another dictionary");
+    assert_eq!(store.dictionary_pages(Slot::A), 0);
 }
 
 #[test]

@@ -98,21 +98,22 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
     /// Stores a page.
     ///
     /// # Errors
-    /// [`Full`] if there is no room, or no decoder that reads it ([`Store::prepare_dense`]); then nothing has changed (R18).
+    /// [`Full`] if there is no room, or no decoder that reads it ([`Store::prepare_dense`]), or not its dictionary in the
+    /// slot; then nothing has changed (R18).
     ///
     /// # Panics
     /// If the page was encoded under another seed: it could never be loaded.
     pub fn insert(&mut self, page: &Verified<'_>) -> Result<Handle, Full> {
         assert!(self.codec.made(page), "a page is encoded by the codec of the store that takes it");
-        let (bytes, checksum, encoding) = match page.storable {
+        let (bytes, checksum, encoding, dictionary) = match page.storable {
             Storable::Fill(fill) => {
                 self.totals.same_filled_pages += 1;
                 return Ok(Place::Fill(fill).pack());
             }
-            Storable::Object { bytes, checksum, encoding } => (bytes, checksum, encoding),
+            Storable::Object { bytes, checksum, encoding, dictionary } => (bytes, checksum, encoding, dictionary),
         };
         let full = |store: &Self| store.full(HEADER_BYTES + bytes.len());
-        if !self.dense.reads(encoding) {
+        if !self.dense.reads(encoding, dictionary) {
             return Err(full(self));
         }
         let (Some(class), Ok(length)) = (class_for(HEADER_BYTES + bytes.len()), u16::try_from(bytes.len())) else {
