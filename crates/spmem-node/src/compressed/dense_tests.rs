@@ -382,3 +382,28 @@ fn where_another_dictionary_came_into_the_slot_pages_are_lost_and_the_decoder_is
     let damage = store.load(handle, &mut out).unwrap_err().damage;
     assert!(matches!(damage, Damage::Checksum { .. }) && out == [0; PAGE_BYTES], "{damage:?}");
 }
+
+#[test]
+fn a_dictionary_that_zstd_refuses_is_not_the_newest_one() {
+    let mut store = new_store(16);
+    assert!(store.set_dictionary(Slot::A, &dictionary()));
+    let first = store.newest_dictionary();
+    // zstd's magic, and nothing that it could be a dictionary by.
+    let mut refused = [0xff; 64];
+    refused[..4].copy_from_slice(&0xec30_a437_u32.to_le_bytes());
+    assert!(!store.set_dictionary(Slot::B, &refused));
+    assert_eq!(store.newest_dictionary(), first);
+    assert!(!store.set_dictionary(Slot::A, &refused));
+    assert_eq!(store.newest_dictionary(), None, "what was there is gone");
+}
+
+#[test]
+fn pages_that_were_encoded_anew_are_counted_until_they_go() {
+    let (mut store, handles, mut encoder) = filled(&[record_page(1), record_page(2)], 200);
+    let anew = [0, 1].map(|at| densify(&mut store, handles[at], &mut encoder, None).unwrap());
+    assert_eq!(store.stats().anew_pages, 2);
+    for (left, handle) in [1, 0].into_iter().zip(anew) {
+        store.remove(handle).unwrap();
+        assert_eq!(store.stats().anew_pages, left);
+    }
+}

@@ -89,3 +89,34 @@ fn what_is_sent_damaged_is_left_alone() {
     Maker::new(store.codec()).work(lane, &Workshop::new(), &AtomicBool::new(false));
     assert!(lane.items.iter().all(|item| item.kind.load(Relaxed) == NONE));
 }
+
+#[test]
+fn the_dictionary_that_is_recommended_is_used_and_the_first_page_of_a_batch_is_learnt_from() {
+    let (exchange, workshop) = (encoder::tests::exchange(), Workshop::new());
+    let (lane, pages) = (&exchange.dense, [record_page(1), record_page(2)]);
+    let codec = new_store(1).codec();
+    let mut maker = Maker::new(codec);
+    for dictionary in [None, Some((Slot::B, 512)), Some((Slot::A, 1024))] {
+        let mut store = new_store(64);
+        if let Some((slot, len)) = dictionary {
+            workshop.set(&codec, slot, &pages[0][..len]);
+            assert!(store.set_dictionary(slot, &pages[0][..len]));
+        }
+        let handles = store_all(&mut store, &pages);
+        for (index, handle) in handles.iter().enumerate() {
+            let original = store.original(*handle).expect("lz4");
+            put(&lane.bytes[index], original.bytes);
+            lane.items[index].send(original.label);
+        }
+        lane.count.store(2, Relaxed);
+        maker.work(lane, &workshop, &AtomicBool::new(false));
+        assert_eq!(workshop.take_samples(), [pages[0]]);
+        let (slot, mut bytes) = (dictionary.map(|(slot, _)| slot), [0; PAGE]);
+        let kind = slot.map_or(PLAIN, |slot| WITH[usize::from(slot == Slot::B)]);
+        assert_eq!(lane.items[1].kind.load(Relaxed), kind);
+        let len = lane.items[1].len.load(Relaxed) as usize;
+        get(&lane.bytes[1], &mut bytes, len);
+        let label = store.original(handles[1]).expect("lz4").label;
+        store.densify(handles[1], label, &Dense { bytes: &bytes[..len], slot }).expect("of this dictionary");
+    }
+}

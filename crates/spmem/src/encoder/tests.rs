@@ -148,6 +148,50 @@ fn an_answer_that_says_another_dictionary_than_it_needs_is_refused() {
 }
 
 #[test]
+fn the_dictionary_that_is_recommended_is_used_and_no_other() {
+    let codec = Codec::new(5);
+    let (workshop, exchange) = (Workshop::new(), exchange());
+    let record = workshop::tests::record_page(7);
+    let address = record.as_ptr().expose_provenance();
+    let [first, second] = [&record[..512], &record[64..1024]];
+    let name = |bytes: &[u8]| DictionaryName::of(&codec, bytes);
+    let (mut desk, lane) = (Desk::new(codec, &workshop), &exchange.lanes[0]);
+    let mut encoded = |offered: Option<&[u8]>| {
+        let mut client = Client::new(exchange);
+        let wanted = Wanted::Dense(offered.map(|bytes| (Slot::B, name(bytes))));
+        client.post([address].into_iter(), None, wanted);
+        desk.encode(lane, &memory());
+        let Answer::Encoded(label) = client.answer(0, 0) else { panic!("it compresses") };
+        assert!(client.take(&codec, (0, 0), label, &record).is_some());
+        lane.pages[0].kind.load(Relaxed)
+    };
+    assert_eq!(encoded(Some(first)), DENSE);
+    for bytes in [first, second] {
+        workshop.set(&codec, Slot::B, bytes);
+        assert_eq!(encoded(Some(bytes)), DENSE_WITH);
+        assert_eq!(encoded(Some(&record[..100])), DENSE, "another one is there");
+    }
+    assert_eq!((encoded(Some(first)), encoded(None)), (DENSE, DENSE));
+    workshop.unset();
+    assert_eq!(encoded(Some(second)), DENSE, "it does not pay");
+}
+
+#[test]
+fn pages_that_are_wanted_densely_are_learnt_from_if_they_are_not_filled_with_one_value() {
+    let (workshop, exchange) = (Workshop::new(), exchange());
+    let mut desk = Desk::new(Codec::new(5), &workshop);
+    let pages = pages();
+    let mut offered = |page: &Page, wanted| {
+        Client::new(exchange).post([page.as_ptr().expose_provenance()].into_iter(), None, wanted);
+        desk.encode(&exchange.lanes[0], &memory());
+        workshop.take_samples()
+    };
+    assert!(offered(&pages[0], Wanted::Lz4).is_empty());
+    assert!(offered(&pages[1], Wanted::Dense(None)).is_empty());
+    assert_eq!(offered(&pages[0], Wanted::Dense(None)), alloc::vec![pages[0]]);
+}
+
+#[test]
 fn an_encoder_keeps_off_the_home_unless_it_gives_way_to_most() {
     let check = |nice| {
         thread::set_nice(nice);

@@ -25,6 +25,16 @@ impl Workshop {
         *self.dictionary.lock() = Some((slot, bytes.into()));
         self.recommended.store(DictionaryName::of(codec, bytes).0, Relaxed);
     }
+
+    /// As if it paid no more.
+    pub(crate) fn unset(&self) {
+        self.recommended.store(0, Relaxed);
+    }
+
+    /// What was laid aside, if it is enough or not.
+    pub(crate) fn take_samples(&self) -> Vec<Page> {
+        core::mem::take(&mut *self.samples.lock())
+    }
 }
 
 pub(crate) fn record_page(number: u64) -> Page {
@@ -151,6 +161,21 @@ fn whoever_encodes_does_not_wait_for_who_learns() {
     workshop.offer(&record_page(0));
     assert!(workshop.dictionary(&CODEC, DictionaryName(1)).is_none());
     drop((samples, dictionary));
+}
+
+#[test]
+fn after_a_rest_pages_are_looked_at_again() {
+    let exchange = encoder::tests::exchange();
+    let (workshop, is_over) = (Workshop::new(), AtomicBool::new(false));
+    workshop.wants_samples.store(false, Relaxed);
+    std::thread::scope(|scope| {
+        scope.spawn(|| learn(exchange, &workshop, CODEC, common, &is_over));
+        while !workshop.wants_samples.load(Relaxed) {
+            std::thread::yield_now();
+        }
+        is_over.store(true, Relaxed);
+        workshop.wake();
+    });
 }
 
 #[test]
