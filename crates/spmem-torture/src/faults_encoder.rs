@@ -210,7 +210,7 @@ impl Spoiler {
     fn spoil_answer(&self, lane: u64, number: u64, rng: &mut Rng, spoiled: &mut Spoiled) -> Outcome {
         let (item, bytes) = (lane + ITEMS + number * ITEM_BYTES, lane + BYTES + number * PAGE as u64);
         let bit = |rng: &mut Rng| 1_u32 << rng.below(32);
-        let kind = rng.below(8);
+        let kind = rng.below(9);
         match kind {
             // An error.
             0 | 1 => self.exchange.write(item + KIND, &NOT_REPRODUCED.to_ne_bytes())?,
@@ -241,6 +241,13 @@ impl Spoiler {
                 let at = bytes + 4 * rng.below(256) as u64;
                 let old = self.exchange.read(at)?;
                 self.exchange.write(at, &(old ^ bit(rng)).to_ne_bytes())?;
+            }
+            // The dictionary that it needs is said to be none, or none one.
+            7 => {
+                let old = self.exchange.read(item + KIND)?;
+                if ENCODED[1..].contains(&old) {
+                    self.exchange.write(item + KIND, &(ENCODED[1] + ENCODED[2] - old).to_ne_bytes())?;
+                }
             }
             _ => self.exchange.write(bytes, &rng.next().to_ne_bytes().repeat(PAGE / 8))?,
         }
