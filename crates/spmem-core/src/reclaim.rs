@@ -26,8 +26,8 @@ mod sharing;
 mod throttle;
 
 pub use self::density::{
-    DENSE_PAGES, Dictionaries, LEARN_PAGES, LOOK_ENTRIES, Payoff, Rounds, SAMPLE_PAGES, Stay, Turnover, Way,
-    compacts, is_dense_at_once, on_round,
+    DENSE_PAGES, Dictionaries, Hurry, LEARN_PAGES, LOOK_ENTRIES, Payoff, Rounds, SAMPLE_PAGES, Stay, Turnover,
+    Way, compacts, on_round,
 };
 pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};

@@ -20,14 +20,14 @@ use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::placing::Targets;
-use spmem_core::reclaim::{self, BATCH_PAGES};
+use spmem_core::reclaim::{BATCH_PAGES, Hurry};
 use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::Uffd;
-use spmem_sys::{Errno, PAGE, process};
+use spmem_sys::{Errno, PAGE, clock, process};
 
 /// Where a reclaimer throws pages away: address space for one batch, bytes.
 pub(crate) const TRASH_LEN: usize = BATCH_PAGES as usize * PAGE;
@@ -45,6 +45,7 @@ pub struct Demoter {
     trash: usize,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
     client: Option<Client>,
+    hurry: Hurry,
     /// The encoder is not given any more.
     is_useless: bool,
     /// What is out with the encoder, oldest first.
@@ -69,6 +70,7 @@ impl Demoter {
             trash: runtime.trash_start.load(Relaxed) + number * TRASH_LEN,
             pagemap: runtime.shared_pagemap(),
             client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
+            hurry: Hurry::default(),
             is_useless: false,
             out: [None; LANES],
             placer: (number == 0).then(|| Placer::new(runtime)).flatten(),
@@ -144,7 +146,8 @@ impl Demoter {
                     *address = space.holding.address(slot);
                 }
             }
-            let is_dense = reclaim::is_dense_at_once(space.store.payload(), self.runtime.room_pages.load(Relaxed));
+            let room = self.runtime.room_pages.load(Relaxed);
+            let is_dense = self.hurry.is_dense(clock::now_ns(), space.store.payload(), room);
             if is_dense && space.store.prepare_dense() {
                 Wanted::Dense(space.store.newest_dictionary())
             } else {

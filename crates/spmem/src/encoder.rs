@@ -60,7 +60,7 @@ const DENSE_WITH: u32 = 5;
 pub struct Exchange {
     posted: Event<true>,
     /// Where the handler of the process is bound.
-    home: Home,
+    pub(crate) home: Home,
     lanes: [Lane; LANES],
     /// See [`crate::dense`].
     pub(crate) dense: DenseLane,

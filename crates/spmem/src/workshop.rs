@@ -9,14 +9,18 @@
 //! The encoder, for which the program waits, never waits for the others here: where one of them has the lock, it goes on without.
 
 use crate::encoder::{Exchange, get, put};
+use crate::follow::Shadow;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 use spmem_core::reclaim::{Dictionaries, ENCODER_IDLE_NS, LEARN_PAGES, SAMPLE_PAGES, Way};
 use spmem_node::Page;
 use spmem_node::compressed::{Codec, DenseEncoder, DictionaryName, MAX_DICTIONARY_BYTES, Slot};
-use spmem_sys::PAGE;
 use spmem_sys::futex::{Event, Lock};
+use spmem_sys::{PAGE, thread};
+
+/// What is added to the nice value of a thread that learns.
+const LEARNER_NICE: i32 = 5;
 
 /// Makes a dictionary for pages like these, if there is one.
 pub type Train = fn(&[Page]) -> Option<Box<[u8]>>;
@@ -165,6 +169,9 @@ impl Handover {
 
 /// Learns until `is_over`: a thread of `spm`, for one process.
 pub fn learn(exchange: &Exchange, workshop: &Workshop, codec: Codec, train: Train, is_over: &AtomicBool) {
+    // Nobody waits for it, and it has 20 ms of work at once; but beside a busy encoder an idle thread would never have done it.
+    thread::set_nice(thread::nice() + LEARNER_NICE);
+    let mut shadow = Shadow::new();
     // Most processes have few pages that leave.
     let mut learner = None;
     loop {
@@ -177,6 +184,7 @@ pub fn learn(exchange: &Exchange, workshop: &Workshop, codec: Codec, train: Trai
             workshop.wants_samples.store(true, Relaxed);
             continue;
         };
+        shadow.avoid(exchange.home.get());
         let learner = learner.get_or_insert_with(|| Learner::new(codec, train));
         for page in &samples {
             learner.look(&exchange.dictionaries, page);

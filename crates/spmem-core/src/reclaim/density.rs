@@ -158,20 +158,38 @@ impl Payoff {
     }
 }
 
-/// What a store has to hold before pages come densely the first time: the decoder takes 35 KiB, and 31 for a dictionary.
-const DENSE_FROM: Bytes = Bytes(256 << 10);
+/// What a store has to hold before pages come densely the first time: the decoder takes 66 KiB with a dictionary, and `spm` up to a MiB.
+const DENSE_FROM: Bytes = Bytes::mib(1);
 
-/// Whether a page that leaves is encoded densely at once. That makes it a quarter smaller and takes about twice as long, there and back, so more
+/// For so long after the program has waited for room pages leave in the faster encoding, ns: it will wait again, as room comes and goes within
+/// milliseconds.
+const HURRY_NS: u64 = 20_000_000;
+
+/// Whether pages that leave are encoded densely at once. That makes them a quarter smaller and takes about twice as long, there and back, so more
 /// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them.
-///
-/// ```
-/// use spmem_core::{reclaim::is_dense_at_once, units::Bytes};
-/// assert!(is_dense_at_once(Bytes::mib(1), 1));
-/// assert!(!is_dense_at_once(Bytes::mib(1), 0), "the program waits for room");
-/// assert!(!is_dense_at_once(Bytes(255 << 10), 1), "it could not save what the decoder takes");
-/// ```
-pub const fn is_dense_at_once(stored: Bytes, room_pages: i64) -> bool {
-    stored.0 >= DENSE_FROM.0 && room_pages > 0
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hurry {
+    until_ns: u64,
+}
+
+impl Hurry {
+    /// Whether the next pages are, of a store that holds so much, in a process with that room.
+    ///
+    /// ```
+    /// use spmem_core::{reclaim::Hurry, units::Bytes};
+    /// let mut hurry = Hurry::default();
+    /// assert!(hurry.is_dense(0, Bytes::mib(1), 1));
+    /// assert!(!hurry.is_dense(0, Bytes((1 << 20) - 1), 1), "it could not save what that takes");
+    /// assert!(!hurry.is_dense(0, Bytes::mib(1), 0), "the program waits for room");
+    /// assert!(!hurry.is_dense(19_999_999, Bytes::mib(1), 1), "it did a moment ago");
+    /// assert!(hurry.is_dense(20_000_000, Bytes::mib(1), 1));
+    /// ```
+    pub const fn is_dense(&mut self, now_ns: u64, stored: Bytes, room_pages: i64) -> bool {
+        if room_pages <= 0 {
+            self.until_ns = now_ns.saturating_add(HURRY_NS);
+        }
+        stored.0 >= DENSE_FROM.0 && now_ns >= self.until_ns
+    }
 }
 
 /// Pages laid aside, of those that leave, before it is looked what can be learnt of them.

@@ -1,11 +1,11 @@
-//! The dense encoding: zstd, with or without a dictionary, for pages that are stored already and stay cold.
+//! The dense encoding: zstd, with or without a dictionary, for pages that leave, and for those that are stored already and stay cold.
 //!
-//! [`DenseEncoder`] encodes, anywhere; the store takes the result for a page that it has
+//! [`DenseStage`] encodes a page that leaves, and reads it back. [`DenseEncoder`] encodes one that is stored; the store takes the result
 //! ([`super::Store::densify`]) once [`DenseDecoder`], its own, has made the same page of it. A dictionary has one of two
 //! [`Slot`]s, so that a new one can be used while pages still need the old one.
 //!
 //! An encoding is a zstd frame without magic and sizes. The decoder, which is C, is run on bytes that an encoder made, not on what damage made of
-//! them: [`CHECK_BYTES`] of xxh3 come along with a frame, and of the checksum in front of an object half of the bits are the frame's, looked at
+//! them: [`CHECK_BYTES`] of xxh3 come along with a frame for a stored page, and of the checksum in front of an object half of the bits are the frame's, looked at
 //! before it is decoded, and half the page's ([`checksum`]).
 //!
 //! Takes no lock. The decoder's memory is there before it is needed: decoding allocates nothing, as a fork may be under
@@ -26,7 +26,7 @@ const CHECK_BYTES: usize = 4;
 /// Bits of an object's checksum that are the page's; those above are the frame's.
 const PAGE_BITS: u32 = CHECKSUM_BITS / 2;
 const PAGE_MASK: u64 = (1 << PAGE_BITS) - 1;
-/// Longest dictionary: more of it makes pages hardly smaller, and each process has a digest of it (ADR 19).
+/// Longest dictionary: more of it makes pages hardly smaller, and each process has a digest of it (ADR 24).
 pub const MAX_DICTIONARY_BYTES: usize = 4096;
 /// Higher ones give a percent for several times the time.
 const LEVEL: i32 = 1;
@@ -113,7 +113,7 @@ fn upper(codec: &Codec, dictionary: Option<DictionaryName>, frame: &[u8]) -> u64
     xxh3_64_with_seed(frame, seed) << PAGE_BITS & CHECKSUM_MASK
 }
 
-/// Makes dense encodings. About 0.7 MiB of heap for each dictionary and for none.
+/// Makes dense encodings. About 70 KiB of heap, and 150 for each dictionary.
 pub struct DenseEncoder {
     seed: u64,
     plain: CCtx<'static>,
@@ -161,7 +161,7 @@ impl DenseEncoder {
     }
 }
 
-/// Encodes pages densely the first time that they are stored. About 0.8 MiB of heap, and as much for a dictionary.
+/// Encodes pages densely the first time that they are stored. About 0.2 MiB of heap, and as much for a dictionary.
 pub struct DenseStage {
     codec: Codec,
     encoder: DenseEncoder,

@@ -1,6 +1,6 @@
 //! Compressed RAM made in software: the back end of class 4 nodes (cram).
 //!
-//! A page goes through [`Codec`] (same-filled, lz4, checksum), is read back ([`Verified`]), and is
+//! A page goes through [`Codec`] (same-filled, lz4, checksum) or [`DenseStage`] (zstd), is read back ([`Verified`]), and is
 //! kept by [`Store`] in a slot of its size class, in frames from a [`FrameSource`] whose bytes are
 //! [`FrameBytes`]. [`Stats`] names every byte, used or wasted.
 //!

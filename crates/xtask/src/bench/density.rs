@@ -2,11 +2,12 @@
 //!
 //! Each program of the workload script runs bare until it has grown; then it is stopped and a sample of its private
 //! memory read. Both sides get the same pages. zram's is a device without swap on it: what it holds is `mem_used_total`.
-//! Ours is the store: lz4 first, then all of it recompressed as cold pages are, with the dictionaries that the same
+//! Ours is the store: as lz4, then all of it recompressed as cold pages are, with the dictionaries that the same
 //! policy makes. A page that neither can compress counts as a page on both sides; what the store keeps outside its frames
 //! counts too. Then half of the pages leave at random and others come, and the store is compacted.
 //!
-//! Hole: every page is taken for cold. How many are is a matter of the program; `dense_pages` of a report says it.
+//! Hole: every page is taken for one that is stored densely. How many are is a matter of the program; `dense_pages` and
+//! `recompressed_pages` of a report say it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
