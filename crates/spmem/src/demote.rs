@@ -27,7 +27,7 @@ use spmem_sys::fd::Fd;
 use spmem_sys::mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::Uffd;
-use spmem_sys::{Errno, PAGE, clock, process};
+use spmem_sys::{Errno, PAGE, process};
 
 /// Where a reclaimer throws pages away: address space for one batch, bytes.
 pub(crate) const TRASH_LEN: usize = BATCH_PAGES as usize * PAGE;
@@ -147,7 +147,7 @@ impl Demoter {
                 }
             }
             let room = self.runtime.room_pages.load(Relaxed);
-            let is_dense = self.hurry.is_dense(clock::now_ns(), space.store.payload(), room);
+            let is_dense = self.hurry.is_dense(space.store.payload(), room);
             if is_dense && space.store.prepare_dense() {
                 Wanted::Dense(space.store.newest_dictionary())
             } else {

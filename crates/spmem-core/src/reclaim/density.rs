@@ -161,34 +161,44 @@ impl Payoff {
 /// What a store has to hold before pages come densely the first time: the decoder takes 66 KiB with a dictionary, and `spm` up to a MiB.
 const DENSE_FROM: Bytes = Bytes::mib(1);
 
-/// For so long after the program has waited for room pages leave in the faster encoding, ns: it will wait again, as room comes and goes within
-/// milliseconds.
-const HURRY_NS: u64 = 20_000_000;
+/// What a batch that leaves while there is no room adds to the hurry; one that leaves while there is some takes 1 off: so it grows where there is
+/// none for more than one batch of five.
+const NO_ROOM: u32 = 4;
+/// From here on all batches leave in the faster encoding, ...
+const HURRIES_FROM: u32 = 64;
+/// ... and it is forgotten within so many batches.
+const HURRY_MAX: u32 = 128;
 
 /// Whether pages that leave are encoded densely at once. That makes them a quarter smaller and takes about twice as long, there and back, so more
 /// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hurry {
-    until_ns: u64,
+    score: u32,
 }
 
 impl Hurry {
-    /// Whether the next pages are, of a store that holds so much, in a process with that room.
+    /// Whether the next batch is, of a store that holds so much, in a process with that room.
     ///
     /// ```
     /// use spmem_core::{reclaim::Hurry, units::Bytes};
-    /// let mut hurry = Hurry::default();
-    /// assert!(hurry.is_dense(0, Bytes::mib(1), 1));
-    /// assert!(!hurry.is_dense(0, Bytes((1 << 20) - 1), 1), "it could not save what that takes");
-    /// assert!(!hurry.is_dense(0, Bytes::mib(1), 0), "the program waits for room");
-    /// assert!(!hurry.is_dense(19_999_999, Bytes::mib(1), 1), "it did a moment ago");
-    /// assert!(hurry.is_dense(20_000_000, Bytes::mib(1), 1));
+    /// let (mut hurry, stored) = (Hurry::default(), Bytes::mib(1));
+    /// assert!(hurry.is_dense(stored, 1));
+    /// assert!(!hurry.is_dense(Bytes((1 << 20) - 1), 1), "it could not save what that takes");
+    /// assert!(!hurry.is_dense(stored, 0), "the program waits for room");
+    /// assert!(hurry.is_dense(stored, 1), "now and then that does no harm");
+    /// while hurry.is_dense(stored, 1) {
+    ///     assert!(!hurry.is_dense(stored, 0), "it waits for every second batch");
+    /// }
+    /// let batches = (0..).take_while(|_| !hurry.is_dense(stored, 1)).count();
+    /// assert!(batches < 128, "it waits no more");
     /// ```
-    pub const fn is_dense(&mut self, now_ns: u64, stored: Bytes, room_pages: i64) -> bool {
-        if room_pages <= 0 {
-            self.until_ns = now_ns.saturating_add(HURRY_NS);
+    pub const fn is_dense(&mut self, stored: Bytes, room_pages: i64) -> bool {
+        let has_room = room_pages > 0;
+        self.score = if has_room { self.score.saturating_sub(1) } else { self.score + NO_ROOM };
+        if self.score > HURRY_MAX {
+            self.score = HURRY_MAX;
         }
-        stored.0 >= DENSE_FROM.0 && now_ns >= self.until_ns
+        stored.0 >= DENSE_FROM.0 && has_room && self.score < HURRIES_FROM
     }
 }
 
