@@ -78,7 +78,7 @@ pub fn serve(exchange: &Exchange, workshop: &Workshop, codec: Codec, is_over: &A
     let mut maker = None;
     loop {
         let ticket = lane.posted.ticket();
-        // Acquire pairs with the Release in `Densifier::post`.
+        // Acquire pairs with the Release in `Densifier::look`.
         if lane.state.load(Ordering::Acquire) == POSTED {
             maker.get_or_insert_with(|| Maker::new(codec)).work(lane, workshop, is_over);
             // Release: whoever sees it done sees the encodings.

@@ -607,7 +607,9 @@ fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool>
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
         let pagemap = Pagemap::open();
         swap::adopt(space.swap.as_mut(), given.into_iter().skip(3).flatten())?;
-        space.store.settle_after_fork();
+        if !space.store.settle_after_fork() {
+            return Err(Errno::ENOMEM);
+        }
         space.settle_after_fork(|page| {
             pagemap.as_ref().is_ok_and(|pagemap| pagemap.is_there(page).unwrap_or(false))
         });

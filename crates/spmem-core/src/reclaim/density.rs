@@ -169,7 +169,7 @@ const HURRIES_FROM: u32 = 64;
 /// ... and it is forgotten within so many batches.
 const HURRY_MAX: u32 = 128;
 
-/// Whether pages that leave are encoded densely at once. That makes them a quarter smaller and takes about twice as long, there and back, so more
+/// Whether pages that leave are encoded densely at once. That makes them a third smaller and takes about twice as long, there and back, so more
 /// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hurry {

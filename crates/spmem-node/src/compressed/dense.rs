@@ -268,12 +268,15 @@ impl DenseDecoder {
         self.bytes > 0
     }
 
-    /// In a forked child: the parent may have been decoding, in memory that is torn now. It is left as it is.
-    pub(super) fn renew(&mut self) {
-        if self.bytes > 0 {
-            core::mem::forget(self.context.take());
-            self.prepare();
+    /// In a forked child: the parent may have been decoding, in memory that is torn now. It is left as it is, and `make` makes another;
+    /// whether it did, if there was one.
+    pub(super) fn renew(&mut self, make: impl FnOnce() -> Option<DCtx<'static>>) -> bool {
+        if self.bytes == 0 {
+            return true;
         }
+        core::mem::forget(self.context.replace(make()));
+        self.bytes = self.context.get_mut().as_ref().map_or(0, DCtx::sizeof);
+        self.bytes > 0
     }
 
     /// As a fork in the middle of a decoding leaves it.
@@ -282,7 +285,7 @@ impl DenseDecoder {
         core::mem::forget(self.context.take());
     }
 
-    fn make() -> Option<DCtx<'static>> {
+    pub(super) fn make() -> Option<DCtx<'static>> {
         let mut context = DCtx::try_create()?;
         context.set_parameter(DParameter::Format(FrameFormat::Magicless)).ok()?;
         Some(context)

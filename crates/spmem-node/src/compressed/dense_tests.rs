@@ -280,7 +280,21 @@ fn a_child_forked_while_a_page_was_decoded_can_decode() {
     store.dense.lose_context();
     let mut out = [0x5a; PAGE_BYTES];
     assert!(store.load(dense, &mut out).is_err() && out == [0; PAGE_BYTES], "a refusal, not a wrong page");
-    store.settle_after_fork();
+    assert!(store.settle_after_fork());
+    assert_holds(&store, dense, &page);
+}
+
+#[test]
+fn a_child_without_memory_for_a_decoder_is_told_before_it_loses_a_page() {
+    let page = record_page(1);
+    let (mut store, handles, mut encoder) = filled(&[page, record_page(2)], 64);
+    assert!(store.settle_with(|| None), "nothing needs one");
+    assert_holds(&store, handles[1], &record_page(2));
+    assert!(store.prepare_dense(), "there is memory later");
+    let dense = densify(&mut store, handles[0], &mut encoder, Some(Slot::B)).unwrap();
+    assert!(!store.settle_with(|| None));
+    assert!(store.insert(&DenseStage::new(&Codec::new(SEED)).unwrap().stage(&page, None).unwrap()).is_err());
+    assert!(store.prepare_dense());
     assert_holds(&store, dense, &page);
 }
 

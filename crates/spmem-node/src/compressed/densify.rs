@@ -6,9 +6,11 @@
 //!
 //! A page takes about 20 us here. Called by the runtime under its lock.
 
+use zstd_safe::DCtx;
+
 use super::class::{CLASSES, class_for};
 use super::codec::{Codec, HEADER_BYTES, Label, MAX_PAYLOAD_BYTES};
-use super::dense::{Dense, DictionaryName, Encoding, MAX_DICTIONARY_BYTES, Slot, checksum};
+use super::dense::{Dense, DenseDecoder, DictionaryName, Encoding, MAX_DICTIONARY_BYTES, Slot, checksum};
 use super::frames::{FrameBytes, FrameSource};
 use super::handle::Place;
 use super::store::Store;
@@ -163,8 +165,14 @@ impl<F: FrameSource, M: FrameBytes> Store<F, M> {
             && self.dense.set_dictionary(slot, DictionaryName::of(&self.codec, bytes), bytes)
     }
 
-    /// In a forked child, before anything is loaded: see [`super::dense`].
-    pub fn settle_after_fork(&mut self) {
-        self.dense.renew();
+    /// In a forked child, before anything is loaded: see [`super::dense`]. Whether what is stored can be read: `false` where there is no memory
+    /// for another decoder, and pages that need one.
+    #[must_use]
+    pub fn settle_after_fork(&mut self) -> bool {
+        self.settle_with(DenseDecoder::make)
+    }
+
+    pub(super) fn settle_with(&mut self, make: impl FnOnce() -> Option<DCtx<'static>>) -> bool {
+        self.dense.renew(make) || self.totals.dense_pages == [0; 3]
     }
 }
