@@ -104,7 +104,7 @@ pub(crate) struct Server {
     follower: Follower,
     turnstile: Turnstile,
     promotion: Promotion,
-    /// Pages that came with the last one served, itself included.
+    /// Pages that came with the last one served, itself included; none where it was there already.
     brought: usize,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
 }
@@ -246,11 +246,10 @@ impl Server {
         let served = self.serve(space, uffd, page, fault.kind);
         if served == Served::Yes {
             let shared = runtime.shared();
-            runtime.record(
-                happening,
-                page,
-                self.brought as u64 | if fault.kind == Fault::Read { 0 } else { IS_WRITE },
-            );
+            if self.brought > 0 {
+                let is_write = if fault.kind == Fault::Read { 0 } else { IS_WRITE };
+                runtime.record(happening, page, self.brought as u64 | is_write);
+            }
             shared.faults.record(clock::now_ns().saturating_sub(fault.since_ns));
             if waited > 0 {
                 shared.counters.throttled_ns.fetch_add(waited, Relaxed);
@@ -470,8 +469,10 @@ impl Server {
         let progress =
             if fault != Fault::Read { uffd.copy(page, self.zeros.bytes(0, PAGE)) } else { uffd.zero(page, PAGE) };
         let done = progress.done / PAGE;
+        self.brought = done;
         self.account(done);
         if done == 0 {
+            // There already: the kernel tells of a thread that comes as another's fault is served, though it need not wait.
             return match progress.stopped {
                 Some(Errno::EEXIST) => wake(uffd, page),
                 stopped => self.refused(uffd, page, stopped),
