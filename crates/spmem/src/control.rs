@@ -407,12 +407,12 @@ impl Control {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     extern crate std;
     use super::*;
 
     /// A control page of zeros.
-    fn control() -> std::boxed::Box<Control> {
+    pub(crate) fn control() -> std::boxed::Box<Control> {
         #![allow(unsafe_code, reason = "too large for a stack")]
         // SAFETY: of the layout of a `Control`, which is not empty.
         let zeros = unsafe { std::alloc::alloc_zeroed(std::alloc::Layout::new::<Control>()) };

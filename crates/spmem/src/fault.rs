@@ -117,28 +117,30 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     let runtime = Runtime::from_argument(argument);
     runtime.handler_tid.store(process::tid(), Relaxed);
     let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
-    let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages");
-    let zeros = Mapping::new(PAGE, c"spmem zeros");
-    let (Ok(pages), Ok(zeros)) = (pages, zeros) else { crate::die_without_memory() };
-    for mapping in [&pages, &zeros] {
-        let _ = mapping.keep_from_children();
-    }
-    let pagemap = runtime.shared_pagemap();
-    let mut server = Server {
-        runtime,
-        pages,
-        zeros,
-        readahead: Readahead::default(),
-        follower: Follower::new(&runtime.home),
-        turnstile: Turnstile::default(),
-        promotion: Promotion::new(PROMOTION_RATE, Time(clock::now_ns())),
-        brought: 1,
-        pagemap,
-    };
+    let Ok(mut server) = Server::new(runtime) else { crate::die_without_memory() };
     server.run(&uffd)
 }
 
 impl Server {
+    fn new(runtime: &'static Runtime) -> Result<Self> {
+        let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages")?;
+        let zeros = Mapping::new(PAGE, c"spmem zeros")?;
+        for mapping in [&pages, &zeros] {
+            let _ = mapping.keep_from_children();
+        }
+        Ok(Self {
+            runtime,
+            pages,
+            zeros,
+            readahead: Readahead::default(),
+            follower: Follower::new(&runtime.home),
+            turnstile: Turnstile::default(),
+            promotion: Promotion::new(PROMOTION_RATE, Time(clock::now_ns())),
+            brought: 0,
+            pagemap: runtime.shared_pagemap(),
+        })
+    }
+
     fn run(&mut self, uffd: &Uffd) -> ! {
         let runtime = self.runtime;
         let mut waiting = runtime.waiting.lock();
@@ -242,10 +244,11 @@ impl Server {
             return false;
         }
         let happening = happening(space.table.get(page));
-        self.brought = 1;
+        self.brought = 0;
         let served = self.serve(space, uffd, page, fault.kind);
         if served == Served::Yes {
             let shared = runtime.shared();
+            // The kernel also tells of a thread that comes while another's fault for the page is served, though it need not wait.
             if self.brought > 0 {
                 let is_write = if fault.kind == Fault::Read { 0 } else { IS_WRITE };
                 runtime.record(happening, page, self.brought as u64 | is_write);
@@ -282,8 +285,11 @@ impl Server {
 
     /// Puts the page back, from wherever it is. `uffd` is this process's, or that of a child being nursed.
     pub(crate) fn serve(&mut self, space: &mut Space<Cram>, uffd: &Uffd, page: usize, fault: Fault) -> Served {
-        if fault == Fault::Fenced && !self.take_from_fence(space, uffd, page) {
-            return lift_fence(uffd, page);
+        if fault == Fault::Fenced {
+            self.brought = usize::from(space.table.get(page).target().is_some());
+            if !self.take_from_fence(space, uffd, page) {
+                return lift_fence(uffd, page);
+            }
         }
         let entry = space.table.get(page);
         match entry.copy() {
@@ -347,7 +353,7 @@ impl Server {
             progress = uffd.copy(page, self.pages.bytes(0, PAGE));
         }
         let done = progress.done / PAGE;
-        self.brought = done.max(1);
+        self.brought = done;
         self.readahead.advance((page / PAGE) as u64, done.max(1) as u32);
         self.account(done);
         let shared = self.runtime.shared();
@@ -428,6 +434,7 @@ impl Server {
             return self.refused(uffd, page, progress.stopped);
         }
         if progress.stopped.is_none() {
+            self.brought = 1;
             self.runtime.shared().counters.rescued_pages.fetch_add(1, Relaxed);
         }
         if !is_moved {
@@ -472,7 +479,6 @@ impl Server {
         self.brought = done;
         self.account(done);
         if done == 0 {
-            // There already: the kernel tells of a thread that comes as another's fault is served, though it need not wait.
             return match progress.stopped {
                 Some(Errno::EEXIST) => wake(uffd, page),
                 stopped => self.refused(uffd, page, stopped),
@@ -628,3 +634,6 @@ pub(crate) fn apply(runtime: &Runtime, space: &mut Space<Cram>, pagemap: Option<
         Event::Fault { .. } | Event::Fork { .. } => {}
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -237,6 +237,14 @@ impl Runtime {
         (!control.is_null()).then(|| unsafe { &*control })
     }
 
+    /// Of a process that shares this, and has nothing else.
+    #[cfg(test)]
+    pub(crate) fn with_control(control: &'static Control) -> Self {
+        let runtime = Self::new();
+        runtime.control.store(core::ptr::from_ref(control).cast_mut(), Ordering::Release);
+        runtime
+    }
+
     pub(crate) fn shared(&self) -> &'static Control {
         self.control().expect("agent threads start after the control page is mapped")
     }
