@@ -6,9 +6,9 @@
 //! and each byte of it costs nearly two of resident pages, so it is little: the gate keeps growth from overrunning it.
 //! The processes share the excess in proportion to what they use. What goes with it: [`Floor`] (what stays), [`Throttle`]
 //! and [`Turnstile`] (who waits), [`Coverage`] (who can be made to wait), [`Progress`] and [`Retry`] (what could not leave),
-//! [`Mapping`] (what may leave at all), [`Sharing`] (what counts), [`reclaimers`] and [`Needs`] (how many threads work), [`Spin`] and
-//! [`answer_sleep_ns`] (how long they wait for each other), [`Stay`], [`Rounds`] and [`Dictionaries`] (what is stored more
-//! densely).
+//! [`Mapping`] (what may leave at all), [`Sharing`] (what counts), [`reclaimers`] and [`Needs`] (how many threads work),
+//! [`Pace`] (which does), [`Spin`] and [`answer_sleep_ns`] (how long they wait for each other), [`Stay`], [`Rounds`] and
+//! [`Dictionaries`] (what is stored more densely).
 //! Pure: the caller measures, and performs the plan. Called by the runtime's pressure loop and the simulator.
 //!
 //! Holes: pages are taken to free a whole page each; what the compressed copy takes is made up for by the next look.
@@ -20,6 +20,7 @@ mod floor;
 mod following;
 mod helpers;
 mod managed;
+mod pace;
 mod progress;
 mod retry;
 mod sharing;
@@ -34,6 +35,7 @@ pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps
 pub use self::following::{Follow, Following};
 pub use self::helpers::{HELPER_REST_NS, MAX_RECLAIMERS, Needs, reclaimers};
 pub use self::managed::{Mapping, Origin};
+pub use self::pace::{AHEAD_PAGES, Footing, Pace, Pacer, pages_along};
 pub use self::progress::Progress;
 pub use self::retry::Retry;
 pub use self::sharing::Sharing;
@@ -128,8 +130,8 @@ pub enum Gate {
 pub struct Plan {
     /// Pages to move to the store: out of the holding area, oldest first, which is filled again from mapped pages.
     pub evict_pages: u64,
-    /// How many pages the holding area is filled to while evicting; 0 when nothing is to be filled. Never a reason
-    /// to empty it.
+    /// How many pages the holding area is filled to while usage is above the high mark; else 0. Never a reason to empty
+    /// it.
     pub holding_target_pages: u64,
     /// Whether first touches go on.
     pub gate: Gate,
@@ -239,7 +241,7 @@ pub fn plan(facts: &Facts) -> Plan {
     let evict_pages = own_share(facts, excess).min(evictable);
     Plan {
         evict_pages,
-        holding_target_pages: if evict_pages > 0 { holding_target(facts, limit) } else { 0 },
+        holding_target_pages: if used > marks.high.0 { holding_target(facts, limit) } else { 0 },
         gate: gate(used, &marks, evictable),
         sleep_ns: if evict_pages > 0 {
             0

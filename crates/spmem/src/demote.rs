@@ -2,14 +2,15 @@
 //! is given back.
 //!
 //! The long part, encoding, runs without the lock on slots that are `Busy`: their pages stay where they are. The
-//! monitor has it done by the encoder ([`crate::encoder`]) where there is one; whoever has none does it here. A page
+//! monitor has it done by the encoder ([`crate::lanes`]) where there is one; whoever has none does it here. A page
 //! that came back meanwhile keeps what was encoded as a copy. Copies still equal to their page cost no encoding.
 //! What cannot be stored goes back to the program (R19); when node 1 is full, demotion stops (R18).
 
 use crate::control::NODE_1;
-use crate::encoder::{Answer, Client, LANE_PAGES, LANES, Wanted};
+use crate::encoder::{Answer, LANES};
 use crate::fault::lose_held;
-use crate::holding::{Span, State};
+use crate::holding::{Holding, Span, State};
+use crate::lanes::Lanes;
 use crate::place::Placer;
 use crate::recorder::Happening;
 use crate::runtime::{Cram, Runtime};
@@ -20,7 +21,7 @@ use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::placing::Targets;
-use spmem_core::reclaim::{BATCH_PAGES, Hurry};
+use spmem_core::reclaim::BATCH_PAGES;
 use spmem_node::compressed::{Codec, Verified, Workspace};
 use spmem_node::{Backend, Handle, Page, Stage, Unfit};
 use spmem_sys::fd::Fd;
@@ -44,12 +45,8 @@ pub struct Demoter {
     scratch: ManuallyDrop<Uffd>,
     trash: usize,
     pub(crate) pagemap: Option<ManuallyDrop<Pagemap>>,
-    client: Option<Client>,
-    hurry: Hurry,
-    /// The encoder is not given any more.
-    is_useless: bool,
-    /// What is out with the encoder, oldest first.
-    out: [Option<Span>; LANES],
+    /// The one that has to do with the encoder.
+    is_monitor: bool,
     pub(crate) placer: Option<Placer>,
     pub(crate) swapper: Option<Swapper>,
     /// Which nodes have had no room a moment ago.
@@ -60,6 +57,10 @@ impl Demoter {
     pub(crate) fn new(runtime: &'static Runtime, number: usize) -> Self {
         let codec = Codec::new(runtime.shared().seed.load(Relaxed));
         let borrow = |raw: i32| ManuallyDrop::new(Uffd::from_fd(Fd::from_raw(raw)));
+        let is_monitor = number == 0;
+        if is_monitor && let Some(space) = runtime.space.lock().as_mut() {
+            space.lanes = Lanes::new(runtime).map(Box::new);
+        }
         Self {
             runtime,
             codec,
@@ -69,12 +70,9 @@ impl Demoter {
             scratch: borrow(runtime.scratch.load(Ordering::Acquire)),
             trash: runtime.trash_start.load(Relaxed) + number * TRASH_LEN,
             pagemap: runtime.shared_pagemap(),
-            client: (number == 0).then(|| runtime.exchange().map(Client::new)).flatten(),
-            hurry: Hurry::default(),
-            is_useless: false,
-            out: [None; LANES],
-            placer: (number == 0).then(|| Placer::new(runtime)).flatten(),
-            swapper: (number == 0).then(|| Swapper::new(runtime)).flatten(),
+            is_monitor,
+            placer: is_monitor.then(|| Placer::new(runtime)).flatten(),
+            swapper: is_monitor.then(|| Swapper::new(runtime)).flatten(),
             targets: Targets::default(),
         }
     }
@@ -84,9 +82,9 @@ impl Demoter {
         if let Some(freed) = self.send(wanted) {
             return freed;
         }
-        if self.client.is_some() {
+        if self.is_monitor && self.runtime.exchange().is_some() {
             let freed = self.run_with_encoder(wanted);
-            let does_answer = self.client.as_ref().is_some_and(Client::has_room);
+            let does_answer = self.with_lanes(|lanes, _| lanes.has_room()) == Some(true);
             self.runtime.is_encoder_late.store(!does_answer, Relaxed);
             if freed > 0 || does_answer {
                 return freed;
@@ -108,122 +106,91 @@ impl Demoter {
         space.as_mut().and_then(|space| space.holding.claim(wanted as u32))
     }
 
+    /// Works on what is out with the encoder, where there is one.
+    pub(crate) fn with_lanes<T>(&self, work: impl FnOnce(&mut Lanes, &mut Space<Cram>) -> T) -> Option<T> {
+        let mut space = self.runtime.space.lock();
+        let space = space.as_mut().filter(|_| self.is_monitor)?;
+        let mut lanes = space.lanes.take()?;
+        let result = work(&mut lanes, space);
+        space.lanes = Some(lanes);
+        Some(result)
+    }
+
     /// Takes what the encoder has done and gives it more.
     fn run_with_encoder(&mut self, wanted: usize) -> usize {
+        let runtime = self.runtime;
         let mut freed = 0;
-        while self.client.as_ref().is_some_and(Client::is_done) {
-            freed += self.take_oldest();
+        while self.with_lanes(|lanes, _| lanes.is_done()) == Some(true) {
+            freed += self.take_oldest().unwrap_or(0);
         }
-        while !self.is_useless
-            && self.client.as_ref().is_some_and(Client::has_room)
-            && let Some(span) = self.claim(wanted.min(LANE_PAGES))
-        {
-            self.post(span);
+        while self.with_lanes(|lanes, space| lanes.post(runtime, space, wanted)).is_some_and(|posted| posted > 0) {
         }
         // Whether there is anything to gain shows only once something was taken.
-        while freed == 0 && self.out[0].is_some() {
-            freed += self.take_oldest();
+        for _ in 0..LANES {
+            if freed > 0 {
+                break;
+            }
+            freed += self.take_oldest().unwrap_or(0);
         }
         freed
     }
 
-    /// Takes all that is out.
-    pub(crate) fn drain(&mut self) {
-        while self.out[0].is_some() {
+    /// Takes what the handler has left to the monitor.
+    pub(crate) fn take_left(&mut self) {
+        while self.with_lanes(|lanes, _| lanes.is_monitors()) == Some(true) {
             self.take_oldest();
         }
     }
 
-    fn post(&mut self, span: Span) {
-        let mut addresses = [0; LANE_PAGES];
-        let wanted = {
-            let mut space = self.runtime.space.lock();
-            let Some(space) = space.as_mut() else { return };
-            for (address, slot) in addresses.iter_mut().zip(span.first..span.first + span.len) {
-                let held = space.holding.get(slot);
-                // An older copy is tried first, here; and one on trial goes back.
-                if held.state == State::Busy && held.kept.is_none() && held.target().is_none() {
-                    *address = space.holding.address(slot);
-                }
+    /// Takes all that is out; not what the handler gives out meanwhile.
+    pub(crate) fn drain(&mut self) {
+        for _ in 0..LANES {
+            if self.take_oldest().is_none() {
+                break;
             }
-            let room = self.runtime.room_pages.load(Relaxed);
-            let is_dense = self.hurry.is_dense(space.store.payload(), room);
-            if is_dense && space.store.prepare_dense() {
-                Wanted::Dense(space.store.newest_dictionary())
-            } else {
-                Wanted::Lz4
-            }
-        };
-        let at = self.out.iter().position(Option::is_none);
-        if let (Some(client), Some(at)) = (&mut self.client, at) {
-            self.out[at] = Some(span);
-            client.post(addresses.into_iter().take(span.len as usize), self.runtime.home.get(), wanted);
         }
     }
 
     /// Stores what the encoder made of the oldest span that is out; what it does not deliver is encoded here. How many
-    /// pages of RAM became free.
-    fn take_oldest(&mut self) -> usize {
-        let (Some(span), Some(client)) = (self.out[0], &self.client) else { return 0 };
-        let lane = if client.wait() { client.oldest() } else { None };
-        self.is_useless |= lane.is_some_and(|lane| client.is_useless(lane));
+    /// pages of RAM became free; `None` if nothing is out.
+    fn take_oldest(&mut self) -> Option<usize> {
+        let runtime = self.runtime;
+        let (span, waiter) = self.with_lanes(|lanes, _| lanes.take_over())??;
+        let lane = waiter.wait();
         self.pass_over_failed(span);
-        let mut freed = 0;
-        for first in (0..span.len as usize).step_by(HOLD_SLOTS) {
-            let indices = first..(first + HOLD_SLOTS).min(span.len as usize);
+        if let Some(lane) = lane {
+            self.with_lanes(|lanes, _| lanes.note_useless(lane));
+        }
+        let mut is_through = false;
+        while !is_through {
             let mut unsettled = [None; HOLD_SLOTS];
-            {
-                let mut space = self.runtime.space.lock();
-                let (Some(space), Some(client)) = (space.as_mut(), &mut self.client) else { return freed };
-                // The slot may have another dictionary by now.
-                let offered = lane.and_then(|lane| client.dictionary(lane));
-                let is_readable = offered.is_none_or(|(slot, name)| space.store.has_dictionary(slot, name));
-                for (index, unsettled) in indices.clone().zip(&mut unsettled) {
-                    let answer = lane.map_or(Answer::Unread, |lane| client.answer(lane, index));
-                    let answer = if is_readable { answer } else { Answer::Unread };
-                    let slot = span.first + index as u32;
-                    let staged = match (lane, answer, Self::busy_page(space, slot)) {
-                        (Some(lane), Answer::Encoded(label), Some(page)) => {
-                            client.take(&self.codec, (lane, index), label, page)
-                        }
-                        (Some(_), Answer::Encoded(_), None) => {
-                            freed += 1; // dropped meanwhile
-                            continue;
-                        }
-                        _ => None,
-                    };
-                    match staged {
-                        Some(staged) => freed += usize::from(Self::store(self.runtime, space, slot, &staged)),
-                        None => *unsettled = Some((answer, space.holding.get(slot).owner)),
+            is_through = self.with_lanes(|lanes, space| {
+                unsettled.iter_mut().any(|unsettled| match lanes.settle_next(runtime, space, lane) {
+                    Ok(is_more) => !is_more,
+                    Err(why) => {
+                        *unsettled = Some(why);
+                        false
                     }
-                }
-            }
-            for (index, unsettled) in indices.zip(unsettled) {
-                let (slot, Some((answer, owner))) = (span.first + index as u32, unsettled) else { continue };
-                if let Answer::Encoded(_) = answer {
-                    crate::complain(format_args!(
-                        "spm: process {}: page {owner:#x}: spm has encoded something else; the process encodes it itself\n",
-                        process::pid()
-                    ));
-                }
-                freed += usize::from(match answer {
+                })
+            })?;
+            for (slot, answer) in unsettled.into_iter().flatten() {
+                let freed = match answer {
                     Answer::Unfit(unfit) => self.give_back(slot, unfit),
                     _ => self.demote(slot),
-                });
+                };
+                self.with_lanes(|lanes, _| lanes.note_freed(usize::from(freed)));
             }
         }
-        if let Some(client) = &mut self.client {
-            client.retire();
-        }
-        self.out.rotate_left(1);
-        self.out[LANES - 1] = None;
+        let freed = self.with_lanes(|lanes, _| lanes.retire())?;
         self.discard(span);
-        self.runtime.free_pages(freed);
-        if self.is_useless && self.out[0].is_none() {
-            self.client = None;
-            self.runtime.dismiss_encoder();
+        runtime.free_pages(freed);
+        if self.with_lanes(|lanes, _| lanes.is_over()) == Some(true) {
+            if let Some(space) = runtime.space.lock().as_mut() {
+                space.lanes = None;
+            }
+            runtime.dismiss_encoder();
         }
-        freed
+        Some(freed)
     }
 
     /// One slot; whether its page's RAM becomes free.
@@ -235,7 +202,7 @@ impl Demoter {
         let (page, kept) = {
             let space = runtime.space.lock();
             let Some(space) = space.as_ref() else { return false };
-            let Some(page) = Self::busy_page(space, slot) else { return false };
+            let Some(page) = busy_page(space, slot) else { return false };
             (page, space.holding.get(slot).kept)
         };
         if kept.is_some_and(|handle| self.is_still_equal(slot, handle, page)) {
@@ -244,7 +211,7 @@ impl Demoter {
         match self.codec.stage(page, &mut self.workspace) {
             Ok(staged) => {
                 let mut space = runtime.space.lock();
-                space.as_mut().is_some_and(|space| Self::store(runtime, space, slot, &staged))
+                space.as_mut().is_some_and(|space| store(runtime, space, slot, &staged))
             }
             Err(unfit) => self.give_back(slot, unfit),
         }
@@ -295,39 +262,6 @@ impl Demoter {
         true
     }
 
-    /// The page of a slot that is busy, by who has claimed it: to be read until he discards it.
-    fn busy_page(space: &Space<Cram>, slot: u32) -> Option<&'static Page> {
-        let is_busy = space.holding.get(slot).state == State::Busy;
-        let page = core::ptr::with_exposed_provenance::<Page>(space.holding.address(slot));
-        // SAFETY: the slot is busy, so its page stays mapped and unchanged until `discard`: the handler only copies from
-        // it, and no other reclaimer has claimed it.
-        #[allow(unsafe_code, reason = "a page of the holding area, which is not Rust's memory, is read in place")]
-        is_busy.then(|| unsafe { &*page })
-    }
-
-    /// Puts what was staged of a busy slot's page on node 1; whether the page's RAM becomes free.
-    fn store(runtime: &Runtime, space: &mut Space<Cram>, slot: u32, staged: &Verified<'_>) -> bool {
-        let held = space.holding.get(slot);
-        if held.state != State::Busy {
-            return true; // dropped meanwhile
-        }
-        // What other processes have stored counts too; it was looked at a moment ago.
-        let is_full = runtime.is_node_full.load(Relaxed) && !staged.is_same_filled();
-        let stored =
-            if is_full { None } else { runtime.reading(held.owner, NODE_1, || space.store.store(staged).ok()) };
-        let Some(handle) = stored else {
-            runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
-            space.holding.release(slot);
-            return false;
-        };
-        if let Some(old) = space.holding.forget_kept(slot) {
-            space.forget(old);
-        }
-        runtime.record(Happening::Demote, held.owner, staged.to_parcel().0.len as u64);
-        Self::settle(runtime, space, slot, held.owner, handle, false, staged.is_same_filled());
-        true
-    }
-
     /// A copy from before, still equal: certain, byte for byte.
     fn is_still_equal(&mut self, slot: u32, handle: u64, page: &Page) -> bool {
         let mut space = self.runtime.space.lock();
@@ -343,76 +277,15 @@ impl Demoter {
             return false;
         }
         let _ = space.holding.forget_kept(slot);
-        Self::settle(self.runtime, space, slot, held.owner, kept, true, false);
+        settle(self.runtime, space, slot, held.owner, kept, true, false);
         true
     }
 
-    /// The page is on node 1: its slot is dead.
-    fn settle(
-        runtime: &Runtime,
-        space: &mut Space<Cram>,
-        slot: u32,
-        owner: usize,
-        handle: Handle,
-        is_clean: bool,
-        is_same_filled: bool,
-    ) {
-        let entry = space.table.get(owner);
-        assert!(entry.copy() == Copy::Holding(slot), "a busy slot and its page refer to each other");
-        let copy = Copy::Stored(handle.raw());
-        if entry.is_away() {
-            let counters = &runtime.shared().counters;
-            counters.demoted_pages.fetch_add(1, Relaxed);
-            counters.clean_pages.fetch_add(u64::from(is_clean), Relaxed);
-            counters.same_filled_pages.fetch_add(u64::from(is_same_filled), Relaxed);
-            counters.dense_pages.fetch_add(u64::from(!is_clean && Cram::is_dense(handle)), Relaxed);
-            space.table.set(owner, Entry::away(copy, entry.age()));
-        } else {
-            space.table.set(owner, Entry::present(copy, entry.age()));
-        }
-        space.holding.kill(slot);
-    }
-
-    /// What cannot be stored stays resident (R19): back to the program, not to be tried again soon.
-    fn give_back(&mut self, slot: u32, unfit: Unfit) -> bool {
-        let runtime = self.runtime;
-        runtime.shared().counters.refused_incompressible.fetch_add(1, Relaxed);
-        let mut space = runtime.space.lock();
+    /// As the function of that name.
+    fn give_back(&self, slot: u32, unfit: Unfit) -> bool {
+        let mut space = self.runtime.space.lock();
         let Some(space) = space.as_mut() else { return false };
-        let held = space.holding.get(slot);
-        if held.state != State::Busy {
-            return true;
-        }
-        if let Unfit::NotReproduced = unfit {
-            crate::complain(format_args!(
-                "spm: process {}: page {:#x} did not read back after encoding for node 1; it stays resident\n",
-                process::pid(),
-                held.owner
-            ));
-        }
-        let entry = space.table.get(held.owner);
-        if entry.is_away() {
-            if !space.is_settled() {
-                space.holding.release(slot);
-                return false;
-            }
-            let from = space.holding.address(slot);
-            let moved = self.pagemap.as_deref().map(|map| self.uffd.move_present(held.owner, from, PAGE, map));
-            let moved = moved.filter(|moved| matches!(moved.stopped, None | Some(Errno::EAGAIN)));
-            let progress = moved.unwrap_or_else(|| self.uffd.copy_from(held.owner, from, PAGE));
-            // A page that is there already came back some other way.
-            if !matches!(progress.stopped, None | Some(Errno::EEXIST)) {
-                space.holding.release(slot);
-                return false;
-            }
-        }
-        if let Some(old) = space.holding.forget_kept(slot) {
-            space.forget(old);
-        }
-        runtime.record(Happening::RefuseIncompressible, held.owner, 1);
-        space.table.set(held.owner, Entry::refused(Copy::None));
-        space.holding.kill(slot);
-        false
+        give_back(self.runtime, space, &self.uffd, self.pagemap.as_deref(), slot, unfit)
     }
 
     /// Gives the RAM of the span's dead slots back, and the slots to the ring.
@@ -446,4 +319,128 @@ impl Demoter {
             space.holding.finish(span);
         }
     }
+}
+
+/// Puts what was staged of a busy slot's page on node 1; whether the page's RAM becomes free.
+pub(crate) fn store(runtime: &Runtime, space: &mut Space<Cram>, slot: u32, staged: &Verified<'_>) -> bool {
+    let held = space.holding.get(slot);
+    if held.state != State::Busy {
+        return true; // dropped meanwhile
+    }
+    // What other processes have stored counts too; it was looked at a moment ago.
+    let is_full = runtime.is_node_full.load(Relaxed) && !staged.is_same_filled();
+    let stored =
+        if is_full { None } else { runtime.reading(held.owner, NODE_1, || space.store.store(staged).ok()) };
+    let Some(handle) = stored else {
+        runtime.shared().counters.refused_full.fetch_add(1, Relaxed);
+        space.holding.release(slot);
+        return false;
+    };
+    if let Some(old) = space.holding.forget_kept(slot) {
+        space.forget(old);
+    }
+    runtime.record(Happening::Demote, held.owner, staged.to_parcel().0.len as u64);
+    settle(runtime, space, slot, held.owner, handle, false, staged.is_same_filled());
+    true
+}
+
+/// The page is on node 1: its slot is dead.
+fn settle(
+    runtime: &Runtime,
+    space: &mut Space<Cram>,
+    slot: u32,
+    owner: usize,
+    handle: Handle,
+    is_clean: bool,
+    is_same_filled: bool,
+) {
+    let entry = space.table.get(owner);
+    assert!(entry.copy() == Copy::Holding(slot), "a busy slot and its page refer to each other");
+    let copy = Copy::Stored(handle.raw());
+    if entry.is_away() {
+        let counters = &runtime.shared().counters;
+        counters.demoted_pages.fetch_add(1, Relaxed);
+        counters.clean_pages.fetch_add(u64::from(is_clean), Relaxed);
+        counters.same_filled_pages.fetch_add(u64::from(is_same_filled), Relaxed);
+        counters.dense_pages.fetch_add(u64::from(!is_clean && Cram::is_dense(handle)), Relaxed);
+        space.table.set(owner, Entry::away(copy, entry.age()));
+    } else {
+        space.table.set(owner, Entry::present(copy, entry.age()));
+    }
+    space.holding.kill(slot);
+}
+
+/// What cannot be stored stays resident (R19): back to the program, not to be tried again soon. Whether RAM becomes free all the same.
+pub(crate) fn give_back(
+    runtime: &Runtime,
+    space: &mut Space<Cram>,
+    uffd: &Uffd,
+    pagemap: Option<&Pagemap>,
+    slot: u32,
+    unfit: Unfit,
+) -> bool {
+    runtime.shared().counters.refused_incompressible.fetch_add(1, Relaxed);
+    let held = space.holding.get(slot);
+    if held.state != State::Busy {
+        return true;
+    }
+    if let Unfit::NotReproduced = unfit {
+        crate::complain(format_args!(
+            "spm: process {}: page {:#x} did not read back after encoding for node 1; it stays resident\n",
+            process::pid(),
+            held.owner
+        ));
+    }
+    let entry = space.table.get(held.owner);
+    if entry.is_away() {
+        if !space.is_settled() {
+            space.holding.release(slot);
+            return false;
+        }
+        let from = space.holding.address(slot);
+        let moved = pagemap.map(|map| uffd.move_present(held.owner, from, PAGE, map));
+        let moved = moved.filter(|moved| matches!(moved.stopped, None | Some(Errno::EAGAIN)));
+        let progress = moved.unwrap_or_else(|| uffd.copy_from(held.owner, from, PAGE));
+        // A page that is there already came back some other way.
+        if !matches!(progress.stopped, None | Some(Errno::EEXIST)) {
+            space.holding.release(slot);
+            return false;
+        }
+    }
+    if let Some(old) = space.holding.forget_kept(slot) {
+        space.forget(old);
+    }
+    runtime.record(Happening::RefuseIncompressible, held.owner, 1);
+    space.table.set(held.owner, Entry::refused(Copy::None));
+    space.holding.kill(slot);
+    // What had come back by itself was a second page.
+    !entry.is_away()
+}
+
+/// The page of a slot that is busy, by who has claimed it: to be read until he discards it.
+pub(crate) fn busy_page(space: &Space<Cram>, slot: u32) -> Option<&'static Page> {
+    let is_busy = space.holding.get(slot).state == State::Busy;
+    let page = core::ptr::with_exposed_provenance::<Page>(space.holding.address(slot));
+    // SAFETY: the slot is busy, so its page stays mapped and unchanged until `discard`: the handler only copies from
+    // it, and no other reclaimer has claimed it.
+    #[allow(unsafe_code, reason = "a page of the holding area, which is not Rust's memory, is read in place")]
+    is_busy.then(|| unsafe { &*page })
+}
+
+/// Under the lock, by the handler: gives the RAM of a span's dead slots back. Whether all of it: what is shared since a
+/// fork cannot be moved, and is not for a thread to drop that would have to read of it.
+pub(crate) fn discard_dead(holding: &Holding, span: Span, scratch: &Uffd, trash: usize) -> bool {
+    let end = span.first + span.len;
+    let is_dead = |slot: &u32| holding.get(*slot).state == State::BusyDead;
+    let mut first = span.first;
+    while let Some(from) = (first..end).find(is_dead) {
+        let count = (from..end).take_while(is_dead).count();
+        let progress = scratch.move_pages(trash, holding.address(from), count * PAGE);
+        mapping::discard(trash, count * PAGE);
+        if progress.stopped.is_some() {
+            return false;
+        }
+        first = from + count as u32;
+    }
+    true
 }

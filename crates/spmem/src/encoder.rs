@@ -335,19 +335,9 @@ impl Client {
         self.oldest().is_some_and(|lane| self.exchange.lanes[lane].state.load(Ordering::Acquire) == DONE)
     }
 
-    /// Waits until the oldest lane is done; whether it is. If not, the agent works by itself until an answer comes.
-    pub(crate) fn wait(&self) -> bool {
-        let Some(oldest) = self.oldest() else { return false };
-        let lane = &self.exchange.lanes[oldest];
-        let since = clock::now_ns();
-        loop {
-            let ticket = lane.done.ticket();
-            if self.is_done() {
-                return true;
-            }
-            let Some(sleep_ns) = answer_sleep_ns(clock::now_ns() - since) else { return false };
-            lane.done.wait(ticket, Some(sleep_ns));
-        }
+    /// To wait for the oldest lane with.
+    pub(crate) fn waiter(&self) -> Option<Waiter> {
+        self.oldest().map(|lane| Waiter { exchange: self.exchange, lane })
     }
 
     /// The oldest lane is dealt with.
@@ -386,6 +376,27 @@ impl Client {
         get(words, &mut self.bytes, label.len);
         let dictionary = self.wanted[lane].dictionary().map(|(_, name)| name);
         Verified::from_parcel(codec, label, dictionary, &self.bytes[..], page)
+    }
+}
+
+/// Waits for a lane.
+pub(crate) struct Waiter {
+    exchange: &'static Exchange,
+    lane: usize,
+}
+
+impl Waiter {
+    /// Waits until the lane is done: its number. If it does not get done, the agent works by itself until an answer comes.
+    pub(crate) fn wait(&self) -> Option<usize> {
+        let lane = &self.exchange.lanes[self.lane];
+        let since = clock::now_ns();
+        loop {
+            let ticket = lane.done.ticket();
+            if lane.state.load(Ordering::Acquire) == DONE {
+                return Some(self.lane);
+            }
+            lane.done.wait(ticket, Some(answer_sleep_ns(clock::now_ns() - since)?));
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use crate::dense::is_anew;
 use crate::follow::Follower;
 use crate::fork;
 use crate::holding::State;
+use crate::lanes::Mover;
 use crate::nurse::nurse;
 use crate::place::{comes_up, now_ms, raise};
 use crate::recorder::{Happening, IS_WRITE};
@@ -122,7 +123,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
 }
 
 impl Server {
-    fn new(runtime: &'static Runtime) -> Result<Self> {
+    pub(crate) fn new(runtime: &'static Runtime) -> Result<Self> {
         let pages = Mapping::new(WINDOW_MAX as usize * PAGE, c"spmem pages")?;
         let zeros = Mapping::new(PAGE, c"spmem zeros")?;
         for mapping in [&pages, &zeros] {
@@ -267,18 +268,25 @@ impl Server {
         if space.mode != Mode::Normal || !space.is_settled() {
             return;
         }
+        let runtime = self.runtime;
         // Nothing leaves while reclaimers pause, so this counts as one of them.
-        self.runtime.try_working(|| {
+        runtime.try_working(|| {
             let mut moved = 0;
             while moved < self.brought
                 && !space.outgoing.is_busy_full()
                 && let Some(run) = space.outgoing.take()
             {
-                let progress = take_out(self.runtime, space, uffd, pagemap, run);
+                let progress = take_out(runtime, space, uffd, pagemap, run);
                 if progress.stopped == Some(Errno::EBUSY) {
                     let _ = space.outgoing.note_busy(run.0 + progress.done);
                 }
                 moved += (progress.done / PAGE).max(1);
+            }
+            if runtime.keeps_pace.load(Relaxed)
+                && let Some(mut lanes) = space.lanes.take()
+            {
+                lanes.keep_pace(runtime, space, &Mover::new(runtime, uffd, pagemap), self.brought);
+                space.lanes = Some(lanes);
             }
         });
     }

@@ -1,12 +1,14 @@
 //! The holding area: pages that have left the program but not yet memory, an inactive list without a copy.
 //!
 //! A ring of slots over a mapping. Runs enter at the head (one UFFDIO_MOVE for a run of pages), a compressor claims a
-//! span at its cursor, and the tail follows once slots are free again. All under the space's lock; the page of a slot
+//! span at its cursor, and the tail follows once slots are free again and their span is finished. All under the space's lock; the page of a slot
 //! that is `Busy` may be read without it, because nobody moves it away: a fault on such a page is served by copying.
 
+use crate::encoder::LANES;
 use alloc::vec::Vec;
 use core::num::NonZeroU8;
 use spmem_core::placing::{MAX_TARGETS, TRIAL_MS};
+use spmem_core::reclaim::MAX_RECLAIMERS;
 use spmem_sys::PAGE;
 
 /// What a slot holds.
@@ -62,7 +64,10 @@ pub struct Span {
     pub len: u32,
 }
 
-/// The ring.
+/// Spans that are out at a time, at most: what the encoder has, and one of each reclaimer's.
+const SPANS: usize = LANES + MAX_RECLAIMERS;
+
+/// The ring. Allocates nothing after it was made: a fork may be under way.
 pub struct Holding {
     start: usize,
     slots: Vec<Slot>,
@@ -79,6 +84,8 @@ pub struct Holding {
     held: u32,
     /// Of those: on trial, of each mapped node.
     trials: [u32; MAX_TARGETS],
+    /// Claimed and not finished: their slots are filled and claimed by nobody else, whatever becomes of them.
+    out: Vec<Span>,
 }
 
 impl Holding {
@@ -95,6 +102,7 @@ impl Holding {
             unclaimed: 0,
             held: 0,
             trials: [0; MAX_TARGETS],
+            out: Vec::with_capacity(SPANS),
         }
     }
 
@@ -228,6 +236,8 @@ impl Holding {
         }
         self.cursor = (self.cursor + len) % self.capacity();
         self.unclaimed -= len;
+        debug_assert!(self.out.len() < SPANS, "who claims finishes");
+        self.out.push(span);
         Some(span)
     }
 
@@ -246,17 +256,12 @@ impl Holding {
                 *state = State::Free;
             }
         }
+        self.out.retain(|other| *other != span);
         self.advance_tail();
         // What was released in the span is at the tail now or will be: once nothing is unclaimed, start over there.
-        if self.unclaimed == 0 && self.used > 0 {
-            let all_settled = (0..self.used).all(|i| {
-                let slot = (self.tail + i) % self.capacity();
-                !matches!(self.slots[slot as usize].state, State::Busy | State::BusyDead)
-            });
-            if all_settled {
-                self.cursor = self.tail;
-                self.unclaimed = self.used;
-            }
+        if self.unclaimed == 0 && self.out.is_empty() {
+            self.cursor = self.tail;
+            self.unclaimed = self.used;
         }
     }
 
@@ -264,6 +269,7 @@ impl Holding {
     /// count and to take back to their node: here they are pages like any other.
     pub fn settle(&mut self) {
         self.trials = [0; MAX_TARGETS];
+        self.out.clear();
         for slot in &mut self.slots {
             slot.target = None;
             slot.state = match slot.state {
@@ -282,8 +288,11 @@ impl Holding {
     }
 
     fn advance_tail(&mut self) {
-        // Never past the cursor: what is unclaimed is the compressors' to pass first.
-        while self.used > self.unclaimed && self.slots[self.tail as usize].state == State::Free {
+        // Never past the cursor, as what is unclaimed is the compressors' to pass first, nor into a span that is out.
+        while self.used > self.unclaimed
+            && self.slots[self.tail as usize].state == State::Free
+            && !self.out.iter().any(|span| span.first == self.tail)
+        {
             self.tail = (self.tail + 1) % self.capacity();
             self.used -= 1;
         }
@@ -347,6 +356,25 @@ mod tests {
         assert!((again.first..again.first + again.len).contains(&3));
         demote_all(&mut holding, again);
         assert_eq!((holding.held(), holding.used()), (0, 0));
+    }
+
+    #[test]
+    fn slots_of_a_span_that_is_out_are_claimed_and_filled_by_nobody_else() {
+        let mut holding = filled(32);
+        let (first, second) = (holding.claim(16), holding.claim(16));
+        let (first, second) = (first.expect("32 are held"), second.expect("16 are held"));
+        // None can be stored; some go back to the program.
+        (0..16).for_each(|slot| holding.release(slot));
+        (0..8).for_each(|slot| holding.vacate(slot));
+        demote_all(&mut holding, second);
+        assert_eq!(holding.claim(16), None, "{first:?} is out");
+        while let Some((slot, _)) = holding.room(1) {
+            assert!(slot >= 16, "{first:?} is out");
+            holding.push(slot as usize * PAGE, None);
+        }
+        holding.finish(first);
+        assert_eq!(holding.room(PAGES), Some((0, 8)));
+        assert_eq!(holding.claim(PAGES), Some(Span { first: 32, len: 32 }));
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod gate;
 pub mod holding;
 mod hurdle;
 mod identity;
+mod lanes;
 mod nurse;
 mod outgoing;
 mod pins;

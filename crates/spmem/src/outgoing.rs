@@ -1,13 +1,15 @@
 //! What is to leave next: runs that the policy has let go and that wait for their turn.
 //!
 //! Where one thread faults and an encoder does the heavy work, the monitor shares the thread's processor
-//! ([`crate::follow`]), and the thread waits for as long as it works. So there the sweep only picks short runs, and the handler
-//! takes one out after each fault that it has served: a page in, a page out. Long ones, and what no fault takes out, the monitor moves.
+//! ([`crate::follow`]), and the thread waits for as long as it works. So there the sweep only picks short runs, and the
+//! handler takes one out after each fault that it has served: a page in, a page out. What becomes of them is its to see to
+//! as well, while it keeps pace ([`crate::lanes`]). Long ones, and what no fault takes out, the monitor moves.
 
 use alloc::collections::VecDeque;
+use spmem_core::reclaim::AHEAD_PAGES;
 
-/// Runs at a time: some batches of the sweep's.
-const RUNS: usize = 64;
+/// Runs at a time: what is let go ahead, should no two pages of it lie side by side.
+const RUNS: usize = AHEAD_PAGES as usize;
 /// Pages that the kernel did not move, remembered at a time.
 const BUSY: usize = 4;
 

@@ -18,8 +18,8 @@ use core::sync::atomic::Ordering::{self, Relaxed};
 use spmem_core::compressed::Room;
 use spmem_core::placing::TRIAL_PAGES;
 use spmem_core::reclaim::{
-    self, BATCH_PAGES, Extent, Facts, Floor, Gate, HELPER_REST_NS, Look, MAX_RECLAIMERS, Movable, Needs, Plan,
-    Progress, SLEEP_MAX_NS, SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
+    self, BATCH_PAGES, Extent, Facts, Floor, Footing, Gate, HELPER_REST_NS, Look, MAX_RECLAIMERS, Movable, Needs,
+    Pace, Pacer, Plan, Progress, SLEEP_MAX_NS, SLEEP_MIN_NS, Sharing, Throttle, is_near, plan,
 };
 use spmem_core::units::{Bytes, FrameCount};
 use spmem_node::Backend;
@@ -101,8 +101,8 @@ pub(crate) extern "C" fn helper(argument: usize) -> ! {
     }
 }
 
-/// The handler's number where reclaimers announce themselves.
-const HANDLER: usize = MAX_RECLAIMERS;
+/// The handler's number where reclaimers announce themselves, and among their scratch areas.
+pub(crate) const HANDLER: usize = MAX_RECLAIMERS;
 
 impl Runtime {
     /// Runs a piece of work that a fork must not cut in two.
@@ -134,6 +134,14 @@ impl Runtime {
         self.end_work(HANDLER);
     }
 
+    /// Pages in the holding area, and on their way there.
+    fn count_leaving(&self) -> (u64, u64) {
+        let space = self.space.lock();
+        space
+            .as_ref()
+            .map_or((0, 0), |space| (u64::from(space.holding.held()), (space.outgoing.bytes() / PAGE) as u64))
+    }
+
     fn end_work(&self, number: usize) {
         self.working[number].store(0, Ordering::SeqCst);
         if self.is_paused.load(Ordering::SeqCst) {
@@ -155,6 +163,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
         tools: None,
         shadow: Shadow::new(),
         progress: Progress::default(),
+        pace: Pace::default(),
         throttle: Throttle::new(clock::now_ns()),
         is_unfit: false,
         buried_ns: clock::now_ns(),
@@ -177,6 +186,7 @@ struct Monitor {
     shadow: Shadow,
     progress: Progress,
     throttle: Throttle,
+    pace: Pace,
     /// Nothing can be moved, and that was said.
     is_unfit: bool,
     /// When processes that have ended were looked for.
@@ -232,6 +242,34 @@ impl Monitor {
             tools.look_at_placed(runtime, plan.gate);
         });
         self.shadow.follow(runtime.exchange().and_then(|_| runtime.home.get()));
+        let pacer = self.pace.look(
+            &plan,
+            &Footing {
+                now_ns: clock::now_ns(),
+                is_bound: runtime.home.get().is_some() && runtime.exchange().is_some(),
+                is_stuck: runtime.is_stuck.load(Relaxed),
+                has_other_nodes: runtime.shared().targets().next().is_some(),
+                room_pages: runtime.room_pages.load(Relaxed),
+                turns: runtime.turns.load(Relaxed),
+                processes: facts.processes,
+            },
+        );
+        runtime.keeps_pace.store(pacer != Pacer::Monitor, Relaxed);
+        if let Pacer::Handler(sleep_ns) = pacer {
+            runtime.due_pages.store(plan.evict_pages.cast_signed(), Relaxed);
+            runtime.working(0, || {
+                tools.densifier.run(true);
+                tools.demoter.take_left();
+                let (held, going) = runtime.count_leaving();
+                match plan.ahead_pages(held, going) {
+                    0 => {}
+                    wanted => {
+                        tools.sweeper.run(wanted as usize);
+                    }
+                }
+            });
+            return Some((ticket, sleep_ns));
+        }
         if plan.evict_pages == 0 {
             runtime.working(0, || {
                 tools.demoter.drain();
@@ -241,10 +279,7 @@ impl Monitor {
         }
         runtime.working(0, || tools.densifier.run(true));
         let done = runtime.working(0, || {
-            let (held, going) =
-                runtime.space.lock().as_ref().map_or((0, 0), |space| {
-                    (u64::from(space.holding.held()), (space.outgoing.bytes() / PAGE) as u64)
-                });
+            let (held, going) = runtime.count_leaving();
             let moved = match plan.sweep_pages(held, going) {
                 0 => 0,
                 wanted => tools.sweeper.run(wanted as usize),

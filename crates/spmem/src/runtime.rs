@@ -59,6 +59,8 @@ const STACK: usize = 256 << 10;
 const HEAP_ROOM: usize = 8 << 20;
 /// And the metadata of node 1's frames: at most this part of what they hold.
 const METADATA_PART: usize = 1000;
+/// Scratch areas: the reclaimers' and the handler's.
+const TRASHES: usize = MAX_RECLAIMERS + 1;
 /// Excluded ranges that are told apart: the C library's and the dynamic linker's own data, ours, what is wiped on fork.
 pub const MAX_EXCLUDED: usize = 256;
 /// Thread control blocks that can be told apart; with more, nothing leaves (see [`Runtime::pin_thread`]).
@@ -105,7 +107,7 @@ pub struct Runtime {
     pub(crate) holding_start: AtomicUsize,
     /// A page that nobody may read, to ask the kernel questions with.
     pub(crate) guard_start: AtomicUsize,
-    /// One scratch area a reclaimer: where dropped pages go.
+    /// One scratch area a reclaimer, and the handler's: where dropped pages go.
     pub(crate) trash_start: AtomicUsize,
     /// Pages that may still come before growth has to wait; below zero it waits.
     pub(crate) room_pages: AtomicI64,
@@ -113,6 +115,12 @@ pub struct Runtime {
     pub(crate) patience_ns: AtomicU64,
     /// Pages whose RAM was given back since the start.
     pub(crate) freed_pages: AtomicU64,
+    /// The handler has as many pages leave as come in (core's `Pace`), ...
+    pub(crate) keeps_pace: AtomicBool,
+    /// ... and these, which are not with the encoder yet.
+    pub(crate) due_pages: AtomicI64,
+    /// Faults after which it did.
+    pub(crate) turns: AtomicU64,
     /// There is room for copies of pages that have come back.
     pub(crate) keeps_copies: AtomicBool,
     /// Reclaim frees nothing any more: growth must not wait for it.
@@ -124,7 +132,7 @@ pub struct Runtime {
     /// Reclaimers that have begun; each takes the next number.
     pub(crate) reclaimers: AtomicU32,
     /// Address of what is shared with the encoder; 0 for none.
-    exchange: AtomicUsize,
+    pub(crate) exchange: AtomicUsize,
     /// Where pages that come from the porter arrive; 0 where no page is placed.
     pub(crate) staging_start: AtomicUsize,
     /// Address of what is shared with the porter; 0 for none.
@@ -186,6 +194,9 @@ impl Runtime {
             room_pages: AtomicI64::new(i64::MAX),
             patience_ns: AtomicU64::new(spmem_core::reclaim::PATIENCE_NS),
             freed_pages: AtomicU64::new(0),
+            keeps_pace: AtomicBool::new(false),
+            due_pages: AtomicI64::new(0),
+            turns: AtomicU64::new(0),
             keeps_copies: AtomicBool::new(true),
             is_stuck: AtomicBool::new(false),
             is_shared: AtomicBool::new(false),
@@ -402,7 +413,7 @@ impl Runtime {
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
         let slots = holding_slots(Bytes(limit));
         let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
-        let trash = Mapping::new(MAX_RECLAIMERS * TRASH_LEN, c"spmem scratch")?;
+        let trash = Mapping::new(TRASHES * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
@@ -464,7 +475,7 @@ impl Runtime {
     /// A userfaultfd without events for the scratch areas.
     pub(crate) fn make_scratch(&self) -> Result<()> {
         let scratch = self.make_scratch_userfaultfd()?;
-        scratch.register(self.trash_start.load(Ordering::Relaxed), MAX_RECLAIMERS * TRASH_LEN)?;
+        scratch.register(self.trash_start.load(Ordering::Relaxed), TRASHES * TRASH_LEN)?;
         self.scratch.store(scratch.into_raw(), Ordering::Relaxed);
         Ok(())
     }

@@ -10,8 +10,10 @@
 
 use crate::changes::Changes;
 use crate::holding::{Holding, State};
+use crate::lanes::Lanes;
 use crate::outgoing::Outgoing;
 use crate::table::{CHUNK, Copy, Entry, Table};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use spmem_core::readahead::WINDOW_MAX;
 use spmem_core::units::NodeId;
@@ -49,6 +51,8 @@ pub struct Space<B> {
     pub(crate) returned: (u64, u64),
     /// Runs that were let go and wait for their turn.
     pub(crate) outgoing: Outgoing,
+    /// What is out with the encoder, if there is one.
+    pub(crate) lanes: Option<Box<Lanes>>,
     orphans: Vec<Handle>,
     /// Those of swap files.
     swap_orphans: Vec<Handle>,
@@ -70,6 +74,7 @@ impl<B: Backend> Space<B> {
             changes: Changes::new(),
             returned: (0, 0),
             outgoing: Outgoing::new(),
+            lanes: None,
             orphans: Vec::with_capacity(ORPHANS),
             swap_orphans: Vec::with_capacity(ORPHANS),
             has_more_swap_orphans: false,
@@ -287,6 +292,8 @@ impl<B: Backend> Space<B> {
         self.has_more_swap_orphans = false;
         self.promoted.clear();
         self.outgoing.clear();
+        // The parent's.
+        core::mem::forget(self.lanes.take());
         self.table.leak_spares();
         self.holding.settle();
     }
@@ -309,6 +316,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::frames::{Frames, lend_metadata};
     use crate::runtime::Cram;
+    use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
     use spmem_core::lru::Age;
     use spmem_core::units::FrameCount;
     use spmem_node::compressed::{GrantedFrames, Store};
@@ -319,7 +327,9 @@ pub(crate) mod tests {
 
     /// A file of no bytes that ends with the test.
     fn file(name: &str) -> Fd {
-        let path = std::env::temp_dir().join(std::format!("spmem-space-{name}-{}", std::process::id()));
+        static FILES: AtomicU32 = AtomicU32::new(0);
+        let number = FILES.fetch_add(1, Relaxed);
+        let path = std::env::temp_dir().join(std::format!("spmem-space-{name}-{}-{number}", std::process::id()));
         let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path);
         std::fs::remove_file(&path).expect("it is there");
         Fd::from_raw(file.expect("a file").into_raw_fd())

@@ -91,13 +91,13 @@ proptest! {
     fn a_plan_is_within_what_the_process_has_and_the_bounds(facts in facts()) {
         let plan = plan(&facts);
         prop_assert!(plan.evict_pages <= facts.own_resident_pages + facts.holding_pages);
-        if plan.evict_pages > 0 {
-            prop_assert!((1..=HOLDING_MAX_PAGES).contains(&plan.holding_target_pages));
-        } else {
-            prop_assert_eq!(plan.holding_target_pages, 0);
-        }
         let Some(limit) = facts.limit else { unreachable!() };
         let marks = Marks::of(limit);
+        if facts.tree_used > marks.high {
+            prop_assert!((1..=HOLDING_MAX_PAGES).contains(&plan.holding_target_pages));
+        } else {
+            prop_assert_eq!((plan.holding_target_pages, plan.evict_pages), (0, 0));
+        }
         prop_assert!(marks.gate <= marks.high && marks.high <= marks.low);
         prop_assert!(marks.low <= marks.close && marks.close <= limit);
         prop_assert_eq!(plan.gate == Gate::Open, facts.tree_used < marks.gate);

@@ -34,7 +34,7 @@ pub(crate) fn exchange() -> &'static Exchange {
     }))
 }
 
-fn memory() -> Fd {
+pub(crate) fn memory() -> Fd {
     Fd::open(c"/proc/self/mem", libc::O_RDONLY).expect("/proc")
 }
 
@@ -93,7 +93,7 @@ fn every_byte_of_every_page_comes_back_however_it_is_wanted() {
             client.post(addresses.into_iter(), home, wanted);
         }
         while client.oldest().is_some() {
-            assert!(client.wait(), "round {round}");
+            assert!(client.waiter().is_some_and(|waiter| waiter.wait().is_some()), "round {round}");
             let lane = client.oldest().expect("it is out");
             let Answer::Encoded(label) = client.answer(lane, 0) else { panic!("round {round}") };
             assert_eq!(label.encoding, encoding, "round {round}");
@@ -234,7 +234,7 @@ fn pages_that_cannot_be_read_are_left_to_the_agent() {
 fn without_an_encoder_the_agent_goes_on() {
     let mut client = Client::new(exchange());
     client.post([PAGE].into_iter(), None, Wanted::Lz4);
-    assert!(!client.wait());
+    assert!(client.waiter().is_some_and(|waiter| waiter.wait().is_none()));
     client.retire();
     client.post([PAGE].into_iter(), None, Wanted::Lz4);
     client.retire();
