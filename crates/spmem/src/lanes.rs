@@ -22,6 +22,9 @@ use spmem_sys::{PAGE, clock, process};
 /// For how long the handler takes memory for readable that was a moment ago, ns: its faults may be far between.
 const LOOK_NS: u64 = 1_000_000;
 
+/// Slots whose RAM the handler gives back in one turn.
+const DISCARD_SLOTS: u32 = LANE_PAGES as u32 / 2;
+
 /// See the module's page.
 pub(crate) struct Lanes {
     client: Client,
@@ -39,6 +42,8 @@ struct Batch {
     span: Span,
     /// How many of its slots have been seen to.
     settled: u32,
+    /// How many of those the handler has given the RAM back of.
+    discarded: u32,
     /// Pages whose RAM becomes free with it.
     freed: usize,
     /// When the handler last made sure that it can be read, ns.
@@ -123,7 +128,7 @@ impl Lanes {
         } else {
             Wanted::Lz4
         };
-        self.out[at] = Some(Batch { span, settled: 0, freed: 0, looked_ns: 0, is_monitors: false });
+        self.out[at] = Some(Batch { span, settled: 0, discarded: 0, freed: 0, looked_ns: 0, is_monitors: false });
         self.client.post(addresses.into_iter().take(span.len as usize), runtime.home.get(), wanted);
         span.len as usize
     }
@@ -223,18 +228,22 @@ impl Lanes {
         runtime.due_pages.store(due, Relaxed);
     }
 
-    /// Sees to one slot of the oldest span or, in a turn of its own as it takes as long, gives their RAM back. Whether the
-    /// handler could.
+    /// Sees to one slot of the oldest span or, in a turn of its own as it takes longer, gives the RAM of some back. Whether
+    /// the handler could.
     fn settle_one(&mut self, runtime: &Runtime, space: &mut Space<Cram>, mover: &Mover<'_>, lane: usize) -> bool {
         let Some(batch) = &mut self.out[0] else { return false };
         let (span, settled) = (batch.span, batch.settled);
-        if batch.is_through() {
-            let is_discarded = demote::discard_dead(&space.holding, span, &mover.scratch, mover.trash);
-            if is_discarded {
+        let seen = Span { first: span.first + batch.discarded, len: settled - batch.discarded };
+        if batch.is_through() || seen.len >= DISCARD_SLOTS {
+            batch.discarded = settled;
+            if !demote::discard_dead(&space.holding, seen, &mover.scratch, mover.trash) {
+                return false;
+            }
+            if settled == span.len {
                 space.holding.finish(span);
                 runtime.free_pages(self.retire());
             }
-            return is_discarded;
+            return true;
         }
         let now = clock::now_ns();
         if now - batch.looked_ns > LOOK_NS {
