@@ -112,6 +112,7 @@ impl Lanes {
         for (address, slot) in addresses.iter_mut().zip(span.first..span.first + span.len) {
             // To compare an older copy takes as long as to have read back, and would be the handler's.
             if runtime.keeps_pace.load(Relaxed)
+                && space.holding.get(slot).state == State::Busy
                 && let Some(kept) = space.holding.forget_kept(slot)
             {
                 space.forget(kept);

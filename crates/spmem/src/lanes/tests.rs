@@ -119,6 +119,8 @@ fn take_turns(process: &mut Process, turns: usize, has_drops: bool) -> Tally {
                 }
                 // Without it older copies are kept, which are the monitor's to compare.
                 runtime.keeps_pace.store(random() % 2 == 0, Relaxed);
+                // While the node is full, pages stay in their slots.
+                runtime.is_node_full.store(random() % 4 == 0, Relaxed);
                 match random() % 4 {
                     0 => demoter.drain(),
                     1 => drop(demoter.run(random() % 40)),
