@@ -118,19 +118,26 @@ pub fn read_memory_of(pid: u32, at: u64, to: &mut [u8]) -> Result<()> {
     if read == to.len() { Ok(()) } else { Err(Errno(libc::EFAULT)) }
 }
 
-/// Bytes of address space that RLIMIT_AS leaves, `None` when it is not limited.
-pub fn address_space_left() -> Option<u64> {
-    let mut limit = [u64::MAX; 2];
-    // SAFETY: the kernel writes one rlimit64.
-    let result = unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_AS, 0, limit.as_mut_ptr()) };
-    if result.is_err() || limit[0] == u64::MAX {
+/// Bytes that the process may still map as its own: the less of what RLIMIT_AS and RLIMIT_DATA leave, `None` when neither is set. Stacks count as
+/// data here, which the kernel leaves out (may_expand_vm, mm/mmap.c).
+pub fn memory_left() -> Option<u64> {
+    let limits = [libc::RLIMIT_AS, libc::RLIMIT_DATA].map(|what| {
+        let mut limit = [u64::MAX; 2];
+        // SAFETY: the kernel writes one rlimit64.
+        let result = unsafe { syscall!(Sysno::prlimit64, 0, what, 0, limit.as_mut_ptr()) };
+        result.ok().map(|_| limit[0]).filter(|&soft| soft != u64::MAX)
+    });
+    if limits == [None; 2] {
         return None;
     }
     let mut text = [0_u8; 128];
     let statm = Fd::open_in_proc(c"/proc/thread-self/statm").ok()?;
     let len = statm.read_at(&mut text, 0).ok()?;
-    let pages = text[..len].split(|b| b.is_ascii_whitespace()).find_map(parse_decimal)?;
-    Some(limit[0].saturating_sub(pages * PAGE as u64))
+    // proc_pid_statm(5): size, resident, shared, text, lib, data, dt.
+    let mut pages = text[..len].split(|b| b.is_ascii_whitespace()).map(parse_decimal);
+    let (mapped, data) = (pages.next()??, pages.nth(4)??);
+    let left = |limit: Option<u64>, pages: u64| limit.map(|limit| limit.saturating_sub(pages * PAGE as u64));
+    [left(limits[0], mapped), left(limits[1], data)].into_iter().flatten().min()
 }
 
 /// RLIMIT_NOFILE as it was: soft and hard.

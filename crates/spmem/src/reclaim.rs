@@ -335,8 +335,13 @@ impl Monitor {
                 runtime.room_pages.store(i64::MAX, Relaxed);
                 if !core::mem::replace(&mut self.is_unfit, true) {
                     runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
+                    let hint = if errno == spmem_sys::Errno::ENOMEM && process::memory_left().is_some() {
+                        " (RLIMIT_AS or RLIMIT_DATA leaves too little)"
+                    } else {
+                        ""
+                    };
                     crate::complain(format_args!(
-                        "spm: process {}: cannot move its pages and runs without a budget: {errno}\n",
+                        "spm: process {}: cannot move its pages and runs without a budget: {errno}{hint}\n",
                         process::pid()
                     ));
                 }

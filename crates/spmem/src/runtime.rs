@@ -55,8 +55,11 @@ pub type Cram = Store<GrantedFrames, Frames>;
 
 /// Bytes of an agent thread's stack.
 const STACK: usize = 256 << 10;
-/// What must be left, where address space or data are limited (setrlimit(2)), for what the agent's heap grows to.
+/// What the agent's heap grows to.
 const HEAP_ROOM: usize = 8 << 20;
+/// Where address space or data are limited (setrlimit(2)) the agent takes at most one in so many parts of what is left, and node 1's frames as much:
+/// the limit is the program's.
+const LIMITED_PART: usize = 8;
 /// And the metadata of node 1's frames: at most this part of what they hold.
 const METADATA_PART: usize = 1000;
 /// Scratch areas: the reclaimers' and the handler's.
@@ -412,15 +415,17 @@ impl Runtime {
     /// What the kernel refused; the process goes on as it is.
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
         let slots = holding_slots(Bytes(limit));
-        let holding = Mapping::aligned((slots as usize + 1) * PAGE, CHUNK, c"spmem holding")?;
+        let holding_len = (slots as usize + 1) * PAGE;
+        let capacity = self.store_capacity();
+        // Who is given no memory later must end the program, and what the agent has the program is refused: better to leave it alone now. Before
+        // anything is made that stays: the monitor tries again.
+        let need = holding_len + TRASHES * TRASH_LEN + HEAP_ROOM + capacity as usize / METADATA_PART;
+        drop(Mapping::new(LIMITED_PART * need, c"spmem heap")?);
+        let holding = Mapping::aligned(holding_len, CHUNK, c"spmem holding")?;
         let trash = Mapping::new(TRASHES * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
-        let capacity = self.store_capacity();
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
         self.make_stack(MAX_RECLAIMERS)?;
-        // Who is given no memory later must end the program: better to leave it alone now. Before anything is made that stays: the monitor
-        // tries again.
-        drop(Mapping::new(HEAP_ROOM + capacity as usize / METADATA_PART, c"spmem heap")?);
         let uffd = self.make_userfaultfd()?;
         let capacity = FrameCount(capacity / PAGE as u64);
         let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;
@@ -458,18 +463,18 @@ impl Runtime {
         self.start_helpers().inspect_err(|_| {
             // Nobody reads what is announced: nothing may be.
             let uffd = Uffd::from_fd(Fd::from_raw(self.uffd.swap(-1, Ordering::Release)));
-            let _ = uffd.unregister(holding_start, (slots as usize + 1) * PAGE);
+            let _ = uffd.unregister(holding_start, holding_len);
             *self.space.lock() = None;
         })?;
         self.set_stage(Stage::Active);
         Ok(())
     }
 
-    /// Bytes of frames node 1 may take here: what the configuration says, less where address space is limited.
+    /// Bytes of frames node 1 may take here: what the configuration says, less where address space or data are limited.
     fn store_capacity(&self) -> u64 {
-        let wanted = self.shared().store_capacity_bytes.load(Ordering::Relaxed).max(CHUNK as u64);
-        let wanted = process::address_space_left().map_or(wanted, |left| wanted.min(left / 4));
-        wanted / CHUNK as u64 * CHUNK as u64
+        let wanted = self.shared().store_capacity_bytes.load(Ordering::Relaxed);
+        let wanted = process::memory_left().map_or(wanted, |left| wanted.min(left / LIMITED_PART as u64));
+        wanted.max(CHUNK as u64) / CHUNK as u64 * CHUNK as u64
     }
 
     /// A userfaultfd without events for the scratch areas.

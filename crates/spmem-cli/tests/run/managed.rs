@@ -98,13 +98,21 @@ fn a_program_whose_data_are_limited_ends_as_it_would_alone() {
         println!("skipped: userfaultfd cannot be used here");
         return;
     }
-    let script = "for k in 28 32 36 40 44 48 52; do \
-        (ulimit -d ${k}000; seq 300000 | LC_ALL=C timeout -s KILL 60 sort -rS 20M | cksum); done";
-    let mut bare = std::process::Command::new("sh");
-    bare.args(["-c", script]);
-    let mut managed = spm_run(&["--sysram", "6M"]);
-    managed.args(["sh", "-c", script]);
-    assert_eq!(text(&finish(managed).stdout), text(&finish(bare).stdout));
+    let ends = |script: &str| {
+        let mut bare = std::process::Command::new("sh");
+        bare.args(["-c", script]);
+        let mut managed = spm_run(&["--sysram", "6M"]);
+        managed.args(["sh", "-c", script]);
+        assert_eq!(text(&finish(managed).stdout), text(&finish(bare).stdout), "{script}");
+    };
+    // The first takes its memory at once, the second after its agent has what it wants.
+    ends(
+        "for k in 28 32 36 40 44 48 52; do \
+        (ulimit -d ${k}000; seq 300000 | LC_ALL=C timeout -s KILL 60 sort -rS 20M | cksum); done",
+    );
+    ends(
+        "for k in 48 60 80 120 160; do (ulimit -d ${k}000; (sleep 0.5; seq 4000000) | tail -c 30M | cksum); done",
+    );
 }
 
 #[test]
