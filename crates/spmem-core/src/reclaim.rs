@@ -27,8 +27,8 @@ mod sharing;
 mod throttle;
 
 pub use self::density::{
-    DENSE_PAGES, Dictionaries, Hurry, LEARN_PAGES, LOOK_ENTRIES, Payoff, Rounds, SAMPLE_PAGES, Stay, Turnover,
-    Way, compacts, on_round,
+    DENSE_PAGES, Departure, Dictionaries, Hurry, LEARN_PAGES, LOOK_ENTRIES, Payoff, Rounds, SAMPLE_PAGES, Stay,
+    Turnover, Way, compacts, on_round,
 };
 pub use self::encoding::{ENCODER_IDLE_NS, Spin, answer_sleep_ns};
 pub use self::floor::{FLOOR_CROWDED, FLOOR_MAX, FLOOR_MIN, Floor, Movable, keeps_copies};
@@ -211,6 +211,17 @@ impl Marks {
             gate: Bytes(limit.0 - margin),
             close: Bytes(limit.0 - reserve / 4),
         }
+    }
+
+    /// Pages that may come in before first touches wait: with fewer, pages leave more slowly than they come in. Half of those at the low mark,
+    /// above which eviction begins.
+    ///
+    /// ```
+    /// use spmem_core::{reclaim::Marks, units::Bytes};
+    /// assert_eq!([57, 512, 1 << 20].map(|mib| Marks::of(Bytes::mib(mib)).scarce_pages()), [24, 192, 192]);
+    /// ```
+    pub const fn scarce_pages(&self) -> i64 {
+        ((self.close.0 - self.low.0) / 2 / PAGE_SIZE).cast_signed()
     }
 }
 

@@ -12,7 +12,8 @@ use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
 use core::mem::ManuallyDrop;
 use core::sync::atomic::Ordering::Relaxed;
-use spmem_core::reclaim::{Hurry, pages_along};
+use spmem_core::reclaim::{Departure, Hurry, Marks, pages_along};
+use spmem_core::units::Bytes;
 use spmem_node::compressed::Codec;
 use spmem_sys::fd::Fd;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
@@ -123,8 +124,14 @@ impl Lanes {
                 *address = space.holding.address(slot);
             }
         }
-        let is_dense = self.hurry.is_dense(space.store.payload(), runtime.room_pages.load(Relaxed));
-        let wanted = if is_dense && space.store.prepare_dense() {
+        let limit = Bytes(runtime.shared().limit_bytes.load(Relaxed));
+        let departure = Departure {
+            stored: space.store.payload(),
+            room_pages: runtime.room_pages.load(Relaxed),
+            scarce_pages: Marks::of(limit).scarce_pages(),
+            returned: space.returned.0,
+        };
+        let wanted = if self.hurry.is_dense(&departure) && space.store.prepare_dense() {
             Wanted::Dense(space.store.newest_dictionary())
         } else {
             Wanted::Lz4

@@ -169,36 +169,68 @@ const HURRIES_FROM: u32 = 64;
 /// ... and it is forgotten within so many batches.
 const HURRY_MAX: u32 = 128;
 
+/// So many pages that came back since the batch before are as many as leave with one, or near enough.
+const CIRCULATING_PAGES: u64 = 8;
+
+/// What is known when a batch is to leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Departure {
+    /// What the store holds.
+    pub stored: Bytes,
+    /// Pages that may come in before growth waits: see [`Admission`](super::Admission).
+    pub room_pages: i64,
+    /// With less room than this, pages leave too slowly: see [`Marks::scarce_pages`](super::Marks::scarce_pages).
+    pub scarce_pages: i64,
+    /// Pages that have come back from the store so far.
+    pub returned: u64,
+}
+
 /// Whether pages that leave are encoded densely at once. That makes them a third smaller and takes about twice as long, there and back, so more
-/// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them.
+/// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them. Where it only grows
+/// that soon ends, and what it leaves behind lies for long. Where as many pages come back as leave, it goes on: so many leave in the
+/// faster encoding then that there is room again.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hurry {
     score: u32,
+    returned: u64,
 }
 
 impl Hurry {
-    /// Whether the next batch is, of a store that holds so much, in a process with that room.
+    /// Whether the next batch is.
     ///
     /// ```
-    /// use spmem_core::{reclaim::Hurry, units::Bytes};
-    /// let (mut hurry, stored) = (Hurry::default(), Bytes::mib(1));
-    /// assert!(hurry.is_dense(stored, 1));
-    /// assert!(!hurry.is_dense(Bytes((1 << 20) - 1), 1), "it could not save what that takes");
-    /// assert!(!hurry.is_dense(stored, 0), "the program waits for room");
-    /// assert!(hurry.is_dense(stored, 1), "now and then that does no harm");
-    /// while hurry.is_dense(stored, 1) {
-    ///     assert!(!hurry.is_dense(stored, 0), "it waits for every second batch");
+    /// use spmem_core::{reclaim::{Departure, Hurry}, units::Bytes};
+    /// let mut hurry = Hurry::default();
+    /// let calm = Departure { stored: Bytes::mib(1), room_pages: 80, scarce_pages: 80, returned: 0 };
+    /// assert!(hurry.is_dense(&calm));
+    /// assert!(!hurry.is_dense(&Departure { stored: Bytes((1 << 20) - 1), ..calm }), "it could not save what that takes");
+    ///
+    /// let mut scarce = Departure { room_pages: 79, ..calm };
+    /// assert!(hurry.is_dense(&scarce), "the program grows");
+    /// scarce.returned += 8;
+    /// assert!(!hurry.is_dense(&scarce), "pages that come back wait for pages that leave");
+    /// scarce.returned += 7;
+    /// assert!(hurry.is_dense(&scarce));
+    ///
+    /// let full = Departure { room_pages: 0, ..scarce };
+    /// assert!(!hurry.is_dense(&full), "the program waits for room");
+    /// assert!(hurry.is_dense(&scarce), "now and then that does no harm");
+    /// while hurry.is_dense(&scarce) {
+    ///     assert!(!hurry.is_dense(&full), "it waits for every second batch");
     /// }
-    /// let batches = (0..).take_while(|_| !hurry.is_dense(stored, 1)).count();
+    /// let batches = (0..).take_while(|_| !hurry.is_dense(&scarce)).count();
     /// assert!(batches < 128, "it waits no more");
     /// ```
-    pub const fn is_dense(&mut self, stored: Bytes, room_pages: i64) -> bool {
-        let has_room = room_pages > 0;
+    pub const fn is_dense(&mut self, batch: &Departure) -> bool {
+        let has_room = batch.room_pages > 0;
         self.score = if has_room { self.score.saturating_sub(1) } else { self.score + NO_ROOM };
         if self.score > HURRY_MAX {
             self.score = HURRY_MAX;
         }
-        stored.0 >= DENSE_FROM.0 && has_room && self.score < HURRIES_FROM
+        let circulates = batch.returned.saturating_sub(self.returned) >= CIRCULATING_PAGES;
+        self.returned = batch.returned;
+        let is_late = circulates && batch.room_pages < batch.scarce_pages;
+        batch.stored.0 >= DENSE_FROM.0 && has_room && self.score < HURRIES_FROM && !is_late
     }
 }
 
