@@ -417,15 +417,18 @@ impl Runtime {
         let slots = holding_slots(Bytes(limit));
         let holding_len = (slots as usize + 1) * PAGE;
         let capacity = self.store_capacity();
-        // Who is given no memory later must end the program, and what the agent has the program is refused: better to leave it alone now. Before
-        // anything is made that stays: the monitor tries again.
+        // Before anything is made that stays: the monitor tries again. What the agent takes the program is refused.
         let need = holding_len + TRASHES * TRASH_LEN + HEAP_ROOM + capacity as usize / METADATA_PART;
-        drop(Mapping::new(LIMITED_PART * need, c"spmem heap")?);
+        if process::memory_left().is_some_and(|left| left < (LIMITED_PART * need) as u64) {
+            return Err(Errno::ENOMEM);
+        }
         let holding = Mapping::aligned(holding_len, CHUNK, c"spmem holding")?;
         let trash = Mapping::new(TRASHES * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
         self.make_stack(MAX_RECLAIMERS)?;
+        // Who is given no memory later must end the program: better to leave it alone now.
+        drop(Mapping::new(HEAP_ROOM + capacity as usize / METADATA_PART, c"spmem heap")?);
         let uffd = self.make_userfaultfd()?;
         let capacity = FrameCount(capacity / PAGE as u64);
         let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;

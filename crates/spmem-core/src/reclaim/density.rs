@@ -169,7 +169,7 @@ const HURRIES_FROM: u32 = 64;
 /// ... and it is forgotten within so many batches.
 const HURRY_MAX: u32 = 128;
 
-/// So many pages that came back since the batch before are as many as leave with one, or near enough.
+/// With so many pages that came back since the batch before, pages circulate: half of what leaves with one.
 const CIRCULATING_PAGES: u64 = 8;
 
 /// What is known when a batch is to leave.
@@ -187,8 +187,8 @@ pub struct Departure {
 
 /// Whether pages that leave are encoded densely at once. That makes them a third smaller and takes about twice as long, there and back, so more
 /// pages stay resident and there are fewer faults. But where pages come in faster than they leave, the program waits for them. Where it only grows
-/// that soon ends, and what it leaves behind lies for long. Where as many pages come back as leave, it goes on: so many leave in the
-/// faster encoding then that there is room again.
+/// that soon ends, and what it leaves behind lies for long. Where pages come back nearly as fast as they leave, it goes on: those
+/// batches leave in the faster encoding, until there is room again.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hurry {
     score: u32,
