@@ -57,11 +57,11 @@ pub type Cram = Store<GrantedFrames, Frames>;
 const STACK: usize = 256 << 10;
 /// What the agent's heap grows to.
 const HEAP_ROOM: usize = 8 << 20;
+/// And the metadata of node 1's frames: at most this part of what they hold.
+const METADATA_PART: usize = 1000;
 /// Where address space or data are limited (setrlimit(2)) the agent takes at most one in so many parts of what is left, and node 1's frames as much:
 /// the limit is the program's.
 const LIMITED_PART: usize = 8;
-/// And the metadata of node 1's frames: at most this part of what they hold.
-const METADATA_PART: usize = 1000;
 /// Scratch areas: the reclaimers' and the handler's.
 const TRASHES: usize = MAX_RECLAIMERS + 1;
 /// Excluded ranges that are told apart: the C library's and the dynamic linker's own data, ours, what is wiped on fork.
