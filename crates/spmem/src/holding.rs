@@ -225,6 +225,7 @@ impl Holding {
             self.unclaimed -= 1;
         }
         self.advance_tail();
+        self.start_over();
         let len = wanted.min(self.unclaimed).min(self.capacity() - self.cursor);
         if len == 0 {
             return None;
@@ -258,7 +259,11 @@ impl Holding {
         }
         self.out.retain(|other| *other != span);
         self.advance_tail();
-        // What was released in the span is at the tail now or will be: once nothing is unclaimed, start over there.
+        self.start_over();
+    }
+
+    /// What was released in a span is at the tail now or will be: once nothing is unclaimed or out, it is to be claimed again.
+    fn start_over(&mut self) {
         if self.unclaimed == 0 && self.out.is_empty() {
             self.cursor = self.tail;
             self.unclaimed = self.used;
@@ -319,6 +324,16 @@ mod tests {
         holding.finish(span);
     }
 
+    /// As [`demote_all`], but what was released stays.
+    fn demote_rest(holding: &mut Holding, span: Span) {
+        for slot in span.first..span.first + span.len {
+            if holding.get(slot).state == State::Busy {
+                holding.kill(slot);
+            }
+        }
+        holding.finish(span);
+    }
+
     #[test]
     fn a_claim_passes_over_pages_that_went_back() {
         let mut holding = filled(40);
@@ -356,6 +371,75 @@ mod tests {
         assert!((again.first..again.first + again.len).contains(&3));
         demote_all(&mut holding, again);
         assert_eq!((holding.held(), holding.used()), (0, 0));
+    }
+
+    #[test]
+    fn what_could_not_be_stored_is_claimed_again_though_all_behind_it_went_back() {
+        for dies in [false, true] {
+            let mut holding = filled(PAGES);
+            let (first, second) = (holding.claim(16), holding.claim(16));
+            let (first, second) = (first.expect("64 are held"), second.expect("48 are held"));
+            holding.release(second.first + 4);
+            demote_rest(&mut holding, second);
+            demote_rest(&mut holding, first);
+            let left = second.first + 4;
+            while holding.room(1).is_some() {
+                holding.push(0, None);
+            }
+            for slot in (0..PAGES).filter(|&slot| slot != left) {
+                if holding.get(slot).state == State::Held {
+                    holding.vacate(slot);
+                }
+            }
+            if dies {
+                holding.kill(left);
+            }
+            assert_eq!(holding.room(1), None, "what is behind it has not been passed over yet");
+            let again = holding.claim(1).expect("it is still there");
+            assert_eq!(again, Span { first: left, len: 1 });
+            demote_all(&mut holding, again);
+            assert_eq!((holding.claim(1), holding.used()), (None, 0));
+        }
+    }
+
+    #[test]
+    fn while_nothing_is_out_whatever_is_left_can_be_claimed_or_is_free() {
+        let mut holding = filled(0);
+        let (mut out, mut state, mut idle) = (alloc::vec::Vec::new(), 1_u64, 0);
+        let mut random = |below: u32| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(11);
+            (state >> 40) as u32 % below
+        };
+        for _ in 0..200_000 {
+            let slot = random(PAGES);
+            match (random(8), holding.get(slot).state) {
+                (0..=2, _) => (0..random(20)).for_each(|_| {
+                    if holding.room(1).is_some() {
+                        holding.push(slot as usize * PAGE, None);
+                    }
+                }),
+                (3, _) if out.len() < 2 => out.extend(holding.claim(1 + random(16))),
+                (4, _) if !out.is_empty() => {
+                    let span: Span = out.remove(random(2) as usize % out.len());
+                    for slot in span.first..span.first + span.len {
+                        match holding.get(slot).state {
+                            State::Busy if random(8) == 0 => holding.release(slot),
+                            _ => holding.kill(slot),
+                        }
+                    }
+                    holding.finish(span);
+                }
+                (5 | 6, State::Held) => holding.vacate(slot),
+                (_, State::Held | State::Busy) => holding.kill(slot),
+                _ => {}
+            }
+            if out.is_empty() && random(4) == 0 {
+                out.extend(holding.claim(1 + random(16)));
+                assert!(!out.is_empty() || holding.used() == 0, "{} slots are left", holding.used());
+                idle += 1;
+            }
+        }
+        assert!(idle > 1000, "{idle}");
     }
 
     #[test]

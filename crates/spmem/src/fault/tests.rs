@@ -28,7 +28,8 @@ fn a_fault_is_recorded_if_a_page_comes_with_it_and_not_where_another_threads_bro
     let runtime: &'static Runtime = Box::leak(Box::new(Runtime::with_control(Box::leak(control()))));
     runtime.uffd.store(uffd.raw(), Relaxed);
     runtime.shared().recorder.switch_on();
-    let memory = Mapping::new(4 * PAGE, c"spmem test").expect("mmap");
+    // In one chunk.
+    let memory = Mapping::aligned(4 * PAGE, 4 * PAGE, c"spmem test").expect("mmap");
     uffd.register(memory.start(), memory.len()).expect("register");
     let (mut space, mut reader) = (space(1), Reader::default());
     let mut server = Server::new(runtime).expect("mmap");

@@ -4,22 +4,32 @@ extern crate std;
 use super::*;
 use crate::control::tests::control;
 use crate::demote::Demoter;
+use crate::dense::Densifier;
 use crate::encoder::tests::{exchange, memory};
 use crate::fault::{Fault, Served, Server};
 use crate::holding::Holding;
 use crate::space::tests::space;
 use crate::sweep::take_out;
 use crate::table::{CHUNK, Entry};
-use crate::workshop::Workshop;
+use crate::workshop::tests::{common, record_page};
+use crate::workshop::{self, Workshop};
 use core::sync::atomic::{AtomicBool, Ordering};
+use core::time::Duration;
 use spmem_node::Page;
+use spmem_node::compressed::Slot;
 use spmem_sys::mapping::{self, Mapping};
 use spmem_sys::uffd::feature;
 use std::boxed::Box;
+use std::time::Instant;
 use std::vec::Vec;
 
-const PAGES: usize = 200;
+/// Half of them are away: more than the MiB from which on pages leave as zstd.
+const PAGES: usize = 2000;
 const SLOTS: usize = 100;
+/// Of the handler, at least.
+const TURNS: usize = 20_000;
+/// For what comes about with time.
+const PATIENCE: Duration = Duration::from_secs(60);
 const ROOM: i64 = 1 << 20;
 /// That of the store.
 const SEED: u64 = 1;
@@ -41,7 +51,8 @@ impl Process {
         uffd.enable(feature::SCRATCH).ok()?;
         let pagemap = Pagemap::open().ok()?.into_raw();
         let uffd = &*Box::leak(Box::new(uffd));
-        let program = Mapping::aligned(CHUNK, CHUNK, c"spmem test").expect("mmap");
+        let len = (PAGES * PAGE).next_multiple_of(CHUNK);
+        let program = Mapping::aligned(len, CHUNK, c"spmem test").expect("mmap");
         let holding = Mapping::new(SLOTS * PAGE + (HANDLER + 1) * TRASH_LEN, c"spmem test").expect("mmap");
         for mapping in [&program, &holding] {
             uffd.register(mapping.start(), mapping.len()).expect("register");
@@ -57,8 +68,9 @@ impl Process {
         runtime.keeps_pace.store(true, Relaxed);
         let mut space = space(1);
         space.holding = Holding::new(holding.start(), SLOTS as u32);
-        let chunk = space.table.find_or_add(program.start());
-        chunk.set_registered(program.start(), program.start() + PAGES * PAGE, true);
+        for start in (program.start()..program.start() + len).step_by(CHUNK) {
+            space.table.find_or_add(start).set_registered(start, start + CHUNK, true);
+        }
         *runtime.space.lock() = Some(space);
         let pagemap = &*Box::leak(Box::new(Pagemap::from_raw(pagemap)));
         Some(Self { runtime, uffd, pagemap, program, holding })
@@ -74,14 +86,16 @@ impl Process {
     }
 }
 
-/// Noise, or text, or filled with one value.
+/// Noise, or records with noise in front, or filled with one value.
 fn new_page(mut random: impl FnMut() -> usize) -> Page {
     match random() % 8 {
         0 => core::array::from_fn(|_| random() as u8),
         1 => [random() as u8; PAGE],
         _ => {
-            let (start, step) = (random(), 20 + random() % 50);
-            core::array::from_fn(|at| (start + at / step) as u8)
+            let mut page = record_page(random() as u64);
+            let noise = 1000 + random() % 1000;
+            page[..noise].fill_with(|| random() as u8);
+            page
         }
     }
 }
@@ -93,54 +107,78 @@ fn dice(mut state: usize) -> impl FnMut() -> usize {
     }
 }
 
-/// How many spans the handler was through with, and how many the monitor had to finish.
+/// What has come about.
+#[derive(Debug)]
 struct Tally {
+    /// Spans that the handler was through with.
     by_handler: usize,
+    /// Spans that the monitor had to finish.
     half_seen: usize,
+    /// Pages that left as lz4, ...
+    lz4: u64,
+    /// ... as zstd, ...
+    dense: u64,
+    /// ... and of those, how many lay there with a dictionary in the end.
+    with_dictionary: u64,
 }
 
-/// `turns` of the handler, each of a fault and what goes along with it, while the monitor comes in at any time. Every byte is looked at
-/// whenever a page has come, and in the end.
-fn take_turns(process: &mut Process, turns: usize, has_drops: bool) -> Tally {
+/// Stored pages that need a dictionary.
+fn with_dictionary(space: &Space<Cram>) -> u64 {
+    Slot::ALL.into_iter().map(|slot| space.store.dictionary_pages(slot)).sum()
+}
+
+/// Comes in at any time; how often the handler had seen to a part of the oldest span.
+fn monitor(runtime: &'static Runtime, is_over: &AtomicBool) -> usize {
+    let (mut demoter, mut densifier) = (Demoter::new(runtime, 0), Densifier::new(runtime));
+    let (mut random, mut half_seen) = (dice(5), 0);
+    while !is_over.load(Relaxed) {
+        if let Some(Batch { span, settled, .. }) = demoter.with_lanes(|lanes, _| lanes.out[0]).flatten() {
+            half_seen += usize::from((1..span.len).contains(&settled));
+        }
+        // Without it older copies are kept, which are the monitor's to compare.
+        runtime.keeps_pace.store(random() % 2 == 0, Relaxed);
+        // While the node is full, pages stay in their slots.
+        runtime.is_node_full.store(random() % 4 == 0, Relaxed);
+        match random() % 4 {
+            0 => demoter.drain(),
+            1 => drop(demoter.run(random() % 40)),
+            _ => demoter.take_left(),
+        }
+        // It takes the dictionaries.
+        densifier.run(true);
+        std::thread::sleep(Duration::from_micros(random() as u64 % 2000));
+    }
+    demoter.drain();
+    half_seen
+}
+
+/// Turns of the handler, each of a fault and what goes along with it, while the monitor comes in at any time: `TURNS`, and until pages lie
+/// in node 1 in each of their encodings. Every byte is looked at whenever a page has come, and in the end.
+fn take_turns(process: &mut Process, has_drops: bool) -> Tally {
     let (runtime, uffd, pagemap) = (process.runtime, process.uffd, process.pagemap);
     let (is_over, encoder_ends) = (&AtomicBool::new(false), &AtomicBool::new(false));
+    let workshop = &Workshop::new();
     let exchange = runtime.exchange().expect("it was given");
     let mut expected: Vec<Page> = std::vec![[0; PAGE]; PAGES];
     let mut by_handler = 0;
     let half_seen = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            crate::encoder::serve(exchange, &Workshop::new(), Codec::new(SEED), &memory(), encoder_ends)
-        });
-        let monitor = scope.spawn(move || {
-            let (mut demoter, mut random, mut half_seen) = (Demoter::new(runtime, 0), dice(5), 0);
-            while !is_over.load(Relaxed) {
-                if let Some(Batch { span, settled, .. }) = demoter.with_lanes(|lanes, _| lanes.out[0]).flatten() {
-                    half_seen += usize::from((1..span.len).contains(&settled));
-                }
-                // Without it older copies are kept, which are the monitor's to compare.
-                runtime.keeps_pace.store(random() % 2 == 0, Relaxed);
-                // While the node is full, pages stay in their slots.
-                runtime.is_node_full.store(random() % 4 == 0, Relaxed);
-                match random() % 4 {
-                    0 => demoter.drain(),
-                    1 => drop(demoter.run(random() % 40)),
-                    _ => demoter.take_left(),
-                }
-                std::thread::sleep(core::time::Duration::from_micros(random() as u64 % 2000));
-            }
-            demoter.drain();
-            half_seen
-        });
+        scope.spawn(move || crate::encoder::serve(exchange, workshop, Codec::new(SEED), &memory(), encoder_ends));
+        scope.spawn(move || workshop::learn(exchange, workshop, Codec::new(SEED), common, encoder_ends));
+        let monitor = scope.spawn(move || monitor(runtime, is_over));
         let (mut server, mut random) = (Server::new(runtime).expect("mmap"), dice(7));
         let mover = Mover::new(runtime, uffd, pagemap);
         while runtime.space.lock().as_ref().is_some_and(|space| space.lanes.is_none()) {
             std::thread::yield_now();
         }
-        for turn in 0..turns {
+        let since = Instant::now();
+        for turn in 0.. {
             let (index, other) = (random() % PAGES, random() % PAGES);
             let page = process.program.start() + index * PAGE;
             let mut guard = runtime.space.lock();
             let space = guard.as_mut().expect("it was given");
+            if turn >= TURNS && (with_dictionary(space) > 0 || since.elapsed() > PATIENCE) {
+                break;
+            }
             if pagemap.is_there(page) != Ok(true) {
                 assert_eq!(server.serve(space, uffd, page, Fault::Write), Served::Yes, "turn {turn}");
                 assert_eq!(
@@ -169,11 +207,17 @@ fn take_turns(process: &mut Process, turns: usize, has_drops: bool) -> Tally {
                 by_handler += usize::from(before.is_some() && before != lanes.client.oldest());
                 space.lanes = Some(lanes);
             }
+            drop(guard);
+            // Between faults a handler sleeps, and the monitor gets the lock.
+            if turn % 16 == 0 {
+                std::thread::sleep(Duration::from_micros(20));
+            }
         }
         is_over.store(true, Relaxed);
         let half_seen = monitor.join().expect("the monitor");
         encoder_ends.store(true, Relaxed);
         exchange.wake();
+        workshop.wake();
         half_seen
     });
     let mut server = Server::new(runtime).expect("mmap");
@@ -188,6 +232,7 @@ fn take_turns(process: &mut Process, turns: usize, has_drops: bool) -> Tally {
         let missing = ROOM - runtime.room_pages.load(Relaxed);
         assert_eq!(missing, process.resident() as i64, "what was taken and given back is what is resident");
     }
+    let with_dictionary = with_dictionary(space);
     for (index, expected) in expected.iter().enumerate() {
         let page = process.program.start() + index * PAGE;
         if pagemap.is_there(page) != Ok(true) {
@@ -195,17 +240,22 @@ fn take_turns(process: &mut Process, turns: usize, has_drops: bool) -> Tally {
         }
         assert_eq!(process.program.bytes(index * PAGE, PAGE), expected, "page {index}, in the end");
     }
-    Tally { by_handler, half_seen }
+    let counters = &runtime.shared().counters;
+    let all = counters.demoted_pages.load(Relaxed);
+    let (clean, filled) = (counters.clean_pages.load(Relaxed), counters.same_filled_pages.load(Relaxed));
+    let dense = counters.dense_pages.load(Relaxed);
+    Tally { by_handler, half_seen, lz4: all - clean - filled - dense, dense, with_dictionary }
 }
 
 #[test]
-fn handler_and_monitor_take_turns_on_one_lane_and_every_byte_comes_back() {
+fn handler_and_monitor_take_turns_on_one_lane_and_every_byte_comes_back_however_it_left() {
     let Some(mut process) = Process::new() else {
         std::println!("skipped: no userfaultfd with MOVE here");
         return;
     };
-    let Tally { by_handler, half_seen } = take_turns(&mut process, 20_000, false);
-    assert!(by_handler > 0 && half_seen > 0, "{by_handler} spans of the handler, {half_seen} half seen to");
+    let tally = take_turns(&mut process, false);
+    let Tally { by_handler, half_seen, lz4, dense, with_dictionary } = tally;
+    assert!(by_handler > 0 && half_seen > 0 && lz4 > 0 && dense > 0 && with_dictionary > 0, "{tally:?}");
 }
 
 #[test]
@@ -214,5 +264,6 @@ fn a_page_that_is_dropped_while_it_is_out_comes_back_as_zeros_and_no_other_does(
         std::println!("skipped: no userfaultfd with MOVE here");
         return;
     };
-    take_turns(&mut process, 20_000, true);
+    let tally = take_turns(&mut process, true);
+    assert!(tally.dense > 0 && tally.with_dictionary > 0, "{tally:?}");
 }
