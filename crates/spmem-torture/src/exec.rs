@@ -2,6 +2,7 @@
 
 use crate::area::{Area, Ballast};
 use crate::harness::{Case, Ctx, Outcome, bail, ensure, threads};
+use crate::limits;
 use crate::process::{self, End};
 use crate::sys::{self, cstring};
 use std::ffi::CString;
@@ -20,6 +21,9 @@ pub const CASES: &[Case] = &[
     Case::new("exec-works", "children started by exec keep their own cold pages", working_children),
 ];
 
+/// See [`limits::work_with_two_threads`].
+pub const TWO_THREADS: &str = "@two-threads";
+
 /// What the binary does when it was started by a case of its own. `None`: an ordinary subcommand.
 pub fn act(name: &str) -> Option<i32> {
     let arguments: Vec<String> = std::env::args().skip(2).collect();
@@ -34,6 +38,7 @@ pub fn act(name: &str) -> Option<i32> {
             Some(0)
         }
         "@work" => Some(process::verdict(work(&arguments))),
+        TWO_THREADS => Some(process::verdict(limits::work_with_two_threads(&named_ctx(&arguments)))),
         "@generation" => Some(process::verdict(generation(&arguments))),
         "@descriptors" => {
             println!("{:?}", sys::surprising_descriptors());
@@ -52,9 +57,14 @@ fn own_ctx(mib: usize, seed: u64) -> Ctx {
     Ctx { seed, mib, time: std::time::Duration::ZERO, out: None, started: std::time::Instant::now() }
 }
 
-fn work(arguments: &[String]) -> Outcome {
+/// Of MiB and seed, as words.
+fn named_ctx(arguments: &[String]) -> Ctx {
     let number = |at: usize| arguments.get(at).and_then(|a| a.parse().ok()).unwrap_or(4usize);
-    let ctx = own_ctx(number(0), number(1) as u64);
+    own_ctx(number(0), number(1) as u64)
+}
+
+fn work(arguments: &[String]) -> Outcome {
+    let ctx = named_ctx(arguments);
     let mut area = Area::filled(ctx.seed, ctx.pages())?;
     let mut ballast = Ballast::new(&ctx)?;
     let mut rng = ctx.rng(0);
@@ -71,9 +81,14 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
-/// Becomes a program that ends soon and well; its output goes nowhere.
+/// Becomes a program that ends soon and well.
 pub fn execute_list() -> Outcome {
-    let strings = [cstring("torture"), cstring("list")];
+    execute(&["list"])
+}
+
+/// Becomes this binary with these arguments; what it prints goes nowhere.
+pub fn execute(arguments: &[&str]) -> Outcome {
+    let strings: Vec<_> = ["torture"].iter().chain(arguments).map(|argument| cstring(argument)).collect();
     // SAFETY: opens a file for the program's output, and valid strings.
     unsafe {
         libc::dup2(sys::ok("open", libc::open(c"/dev/null".as_ptr(), libc::O_RDWR).into())? as i32, 1);

@@ -1,6 +1,7 @@
 //! Tight limits and fewer rights, set in the middle of the run.
 
 use crate::area::{Area, Ballast};
+use crate::exec;
 use crate::harness::{Case, Ctx, Outcome, ensure, skip};
 use crate::model::PAGE;
 use crate::process;
@@ -15,6 +16,11 @@ pub const CASES: &[Case] = &[
     Case::new("limit-nofile", "RLIMIT_NOFILE 10 and 0", |ctx| limited(ctx, files)),
     Case::new("limit-stack", "a small RLIMIT_STACK, threads and recursion", |ctx| limited(ctx, stack)),
     Case::new("limit-nproc", "RLIMIT_NPROC 0 and RLIMIT_CORE 0", |ctx| limited(ctx, processes)),
+    Case::new(
+        "limit-threads",
+        "a program that may start two threads and no third keeps its pages, and takes no more with time",
+        two_threads,
+    ),
     Case::new("limit-fsize", "RLIMIT_FSIZE 0: memory needs no file", |ctx| limited(ctx, file_size)),
     Case::new("limit-memlock", "RLIMIT_MEMLOCK 0", |ctx| limited(ctx, memlock)),
     Case::new("rights-dropped", "setuid to nobody, then work, fork and threads", |ctx| limited(ctx, nobody)),
@@ -128,6 +134,50 @@ fn stack(ctx: &Ctx) -> Outcome {
 fn processes(_: &Ctx) -> Outcome {
     set(libc::RLIMIT_CORE, 0)?;
     set(libc::RLIMIT_NPROC, 0)
+}
+
+/// Of its agent's, too: that cannot begin, and tries again and again.
+fn two_threads(ctx: &Ctx) -> Outcome {
+    // SAFETY: no memory is involved.
+    if unsafe { libc::getuid() } != 0 {
+        skip!("not root");
+    }
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    let limited = process::fork(|| {
+        // The limit is that of a user, who has no other process here.
+        let user = 100_000 + std::process::id();
+        set(libc::RLIMIT_NPROC, 2)?;
+        // SAFETY: no memory is involved.
+        unsafe {
+            sys::ok("setgroups", libc::setgroups(0, std::ptr::null()).into())?;
+            sys::ok("setgid", libc::setgid(user).into())?;
+            sys::ok("setuid", libc::setuid(user).into())?;
+        }
+        exec::execute(&[exec::TWO_THREADS, &ctx.mib.to_string(), &ctx.seed.to_string()])
+    })?;
+    process::succeed("program that may start two threads", limited)?;
+    area.check_all("parent of a program that may start two threads")
+}
+
+/// That program.
+pub fn work_with_two_threads(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let read = || {
+        let maps = sys::slurp("/proc/self/maps");
+        maps.lines().filter(|line| line.contains("spmem")).count()
+    };
+    // Its agent has tried by then.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let before = read();
+    std::thread::sleep(std::time::Duration::from_millis(1000));
+    let after = read();
+    ensure!(before == after, "its agent had {before} mappings, and has {after}");
+    let wait = || std::thread::sleep(std::time::Duration::from_millis(100));
+    let started = [(); 2].map(|()| std::thread::Builder::new().spawn(wait).is_ok());
+    ensure!(started != [true; 2], "it may start threads: the case proved nothing");
+    area.check_all("program that may start two threads")
 }
 
 fn file_size(_: &Ctx) -> Outcome {

@@ -17,6 +17,11 @@ pub const CASES: &[Case] = &[
         "a child forked or executed under a seccomp filter that ends whoever makes one call lives and keeps its pages, and its child too",
         filtered_lethally,
     ),
+    Case::new(
+        "fork-without-threads",
+        "a child forked where no thread may be started keeps its pages, and its child too",
+        without_threads,
+    ),
 ];
 
 /// Calls that a program can do without, and that its memory may seem to need.
@@ -51,6 +56,39 @@ fn filtered_lethally(ctx: &Ctx) -> Outcome {
         std::array::from_fn::<_, { ENDED_FOR.len() }, _>(|at| (ENDED_FOR[at], verdicts[at % 3])),
     )
 }
+
+/// As under RLIMIT_NPROC, or pids.max of a cgroup: processes may be had here, threads not.
+fn without_threads(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages() / 2)?;
+    let mut ballast = Ballast::new(ctx)?;
+    ballast.sweep()?;
+    for _ in ctx.rounds(1) {
+        let parent = process::fork(|| {
+            install(&mut [
+                load(0),
+                unless(libc::SYS_clone as u32, 3),
+                load(FLAGS),
+                unless_any(libc::CLONE_THREAD as u32, 1),
+                give(libc::SECCOMP_RET_ERRNO | libc::EAGAIN as u32),
+                give(libc::SECCOMP_RET_ALLOW),
+            ])?;
+            // The first has a parent with pages elsewhere, the second one without an agent.
+            let child = process::fork(|| {
+                area.check_all("child without threads")?;
+                let grandchild = process::fork(|| area.check_all("grandchild without threads"))?;
+                process::succeed("grandchild without threads", grandchild)
+            })?;
+            ballast.sweep()?;
+            process::succeed("child without threads", child)?;
+            area.check_all("parent of a child without threads")
+        })?;
+        process::succeed("process that may start no thread", parent)?;
+    }
+    area.check_all("parent of a process that may start no thread")
+}
+
+/// Where `struct seccomp_data` has the low half of a call's first argument: clone(2)'s flags.
+const FLAGS: u32 = 16;
 
 fn fork_under_filters<const N: usize>(ctx: &Ctx, filters: [(i64, u32); N]) -> Outcome {
     let area = Area::filled(ctx.seed, ctx.pages() / 2)?;
@@ -87,6 +125,11 @@ pub const fn load(offset: u32) -> libc::sock_filter {
 /// Passes over so many steps unless it is this value.
 pub const fn unless(value: u32, skip: u8) -> libc::sock_filter {
     step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, skip, value)
+}
+
+/// Passes over so many steps unless one of these bits is set.
+const fn unless_any(bits: u32, skip: u8) -> libc::sock_filter {
+    step(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, skip, bits)
 }
 
 /// Ends with this verdict.

@@ -25,7 +25,7 @@ use crate::space::{Mode, Space};
 use crate::sweep::take_out;
 use crate::table::{CHUNK, Copy, Entry};
 use core::mem::ManuallyDrop;
-use core::sync::atomic::Ordering::{self, Relaxed};
+use core::sync::atomic::Ordering::Relaxed;
 use spmem_core::lru;
 use spmem_core::placing::PROMOTION_RATE;
 use spmem_core::readahead::{Readahead, WINDOW_MAX};
@@ -117,7 +117,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
     runtime.handler_tid.store(process::tid(), Relaxed);
-    let uffd = Uffd::from_fd(Fd::from_raw(runtime.uffd.load(Ordering::Acquire)));
+    let uffd = Uffd::from_fd(Fd::from_raw(runtime.await_userfaultfd()));
     let Ok(mut server) = Server::new(runtime) else { crate::die_without_memory() };
     server.run(&uffd)
 }

@@ -28,7 +28,7 @@
 //! Over 500 lines: both sides of one protocol, which are read against each other.
 
 use crate::changes;
-use crate::hurdle;
+use crate::hurdle::{self, Hurdle};
 use crate::protocol::Heir;
 use crate::reclaim;
 use crate::runtime::{Cram, Runtime, Stage};
@@ -228,9 +228,8 @@ impl Runtime {
         self.pid.store(pid, Ordering::Relaxed);
         self.reset_after_fork();
         let entry = if self.stage() == Stage::Active { adopt } else { reclaim::monitor_of_child };
-        if self.start_thread(0, Table::Private, entry).is_err() {
-            crate::complain(format_args!("spm: process {pid}: cannot start a thread in a forked child\n"));
-            process::abort();
+        if let Err(errno) = self.start_thread(0, Table::Private, entry) {
+            self.go_without(Hurdle::Thread(errno));
         }
         // The program goes on once the monitor has what it needs: it may lower its limits or leave its name spaces next.
         loop {
@@ -244,6 +243,26 @@ impl Runtime {
     }
 
     /// The threads that held these do not exist here.
+    /// In a forked child whose agent has no thread, by the forking one: it runs without, once all its pages are here.
+    fn go_without(&self, hurdle: Hurdle) {
+        if self.stage() != Stage::Active {
+            crate::complain(format_args!(
+                "spm: process {}: forked, and {hurdle}; it runs without a budget\n",
+                process::pid()
+            ));
+            self.shared().counters.unmanaged_processes.fetch_add(1, Ordering::Relaxed);
+        } else if let Err(errno) = take_all(self, Asker::Program, hurdle) {
+            crate::complain(format_args!(
+                "spm: process {}: forked, {hurdle}, and its parent did not give it its pages: {errno}\n",
+                process::pid()
+            ));
+            process::abort();
+        }
+        // All pages are here; whatever the entries say is history.
+        self.set_stage(Stage::Dormant);
+        self.end_fork_in_child();
+    }
+
     fn reset_after_fork(&self) {
         #![allow(unsafe_code, reason = "locks of threads that do not exist any more are declared free")]
         // SAFETY: the child has one thread, this one.
@@ -264,6 +283,7 @@ impl Runtime {
         self.dismiss_encoder();
         self.dismiss_porter();
         spmem_sys::fd::set_proc(-1);
+        self.has_handler.store(false, Ordering::Relaxed);
         self.number.store(0, Ordering::Relaxed);
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);
@@ -547,12 +567,24 @@ extern "C" fn adopt(argument: usize) -> ! {
     reclaim::run_monitor(runtime, true)
 }
 
+/// Who asks the parent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asker {
+    /// An agent that can serve itself.
+    Server,
+    /// One that cannot.
+    Agent,
+    /// The program's thread, whose name spaces are not the agent's to change.
+    Program,
+}
+
 /// Asks the parent for what it takes to serve itself, or, where it could not, for all its pages: the answer.
-fn ask_parent(runtime: &Runtime, can_serve: bool, bytes: &mut [u8]) -> Result<Received> {
+fn ask_parent(runtime: &Runtime, asker: Asker, bytes: &mut [u8]) -> Result<Received> {
     let (name, len): ([u8; MAX_NAME], usize) = *runtime.listener_name.lock();
+    let can_serve = asker == Asker::Server;
     let socket = match Socket::connect(&name[..len]) {
         // The program has left the network name space that its agent, and `spm`, listen in.
-        Err(Errno(libc::ECONNREFUSED)) => {
+        Err(Errno(libc::ECONNREFUSED)) if asker != Asker::Program => {
             thread::join_network_of(runtime.handler_tid.load(Ordering::Relaxed))?;
             Socket::connect(&name[..len])?
         }
@@ -564,23 +596,35 @@ fn ask_parent(runtime: &Runtime, can_serve: bool, bytes: &mut [u8]) -> Result<Re
     socket.receive(bytes)
 }
 
+/// Has the parent give all pages.
+fn take_all(runtime: &Runtime, asker: Asker, hurdle: Hurdle) -> Result<()> {
+    let mut bytes = [0; WORDS * 8];
+    let mut received = ask_parent(runtime, asker, &mut bytes)?;
+    if received.len == 0 {
+        // The parent has begun to give all pages, and answers whoever connects once that is done.
+        received = ask_parent(runtime, asker, &mut bytes)?;
+    }
+    let is_given = received.len == bytes.len() && bytes[0] & 1 == 0;
+    if !is_given {
+        return Err(Errno(libc::EPROTO));
+    }
+    crate::complain(format_args!(
+        "spm: process {}: forked, and {hurdle}; it gets all its pages and runs without a budget\n",
+        process::pid()
+    ));
+    Ok(())
+}
+
 fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool> {
     if filter.is_some() && matches!(find_refusal(Need::Asking), Some(Refusal::Ends(_))) {
         return Err(Errno::EPERM);
     }
     let (hurdle, mut hello) = hurdle::find(runtime, filter);
-    let mut bytes = [0; WORDS * 8];
-    let mut received = ask_parent(runtime, hurdle.is_none(), &mut bytes)?;
     if let Some(hurdle) = hurdle {
-        if received.len == 0 {
-            // The parent has begun to give all pages, and answers whoever connects once that is done.
-            received = ask_parent(runtime, false, &mut bytes)?;
-        }
-        crate::complain(format_args!(
-            "spm: process {}: forked, and {hurdle}; it gets all its pages and runs without a budget\n",
-            process::pid()
-        ));
+        return take_all(runtime, Asker::Agent, hurdle).map(|()| false);
     }
+    let mut bytes = [0; WORDS * 8];
+    let mut received = ask_parent(runtime, Asker::Server, &mut bytes)?;
     if received.len != bytes.len() {
         return Err(Errno(libc::EPROTO));
     }
@@ -600,8 +644,9 @@ fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool>
     }
     runtime.device.store(device.map_or(-1, Fd::into_raw), Ordering::Relaxed);
     let _ = runtime.enlist(&uffd, 0);
-    runtime.make_scratch()?;
-    runtime.make_listener()?;
+    let scratch = runtime.make_scratch(runtime.trash_start.load(Ordering::Relaxed))?;
+    runtime.scratch.store(scratch.into_raw(), Ordering::Relaxed);
+    runtime.listener.store(runtime.make_listener()?.into_raw(), Ordering::Relaxed);
     {
         let mut space = runtime.space.lock();
         let space = space.as_mut().ok_or(Errno::EINVAL)?;
@@ -625,8 +670,10 @@ fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool>
         reconcile(space)?;
         space.settle_swap();
     }
+    runtime.hire();
     runtime.uffd.store(uffd.into_raw(), Ordering::Release);
-    runtime.start_helpers()?;
+    runtime.start_handler()?;
+    runtime.start_reclaimers();
     runtime.resume_reclaimers();
     Ok(true)
 }

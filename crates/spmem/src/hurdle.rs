@@ -22,6 +22,8 @@ pub(crate) enum Hurdle {
     Slot(Errno),
     /// There is no memory for its agent.
     Memory(Errno),
+    /// Its agent cannot have a thread.
+    Thread(Errno),
 }
 
 /// What a seccomp filter of the calling thread does not let through of all that an agent does.
@@ -56,6 +58,12 @@ impl fmt::Display for Hurdle {
             }
             Self::Memory(errno) => {
                 write!(f, "there is no memory for its agent ({errno}), as under RLIMIT_AS or RLIMIT_DATA")
+            }
+            Self::Thread(errno) => {
+                write!(
+                    f,
+                    "its agent cannot have a thread ({errno}), as under RLIMIT_NPROC or pids.max of its cgroup"
+                )
             }
         }
     }

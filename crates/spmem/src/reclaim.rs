@@ -26,7 +26,7 @@ use spmem_node::Backend;
 use spmem_sys::fd::close_all_but;
 use spmem_sys::filter::Refusal;
 use spmem_sys::process::{DescriptorLimit, MemoryBytes, MemoryUse};
-use spmem_sys::{PAGE, Result, clock, process, thread};
+use spmem_sys::{Errno, PAGE, Result, clock, process, thread};
 
 /// Entry of the first agent thread.
 pub(crate) extern "C" fn monitor(argument: usize) -> ! {
@@ -335,10 +335,12 @@ impl Monitor {
                 runtime.room_pages.store(i64::MAX, Relaxed);
                 if !core::mem::replace(&mut self.is_unfit, true) {
                     runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
-                    let hint = if errno == spmem_sys::Errno::ENOMEM && process::memory_left().is_some() {
-                        " (RLIMIT_AS or RLIMIT_DATA leaves too little)"
-                    } else {
-                        ""
+                    let hint = match errno {
+                        Errno::ENOMEM if process::memory_left().is_some() => {
+                            " (RLIMIT_AS or RLIMIT_DATA leaves too little)"
+                        }
+                        Errno::EAGAIN => " (it may start no thread: RLIMIT_NPROC, or pids.max of its cgroup)",
+                        _ => "",
                     };
                     crate::complain(format_args!(
                         "spm: process {}: cannot move its pages and runs without a budget: {errno}{hint}\n",

@@ -148,6 +148,10 @@ pub struct Runtime {
     pub(crate) home: Home,
     /// The fault handler's thread; a forked child finds its parent's here.
     pub(crate) handler_tid: AtomicU32,
+    /// There is one; in a forked child there is none yet.
+    pub(crate) has_handler: AtomicBool,
+    /// Wakes the handler once there is a userfaultfd.
+    pub(crate) launch: Event,
     /// Wakes the monitor.
     pub(crate) demand: Event,
     /// Wakes the helpers.
@@ -213,6 +217,8 @@ impl Runtime {
             is_node_full: AtomicBool::new(false),
             home: Home::nowhere(),
             handler_tid: AtomicU32::new(0),
+            has_handler: AtomicBool::new(false),
+            launch: Event::new(),
             demand: Event::new(),
             help: Event::new(),
             pause: Event::new(),
@@ -409,10 +415,10 @@ impl Runtime {
     }
 
     /// Everything that moving pages takes: userfaultfd, holding area, node 1, fault handler, further reclaimers. Called
-    /// by the monitor, once.
+    /// by the monitor, until it succeeds.
     ///
     /// # Errors
-    /// What the kernel refused; the process goes on as it is.
+    /// What the kernel refused; the process goes on as it is, and nothing but the handler's thread is left of the attempt.
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
         let slots = holding_slots(Bytes(limit));
         let holding_len = (slots as usize + 1) * PAGE;
@@ -426,17 +432,24 @@ impl Runtime {
         let trash = Mapping::new(TRASHES * TRASH_LEN, c"spmem scratch")?;
         let guard = Mapping::reserve(PAGE, PAGE, c"spmem guard")?;
         let frames = Mapping::reserve(capacity as usize, CHUNK, c"spmem node1")?;
-        self.make_stack(MAX_RECLAIMERS)?;
         // Who is given no memory later must end the program: better to leave it alone now.
         drop(Mapping::new(HEAP_ROOM + capacity as usize / METADATA_PART, c"spmem heap")?);
+        self.start_handler()?;
+        let scratch = self.make_scratch(trash.start())?;
+        let listener = self.make_listener()?;
         let uffd = self.make_userfaultfd()?;
         let capacity = FrameCount(capacity / PAGE as u64);
-        let granted = GrantedFrames::embedded(capacity, lend_metadata(capacity)?).map_err(|_| Errno::ENOMEM)?;
+        // From here on the kernel waits for somebody to read what it announces of the area, its unmapping for one.
+        // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
+        uffd.register(holding.start(), holding.len())?;
+        let granted = lend_metadata(capacity)
+            .and_then(|metadata| GrantedFrames::embedded(capacity, metadata).map_err(|_| Errno::ENOMEM))
+            .inspect_err(|_| {
+                // Nobody reads what is announced: nothing may be.
+                let _ = uffd.unregister(holding.start(), holding.len());
+            })?;
         let frames = Frames { mapping: frames, committed: 0 };
         let store = Store::new(granted, frames, self.shared().seed.load(Ordering::Relaxed));
-        self.trash_start.store(trash.start(), Ordering::Relaxed);
-        self.make_scratch()?;
-        self.make_listener()?;
         let swap = swap::open(self).unwrap_or_else(|errno| {
             let pid = process::pid();
             crate::complain(format_args!(
@@ -444,31 +457,25 @@ impl Runtime {
             ));
             None
         });
-        // From here on the kernel waits for somebody to read what it announces of the area, its unmapping for one.
-        // The first page is not a slot: its dropping is the mark behind a fork (fork.rs).
-        uffd.register(holding.start(), holding.len())?;
         *self.space.lock() = Some(Space::new(Holding::new(holding.start() + PAGE, slots), store, swap));
-        let holding_start = holding.start();
-        self.holding_start.store(holding_start, Ordering::Relaxed);
-        self.guard_start.store(guard.start(), Ordering::Relaxed);
-        self.uffd.store(uffd.into_raw(), Ordering::Release);
-        holding.leak();
-        trash.leak();
-        guard.leak();
+        for (start, mapping) in
+            [(&self.holding_start, holding), (&self.trash_start, trash), (&self.guard_start, guard)]
+        {
+            start.store(mapping.leak().expose_provenance(), Ordering::Relaxed);
+        }
+        self.scratch.store(scratch.into_raw(), Ordering::Relaxed);
+        self.listener.store(listener.into_raw(), Ordering::Relaxed);
         if self.shared().targets().any(|target| !target.is_swap()) {
             // Without it pages go to node 1 only.
             let staging = Mapping::new(STAGING_LEN, c"spmem staging");
             if let Ok(staging) = staging.and_then(|staging| staging.wipe_in_children().map(|()| staging)) {
-                self.staging_start.store(staging.start(), Ordering::Relaxed);
-                staging.leak();
+                self.staging_start.store(staging.leak().expose_provenance(), Ordering::Relaxed);
             }
         }
-        self.start_helpers().inspect_err(|_| {
-            // Nobody reads what is announced: nothing may be.
-            let uffd = Uffd::from_fd(Fd::from_raw(self.uffd.swap(-1, Ordering::Release)));
-            let _ = uffd.unregister(holding_start, holding_len);
-            *self.space.lock() = None;
-        })?;
+        self.hire();
+        self.uffd.store(uffd.into_raw(), Ordering::Release);
+        self.launch.signal();
+        self.start_reclaimers();
         self.set_stage(Stage::Active);
         Ok(())
     }
@@ -480,38 +487,60 @@ impl Runtime {
         wanted.max(CHUNK as u64) / CHUNK as u64 * CHUNK as u64
     }
 
-    /// A userfaultfd without events for the scratch areas.
-    pub(crate) fn make_scratch(&self) -> Result<()> {
+    /// A userfaultfd without events for the scratch areas, which begin at `trash`.
+    pub(crate) fn make_scratch(&self, trash: usize) -> Result<Uffd> {
         let scratch = self.make_scratch_userfaultfd()?;
-        scratch.register(self.trash_start.load(Ordering::Relaxed), TRASHES * TRASH_LEN)?;
-        self.scratch.store(scratch.into_raw(), Ordering::Relaxed);
-        Ok(())
+        scratch.register(trash, TRASHES * TRASH_LEN)?;
+        Ok(scratch)
     }
 
     /// Where forked children ask for their userfaultfd.
-    pub(crate) fn make_listener(&self) -> Result<()> {
+    pub(crate) fn make_listener(&self) -> Result<Fd> {
         let mut name = self.listener_name.lock();
         let (listener, len) = Listener::bind_anywhere(&mut name.0)?;
         name.1 = len;
-        self.listener.store(listener.into_fd().into_raw(), Ordering::Relaxed);
-        Ok(())
+        Ok(listener.into_fd())
     }
 
-    /// The fault handler, and reclaimers for the other processors. They share the monitor's descriptors.
-    pub(crate) fn start_helpers(&'static self) -> Result<()> {
+    /// What the agent's threads share, and who works for them. Before the handler goes on, which asks `spm` for things too.
+    pub(crate) fn hire(&self) {
         // A process that has changed its user may not open it: then its pages stay.
         self.pagemap.store(Pagemap::open().map_or(-1, Pagemap::into_raw), Ordering::Release);
-        // Before the handler starts, which asks `spm` for things too. Without an encoder pages are encoded here.
+        // Without an encoder pages are encoded here.
         let _ = self.hire_encoder();
         // And without a porter they go to node 1.
         let _ = self.hire_porter();
+    }
+
+    /// The fault handler, unless there is one from an earlier attempt; it waits until there is a userfaultfd. It shares the monitor's descriptors.
+    pub(crate) fn start_handler(&'static self) -> Result<()> {
+        if self.has_handler.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         // All at once, and not by the handler: nothing is allocated while a fork may be copying the heap.
         self.waiting.lock().try_reserve_exact(fault::MAX_WAITING).map_err(|_| Errno::ENOMEM)?;
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
-        // With fewer it is slower.
+        self.has_handler.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The userfaultfd, once there is one.
+    pub(crate) fn await_userfaultfd(&self) -> i32 {
+        loop {
+            let ticket = self.launch.ticket();
+            // Acquire pairs with the Release of who has made it, and all that it needs.
+            let uffd = self.uffd.load(Ordering::Acquire);
+            if uffd >= 0 {
+                return uffd;
+            }
+            self.launch.wait(ticket, None);
+        }
+    }
+
+    /// Reclaimers for the other processors; with fewer it is slower.
+    pub(crate) fn start_reclaimers(&'static self) {
         let _ = (1..reclaimers(process::cpu_count()))
             .try_for_each(|number| self.start_thread(number, Table::Shared, reclaim::helper));
-        Ok(())
     }
 
     /// Pages of RAM are free again.

@@ -379,22 +379,36 @@ impl Summary {
             (refused.pinned, "were pinned"),
             (refused.protected, "were protected"),
         ];
-        // Attempts are counted, so one page may count often: a reason is named only where it can explain the excess.
-        let worst = reasons.iter().max_by_key(|(pages, _)| *pages);
-        let explains = |pages: u64| pages.saturating_mul(PAGE_BYTES) >= self.overrun_peak_bytes / 2;
         let stored = self.nodes[1].used_bytes_peak;
         let fixed = stored.saturating_add(self.floor_bytes);
-        let is_full = refused.node_full > 0 && stored >= self.nodes[1].capacity_bytes / 8 * 7;
-        let because = match (worst, self.sysram_limit_bytes) {
-            _ if is_full => "node 1 is full".to_owned(),
-            (_, Some(limit)) if stored > limit / 8 * 7 => format!("what is stored takes {} alone", human(stored)),
-            (_, Some(limit)) if fixed > limit / 8 * 7 => {
-                let floors = human(self.floor_bytes);
-                format!("the working floors of its processes take {floors}, what is stored {}", human(stored))
-            }
-            (Some((pages, reason)), _) if explains(*pages) => format!("{pages} times pages {reason}"),
-            _ => "pages came in faster than others could leave".to_owned(),
-        };
+        let limit = self.sysram_limit_bytes.unwrap_or(u64::MAX);
+        let mut because = Vec::new();
+        if refused.node_full > 0 && stored >= self.nodes[1].capacity_bytes / 8 * 7 {
+            because.push("node 1 is full".to_owned());
+        } else if stored > limit / 8 * 7 {
+            because.push(format!("what is stored takes {} alone", human(stored)));
+        } else if fixed > limit / 8 * 7 {
+            let floors = human(self.floor_bytes);
+            because.push(format!(
+                "the working floors of its processes take {floors}, what is stored {}",
+                human(stored)
+            ));
+        }
+        if self.unmanaged_processes > 0 {
+            because.push(format!("{} of its processes ran without a budget", self.unmanaged_processes));
+        }
+        // Attempts are counted, so one page may count often: a reason is named only where it can explain the excess or, beside nothing
+        // better, a part of it.
+        let (pages, reason) = reasons.into_iter().max_by_key(|(pages, _)| *pages).unwrap_or_default();
+        let explains = |part| pages.saturating_mul(PAGE_BYTES) >= self.overrun_peak_bytes / part;
+        let is_open = because.is_empty();
+        if is_open && !explains(2) {
+            because.push("pages came in faster than others could leave".to_owned());
+        }
+        if explains(2) || is_open && explains(16) {
+            because.push(format!("{pages} times pages {reason}"));
+        }
+        let because = because.join("; ");
         format!(", over by {} ({because})", human(self.overrun_peak_bytes))
     }
 }

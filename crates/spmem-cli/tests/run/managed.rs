@@ -115,6 +115,27 @@ fn a_program_whose_data_are_limited_ends_as_it_would_alone() {
     );
 }
 
+/// The limit counts its agent's, and is that of a user who has no other process.
+#[test]
+fn a_program_that_may_start_no_thread_ends_as_it_would_alone_and_is_said_to_be_without_a_budget() {
+    let user = 200_000 + std::process::id();
+    let limited = format!(
+        "(seq 4000000; sleep 0.5) | setpriv --reuid={user} --clear-groups prlimit --nproc=2 tail -c 20M | cksum"
+    );
+    let bare = std::process::Command::new("sh").args(["-c", &limited]).output().unwrap();
+    if !can_manage() || !bare.stderr.is_empty() {
+        println!("skipped: userfaultfd cannot be used here, or setpriv(1): {}", text(&bare.stderr));
+        return;
+    }
+    let mut managed = spm_run(&["--sysram", "6M", "--report"]);
+    managed.args(["sh", "-c", &limited]);
+    let output = finish(managed);
+    assert_eq!(text(&output.stdout), text(&bare.stdout));
+    let remarks = text(&output.stderr);
+    assert_eq!(remarks.matches("may start no thread").count(), 1, "{remarks}");
+    assert!(remarks.contains("1 of its processes ran without a budget)"), "{remarks}");
+}
+
 #[test]
 fn what_is_at_the_path_of_a_file_node_is_left_alone_and_two_runs_each_have_a_file() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
