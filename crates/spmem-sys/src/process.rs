@@ -148,9 +148,19 @@ impl DescriptorLimit {
     /// Makes room for `at_least` descriptors for a moment, where the program's limit is lower: the limit counts numbers,
     /// also in descriptor tables that are none of the program's. What to [restore](Self::restore), if it changed.
     pub fn raise(at_least: u64) -> Option<Self> {
+        Self::raise_to(|_| at_least)
+    }
+
+    /// Makes room for so `many` more, whatever the program's table holds. What to [restore](Self::restore), if it changed.
+    pub fn widen(many: u64) -> Option<Self> {
+        Self::raise_to(|soft| soft.saturating_add(many))
+    }
+
+    fn raise_to(at_least: impl Fn(u64) -> u64) -> Option<Self> {
         let mut old = [0_u64; 2];
         // SAFETY: the kernel writes one rlimit64.
         unsafe { syscall!(Sysno::prlimit64, 0, libc::RLIMIT_NOFILE, 0, old.as_mut_ptr()) }.ok()?;
+        let at_least = at_least(old[0]);
         if old[0] >= at_least {
             return None;
         }

@@ -23,6 +23,8 @@ pub const CASES: &[Case] = &[
 
 /// See [`limits::work_with_two_threads`].
 pub const TWO_THREADS: &str = "@two-threads";
+/// See [`limits::fork_with_few_threads`].
+pub const FEW_FOR_CHILDREN: &str = "@few-threads-for-children";
 
 /// What the binary does when it was started by a case of its own. `None`: an ordinary subcommand.
 pub fn act(name: &str) -> Option<i32> {
@@ -39,6 +41,7 @@ pub fn act(name: &str) -> Option<i32> {
         }
         "@work" => Some(process::verdict(work(&arguments))),
         TWO_THREADS => Some(process::verdict(limits::work_with_two_threads(&named_ctx(&arguments)))),
+        FEW_FOR_CHILDREN => Some(process::verdict(limits::fork_with_few_threads(&named_ctx(&arguments)))),
         "@generation" => Some(process::verdict(generation(&arguments))),
         "@descriptors" => {
             println!("{:?}", sys::surprising_descriptors());

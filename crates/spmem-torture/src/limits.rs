@@ -18,8 +18,8 @@ pub const CASES: &[Case] = &[
     Case::new("limit-nproc", "RLIMIT_NPROC 0 and RLIMIT_CORE 0", |ctx| limited(ctx, processes)),
     Case::new(
         "limit-threads",
-        "a program that may start two threads and no third keeps its pages, and takes no more with time",
-        two_threads,
+        "a program that may start few threads keeps its pages, takes no more with time, and its children keep theirs",
+        few_threads,
     ),
     Case::new("limit-fsize", "RLIMIT_FSIZE 0: memory needs no file", |ctx| limited(ctx, file_size)),
     Case::new("limit-memlock", "RLIMIT_MEMLOCK 0", |ctx| limited(ctx, memlock)),
@@ -136,8 +136,8 @@ fn processes(_: &Ctx) -> Outcome {
     set(libc::RLIMIT_NPROC, 0)
 }
 
-/// Of its agent's, too: that cannot begin, and tries again and again.
-fn two_threads(ctx: &Ctx) -> Outcome {
+/// The limit is a user's, and counts threads of agents.
+fn few_threads(ctx: &Ctx) -> Outcome {
     // SAFETY: no memory is involved.
     if unsafe { libc::getuid() } != 0 {
         skip!("not root");
@@ -145,23 +145,25 @@ fn two_threads(ctx: &Ctx) -> Outcome {
     let area = Area::filled(ctx.seed, ctx.pages())?;
     let mut ballast = Ballast::new(ctx)?;
     ballast.sweep()?;
-    let limited = process::fork(|| {
-        // The limit is that of a user, who has no other process here.
-        let user = 100_000 + std::process::id();
-        set(libc::RLIMIT_NPROC, 2)?;
-        // SAFETY: no memory is involved.
-        unsafe {
-            sys::ok("setgroups", libc::setgroups(0, std::ptr::null()).into())?;
-            sys::ok("setgid", libc::setgid(user).into())?;
-            sys::ok("setuid", libc::setuid(user).into())?;
-        }
-        exec::execute(&[exec::TWO_THREADS, &ctx.mib.to_string(), &ctx.seed.to_string()])
-    })?;
-    process::succeed("program that may start two threads", limited)?;
-    area.check_all("parent of a program that may start two threads")
+    for (act, most) in [(exec::TWO_THREADS, 2), (exec::FEW_FOR_CHILDREN, 100)] {
+        let limited = process::fork(|| {
+            set(libc::RLIMIT_NPROC, most)?;
+            // Who has no other process here.
+            let user = 100_000 + std::process::id();
+            // SAFETY: no memory is involved.
+            unsafe {
+                sys::ok("setgroups", libc::setgroups(0, std::ptr::null()).into())?;
+                sys::ok("setgid", libc::setgid(user).into())?;
+                sys::ok("setuid", libc::setuid(user).into())?;
+            }
+            exec::execute(&[act, &ctx.mib.to_string(), &ctx.seed.to_string()])
+        })?;
+        process::succeed(act, limited)?;
+    }
+    area.check_all("parent of programs that may start few threads")
 }
 
-/// That program.
+/// A program whose agent cannot begin, and tries again and again.
 pub fn work_with_two_threads(ctx: &Ctx) -> Outcome {
     let area = Area::filled(ctx.seed, ctx.pages())?;
     let read = || {
@@ -178,6 +180,21 @@ pub fn work_with_two_threads(ctx: &Ctx) -> Outcome {
     let started = [(); 2].map(|()| std::thread::Builder::new().spawn(wait).is_ok());
     ensure!(started != [true; 2], "it may start threads: the case proved nothing");
     area.check_all("program that may start two threads")
+}
+
+/// One whose children's agents may have no thread, one, two, and so on.
+pub fn fork_with_few_threads(ctx: &Ctx) -> Outcome {
+    let area = Area::filled(ctx.seed, ctx.pages())?;
+    let mut ballast = Ballast::new(ctx)?;
+    for more in 1..6 {
+        ballast.sweep()?;
+        let threads = std::fs::read_dir("/proc/self/task")?.count() as u64;
+        set_soft(libc::RLIMIT_NPROC, threads + more)?;
+        let what = format!("child of a program that may start {more} threads");
+        let child = process::fork(|| area.check_all(&what))?;
+        process::succeed(&what, child)?;
+    }
+    area.check_all("program that may start few threads")
 }
 
 fn file_size(_: &Ctx) -> Outcome {

@@ -34,7 +34,7 @@ use spmem_core::tier::Promotion;
 use spmem_core::units::Time;
 use spmem_node::Handle;
 use spmem_node::swapfile::{Unloaded, file};
-use spmem_sys::fd::{Fd, Poll, poll};
+use spmem_sys::fd::{Fd, Poll, close_all_but, poll};
 use spmem_sys::mapping::Mapping;
 use spmem_sys::pagemap::{Pagemap, RUNS, Run};
 use spmem_sys::uffd::{Event, Uffd};
@@ -116,8 +116,10 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     thread::set_name(c"spm-fault");
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
+    let Some(uffd) = runtime.await_userfaultfd() else { thread::exit() };
+    // Not before: a forked child finds its parent's there as long as it needs that.
     runtime.handler_tid.store(process::tid(), Relaxed);
-    let uffd = Uffd::from_fd(Fd::from_raw(runtime.await_userfaultfd()));
+    let uffd = Uffd::from_fd(Fd::from_raw(uffd));
     let Ok(mut server) = Server::new(runtime) else { crate::die_without_memory() };
     server.run(&uffd)
 }
@@ -166,8 +168,15 @@ impl Server {
                         Err(Errno::EAGAIN) => break,
                         // The descriptor is ours alone; without it missing pages would turn into zeros.
                         Err(errno) => {
+                            let hint = if errno == Errno(libc::EMFILE) {
+                                "; a fork needs a descriptor, and RLIMIT_NOFILE is too low (README, Limits)"
+                            } else {
+                                ""
+                            };
+                            // To say so takes one, too.
+                            let _ = close_all_but(&[uffd.raw()]);
                             crate::complain(format_args!(
-                                "spm: process {}: userfaultfd: {errno}\n",
+                                "spm: process {}: userfaultfd: {errno}{hint}\n",
                                 process::pid()
                             ));
                             process::abort()

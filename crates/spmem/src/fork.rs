@@ -242,9 +242,10 @@ impl Runtime {
         process::set_signal_mask(mask);
     }
 
-    /// The threads that held these do not exist here.
     /// In a forked child whose agent has no thread, by the forking one: it runs without, once all its pages are here.
     fn go_without(&self, hurdle: Hurdle) {
+        // In the program's table, which may be full: a socket, or what it takes to say something.
+        let limit = DescriptorLimit::widen(2);
         if self.stage() != Stage::Active {
             crate::complain(format_args!(
                 "spm: process {}: forked, and {hurdle}; it runs without a budget\n",
@@ -252,17 +253,22 @@ impl Runtime {
             ));
             self.shared().counters.unmanaged_processes.fetch_add(1, Ordering::Relaxed);
         } else if let Err(errno) = take_all(self, Asker::Program, hurdle) {
+            let _ = close_all_but(&[2]);
             crate::complain(format_args!(
                 "spm: process {}: forked, {hurdle}, and its parent did not give it its pages: {errno}\n",
                 process::pid()
             ));
             process::abort();
         }
+        if let Some(limit) = limit {
+            limit.restore();
+        }
         // All pages are here; whatever the entries say is history.
         self.set_stage(Stage::Dormant);
         self.end_fork_in_child();
     }
 
+    /// The threads that held these do not exist here.
     fn reset_after_fork(&self) {
         #![allow(unsafe_code, reason = "locks of threads that do not exist any more are declared free")]
         // SAFETY: the child has one thread, this one.
@@ -546,6 +552,7 @@ extern "C" fn adopt(argument: usize) -> ! {
         Ok(false) => {
             // All pages are here; whatever the entries say is history.
             runtime.set_stage(Stage::Dormant);
+            runtime.launch.signal();
             runtime.give_slot_back();
             runtime.end_fork_in_child();
             thread::exit()
@@ -671,9 +678,7 @@ fn take_over(runtime: &'static Runtime, filter: Option<Refusal>) -> Result<bool>
         space.settle_swap();
     }
     runtime.hire();
-    runtime.uffd.store(uffd.into_raw(), Ordering::Release);
-    runtime.start_handler()?;
-    runtime.start_reclaimers();
+    runtime.set_off(uffd);
     runtime.resume_reclaimers();
     Ok(true)
 }

@@ -31,13 +31,16 @@ pub(crate) fn find_filter(runtime: &Runtime) -> Option<Refusal> {
     find_refusal(Need::Serving { has_devices: runtime.shared().targets().any(Target::is_device) })
 }
 
-/// Looks for one, and takes a slot. With what `spm` has answered, if it had to be asked for that.
-pub(crate) fn find(runtime: &Runtime, filter: Option<Refusal>) -> (Option<Hurdle>, Option<Hello>) {
+/// Looks for one, starts the handler, and takes a slot. With what `spm` has answered, if it had to be asked for that.
+pub(crate) fn find(runtime: &'static Runtime, filter: Option<Refusal>) -> (Option<Hurdle>, Option<Hello>) {
     if let Some(refusal) = filter {
         return (Some(Hurdle::Filter(refusal)), None);
     }
     if let Err(errno) = Mapping::new(ROOM, c"spmem heap") {
         return (Some(Hurdle::Memory(errno)), None);
+    }
+    if let Err(errno) = runtime.start_handler() {
+        return (Some(if errno == Errno::ENOMEM { Hurdle::Memory(errno) } else { Hurdle::Thread(errno) }), None);
     }
     match runtime.take_slot() {
         Ok(hello) => (None, hello),

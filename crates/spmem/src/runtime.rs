@@ -23,6 +23,7 @@ use crate::follow::Home;
 use crate::fork;
 use crate::frames::{Frames, lend_metadata};
 use crate::holding::Holding;
+use crate::hurdle::Hurdle;
 use crate::porter::{Crossing, STAGING_LEN};
 use crate::protocol::{Heir, Kind, MAGIC, Message};
 use crate::reclaim;
@@ -341,7 +342,15 @@ impl Runtime {
         let proc = Fd::open(c"/proc", libc::O_PATH | libc::O_DIRECTORY);
         spmem_sys::fd::set_proc(proc.as_ref().map_or(-1, Fd::raw));
         // The thread gets copies of the descriptors with its table; ours close when they drop.
-        self.start_thread(0, Table::Private, reclaim::monitor)
+        self.start_thread(0, Table::Private, reclaim::monitor).inspect_err(|&errno| {
+            let hurdle = Hurdle::Thread(errno);
+            crate::complain(format_args!(
+                "spm: process {pid}: executed, and {hurdle}; it runs without a budget\n"
+            ));
+            self.shared().counters.unmanaged_processes.fetch_add(1, Ordering::Relaxed);
+            self.set_stage(Stage::Dormant);
+            self.give_slot_back();
+        })
     }
 
     /// Starts one of the agent's threads on its stack, which is made once and used again after a fork.
@@ -418,7 +427,8 @@ impl Runtime {
     /// by the monitor, until it succeeds.
     ///
     /// # Errors
-    /// What the kernel refused; the process goes on as it is, and nothing but the handler's thread is left of the attempt.
+    /// What the kernel refused; the process goes on as it is. Of the attempt the handler's thread is left and, if the last step failed,
+    /// for which there is no memory then, the userfaultfd that `spm` holds.
     pub(crate) fn activate(&'static self, limit: u64) -> Result<()> {
         let slots = holding_slots(Bytes(limit));
         let holding_len = (slots as usize + 1) * PAGE;
@@ -473,9 +483,7 @@ impl Runtime {
             }
         }
         self.hire();
-        self.uffd.store(uffd.into_raw(), Ordering::Release);
-        self.launch.signal();
-        self.start_reclaimers();
+        self.set_off(uffd);
         self.set_stage(Stage::Active);
         Ok(())
     }
@@ -524,21 +532,26 @@ impl Runtime {
         Ok(())
     }
 
-    /// The userfaultfd, once there is one.
-    pub(crate) fn await_userfaultfd(&self) -> i32 {
+    /// The userfaultfd, once there is one. `None` if there will be none.
+    pub(crate) fn await_userfaultfd(&self) -> Option<i32> {
         loop {
             let ticket = self.launch.ticket();
             // Acquire pairs with the Release of who has made it, and all that it needs.
             let uffd = self.uffd.load(Ordering::Acquire);
             if uffd >= 0 {
-                return uffd;
+                return Some(uffd);
+            }
+            if self.stage() == Stage::Dormant {
+                return None;
             }
             self.launch.wait(ticket, None);
         }
     }
 
-    /// Reclaimers for the other processors; with fewer it is slower.
-    pub(crate) fn start_reclaimers(&'static self) {
+    /// All is ready: the handler goes on, and there are reclaimers for the other processors. With fewer it is slower.
+    pub(crate) fn set_off(&'static self, uffd: Uffd) {
+        self.uffd.store(uffd.into_raw(), Ordering::Release);
+        self.launch.signal();
         let _ = (1..reclaimers(process::cpu_count()))
             .try_for_each(|number| self.start_thread(number, Table::Shared, reclaim::helper));
     }

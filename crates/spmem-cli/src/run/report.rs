@@ -394,9 +394,6 @@ impl Summary {
                 human(stored)
             ));
         }
-        if self.unmanaged_processes > 0 {
-            because.push(format!("{} of its processes ran without a budget", self.unmanaged_processes));
-        }
         // Attempts are counted, so one page may count often: a reason is named only where it can explain the excess or, beside nothing
         // better, a part of it.
         let (pages, reason) = reasons.into_iter().max_by_key(|(pages, _)| *pages).unwrap_or_default();
@@ -407,6 +404,9 @@ impl Summary {
         }
         if explains(2) || is_open && explains(16) {
             because.push(format!("{pages} times pages {reason}"));
+        }
+        if self.unmanaged_processes > 0 {
+            because.push(format!("{} of its processes ran without a budget", self.unmanaged_processes));
         }
         let because = because.join("; ");
         format!(", over by {} ({because})", human(self.overrun_peak_bytes))
