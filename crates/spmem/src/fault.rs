@@ -117,7 +117,6 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
     let Some(uffd) = runtime.await_userfaultfd() else { thread::exit() };
-    // Not before: a forked child finds its parent's there as long as it needs that.
     runtime.handler_tid.store(process::tid(), Relaxed);
     let uffd = Uffd::from_fd(Fd::from_raw(uffd));
     let Ok(mut server) = Server::new(runtime) else { crate::die_without_memory() };
@@ -147,8 +146,6 @@ impl Server {
     fn run(&mut self, uffd: &Uffd) -> ! {
         let runtime = self.runtime;
         let mut waiting = runtime.waiting.lock();
-        // What a forked child finds there is its parent's.
-        waiting.clear();
         let mut is_settled = true;
         let listener = runtime.listener.load(Relaxed);
         let mut read_before = None;

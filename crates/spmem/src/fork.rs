@@ -229,7 +229,7 @@ impl Runtime {
         self.reset_after_fork();
         let entry = if self.stage() == Stage::Active { adopt } else { reclaim::monitor_of_child };
         if let Err(errno) = self.start_thread(0, Table::Private, entry) {
-            self.go_without(Hurdle::Thread(errno));
+            self.go_without(Hurdle::of_thread(errno));
         }
         // The program goes on once the monitor has what it needs: it may lower its limits or leave its name spaces next.
         loop {
@@ -592,7 +592,7 @@ fn ask_parent(runtime: &Runtime, asker: Asker, bytes: &mut [u8]) -> Result<Recei
     let socket = match Socket::connect(&name[..len]) {
         // The program has left the network name space that its agent, and `spm`, listen in.
         Err(Errno(libc::ECONNREFUSED)) if asker != Asker::Program => {
-            thread::join_network_of(runtime.handler_tid.load(Ordering::Relaxed))?;
+            thread::join_network_of(runtime.monitor_tid.load(Ordering::Relaxed))?;
             Socket::connect(&name[..len])?
         }
         other => other?,

@@ -40,11 +40,18 @@ pub(crate) fn find(runtime: &'static Runtime, filter: Option<Refusal>) -> (Optio
         return (Some(Hurdle::Memory(errno)), None);
     }
     if let Err(errno) = runtime.start_handler() {
-        return (Some(if errno == Errno::ENOMEM { Hurdle::Memory(errno) } else { Hurdle::Thread(errno) }), None);
+        return (Some(Hurdle::of_thread(errno)), None);
     }
     match runtime.take_slot() {
         Ok(hello) => (None, hello),
         Err(errno) => (Some(Hurdle::Slot(errno)), None),
+    }
+}
+
+impl Hurdle {
+    /// Why a thread, or the memory that it takes, cannot be had.
+    pub(crate) fn of_thread(errno: Errno) -> Self {
+        if errno == Errno::ENOMEM { Self::Memory(errno) } else { Self::Thread(errno) }
     }
 }
 

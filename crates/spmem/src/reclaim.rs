@@ -151,6 +151,7 @@ impl Runtime {
 }
 
 pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -> ! {
+    runtime.monitor_tid.store(process::tid(), Relaxed);
     let Ok(gauge) = Gauge::open(runtime) else {
         crate::complain(format_args!("spm: process {}: no /proc, so it cannot be measured\n", process::pid()));
         thread::exit()

@@ -147,8 +147,10 @@ pub struct Runtime {
     pub(crate) is_node_full: AtomicBool,
     /// Where the handler is bound, for the monitor to follow.
     pub(crate) home: Home,
-    /// The fault handler's thread; a forked child finds its parent's here.
+    /// The fault handler's thread.
     pub(crate) handler_tid: AtomicU32,
+    /// The monitor's, which is in `spm`'s network name space. A forked child finds its parent's here until it has one.
+    pub(crate) monitor_tid: AtomicU32,
     /// There is one; in a forked child there is none yet.
     pub(crate) has_handler: AtomicBool,
     /// Wakes the handler once there is a userfaultfd.
@@ -218,6 +220,7 @@ impl Runtime {
             is_node_full: AtomicBool::new(false),
             home: Home::nowhere(),
             handler_tid: AtomicU32::new(0),
+            monitor_tid: AtomicU32::new(0),
             has_handler: AtomicBool::new(false),
             launch: Event::new(),
             demand: Event::new(),
@@ -343,7 +346,7 @@ impl Runtime {
         spmem_sys::fd::set_proc(proc.as_ref().map_or(-1, Fd::raw));
         // The thread gets copies of the descriptors with its table; ours close when they drop.
         self.start_thread(0, Table::Private, reclaim::monitor).inspect_err(|&errno| {
-            let hurdle = Hurdle::Thread(errno);
+            let hurdle = Hurdle::of_thread(errno);
             crate::complain(format_args!(
                 "spm: process {pid}: executed, and {hurdle}; it runs without a budget\n"
             ));
@@ -526,7 +529,11 @@ impl Runtime {
             return Ok(());
         }
         // All at once, and not by the handler: nothing is allocated while a fork may be copying the heap.
-        self.waiting.lock().try_reserve_exact(fault::MAX_WAITING).map_err(|_| Errno::ENOMEM)?;
+        // Nor in a child, whose copy of the heap may be torn then: it has its parent's room, and what waits there is its parent's.
+        let mut waiting = self.waiting.lock();
+        waiting.clear();
+        waiting.try_reserve_exact(fault::MAX_WAITING).map_err(|_| Errno::ENOMEM)?;
+        drop(waiting);
         self.start_thread(MAX_RECLAIMERS, Table::Shared, fault::handler)?;
         self.has_handler.store(true, Ordering::Relaxed);
         Ok(())
