@@ -7,7 +7,7 @@
 //!
 //! Until all that has begun was read, calls that change program memory fail with `EAGAIN` ([`Uffd::is_changing`]). So
 //! an arrival read in such a time is put off, and so is every change after it. Nothing is served meanwhile. When all is
-//! read, [`drop_echoes`] and [`put_in_order`] decide by two facts the kernel tells: whether the place of arrival is still
+//! read, [`put_in_order`] decides by two facts the kernel tells: whether the place of arrival is still
 //! ours, and which pages are present where (one that is away cannot be). Where that does not decide, the process is
 //! ended: it takes three threads that move and unmap the same places within microseconds, and ranges that look alike.
 //!
@@ -20,6 +20,7 @@ use crate::runtime::{Cram, Runtime};
 use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Table};
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::Ordering::Relaxed;
 use spmem_sys::fd::{Poll, poll};
 use spmem_sys::pagemap::Pagemap;
@@ -48,7 +49,7 @@ struct Doubt;
 /// What [`put_in_order`] goes by.
 trait Facts {
     /// Whether the page of `address` is registered now; an error when more changes have begun: to be asked again later.
-    fn is_ours(&self, address: usize) -> Result<bool>;
+    fn is_ours(&mut self, address: usize) -> Result<bool>;
     /// What comes of this order, as a digest of where each page that is away ends up; `None` when that cannot be,
     /// because a page is present there.
     fn outcome(&self, order: &[Event]) -> Option<u64>;
@@ -63,8 +64,58 @@ struct Seen<'a> {
     inaccessible: usize,
 }
 
+/// Addresses where nothing was ours when it was asked, and where nothing has arrived since: not to be asked again. There is
+/// time for few questions before the next change begins.
+struct Gone {
+    /// In ascending order.
+    addresses: Vec<usize>,
+    /// What is to be asked next.
+    wanted: Vec<usize>,
+}
+
+impl Gone {
+    fn new() -> Self {
+        Self { addresses: Vec::with_capacity(USUAL_CHANGES), wanted: Vec::with_capacity(USUAL_CHANGES) }
+    }
+
+    /// Finds out what [`put_in_order`] still has to ask, as far as it can be told.
+    fn prepare(&mut self, order: &mut Vec<Event>, seals: &Seals) {
+        self.wanted.clear();
+        let _ = find_late(order, seals, &mut Rehearsal(self));
+    }
+
+    /// Asks that, until more changes have begun.
+    fn ask(&mut self, facts: &mut impl Facts) {
+        while let Some(address) = self.wanted.pop() {
+            match facts.is_ours(address) {
+                Ok(false) => self.insert(address),
+                Ok(true) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn contains(&self, address: usize) -> bool {
+        self.addresses.binary_search(&address).is_ok()
+    }
+
+    fn insert(&mut self, address: usize) {
+        if let Err(at) = self.addresses.binary_search(&address)
+            && self.addresses.len() < self.addresses.capacity()
+        {
+            self.addresses.insert(at, address);
+        }
+    }
+
+    fn note(&mut self, event: Event) {
+        if let Some((start, end)) = arrival(event) {
+            self.addresses.retain(|address| !(start..end).contains(address));
+        }
+    }
+}
+
 impl Facts for Seen<'_> {
-    fn is_ours(&self, address: usize) -> Result<bool> {
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
         self.uffd.is_registered(address, self.inaccessible)
     }
 
@@ -91,6 +142,62 @@ impl Facts for Seen<'_> {
     }
 }
 
+/// Numbers of changes after which all that had begun was read: no change read later happened before one of them.
+struct Seals(Vec<usize>);
+
+impl Seals {
+    /// After so many. Without room a seal is missing, which only leaves more to be found out.
+    fn set(&mut self, count: usize) {
+        if self.0.last() != Some(&count) && self.0.len() < self.0.capacity() {
+            self.0.push(count);
+        }
+    }
+
+    /// What was read between two of them, of `count` changes, the latest first.
+    fn stretches(&self, count: usize) -> impl Iterator<Item = Range<usize>> {
+        let ends = core::iter::once(count).chain(self.0.iter().rev().copied().filter(move |&end| end < count));
+        let starts = self.0.iter().rev().copied().filter(move |&end| end < count).chain([0]);
+        starts.zip(ends).map(|(start, end)| start..end)
+    }
+}
+
+/// The facts, with what is known already.
+struct Recalled<'a, F>(&'a mut Gone, &'a mut F);
+
+impl<F: Facts> Facts for Recalled<'_, F> {
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
+        let Self(gone, facts) = self;
+        if gone.contains(address) {
+            return Ok(false);
+        }
+        let is_ours = facts.is_ours(address)?;
+        if !is_ours {
+            gone.insert(address);
+        }
+        Ok(is_ours)
+    }
+
+    fn outcome(&self, order: &[Event]) -> Option<u64> {
+        self.1.outcome(order)
+    }
+}
+
+/// Notes what is asked, and goes on as if nothing were ours.
+struct Rehearsal<'a>(&'a mut Gone);
+
+impl Facts for Rehearsal<'_> {
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
+        if !self.0.contains(address) && self.0.wanted.len() < self.0.wanted.capacity() {
+            self.0.wanted.push(address);
+        }
+        Ok(false)
+    }
+
+    fn outcome(&self, _: &[Event]) -> Option<u64> {
+        None
+    }
+}
+
 /// Where the page that was at `page` before `changes` is after them; `None` when it was dropped.
 pub(crate) fn destination(changes: &[Event], page: usize) -> Option<usize> {
     changes.iter().try_fold(page, |at, &event| match event {
@@ -103,15 +210,28 @@ pub(crate) fn destination(changes: &[Event], page: usize) -> Option<usize> {
 /// Changes that were read and not applied yet.
 pub struct Changes {
     /// In the order of reading.
-    read: Vec<Event>,
+    read: Vec<Noted>,
     /// The same in the order of happening, while they are applied.
     ordered: Vec<Event>,
+    seals: Seals,
+    gone: Gone,
     /// Children forked meanwhile.
     born: Vec<Born>,
     /// The child that is to be nursed before anything is applied.
     pub(crate) ward: Option<Uffd>,
     /// In this quiet time a range was moved: what a child has copied of the table may be torn.
     has_moved: bool,
+}
+
+/// A change that was read.
+///
+/// mremap(2) is announced twice: as moved, and then its old place as unmapped. The second, the echo, says nothing new, and
+/// may be read after somebody else's range has come to that place. A real unmapping of that range is an equal event:
+/// whichever of the two was read first counts as the echo. MREMAP_DONTUNMAP has none.
+pub(crate) struct Noted {
+    pub(crate) event: Event,
+    /// A move whose old place was announced as unmapped.
+    pub(crate) has_echo: bool,
 }
 
 /// A child that was forked while changes were under way.
@@ -125,8 +245,18 @@ struct Born {
 impl Changes {
     /// None. Allocates all that will be needed.
     pub(crate) fn new() -> Self {
-        let list = || Vec::with_capacity(USUAL_CHANGES);
-        Self { read: list(), ordered: list(), born: Vec::with_capacity(MAX_BORN), ward: None, has_moved: false }
+        let read = Vec::with_capacity(USUAL_CHANGES);
+        let ordered = Vec::with_capacity(USUAL_CHANGES);
+        let seals = Seals(Vec::with_capacity(USUAL_CHANGES));
+        Self {
+            read,
+            ordered,
+            seals,
+            gone: Gone::new(),
+            born: Vec::with_capacity(MAX_BORN),
+            ward: None,
+            has_moved: false,
+        }
     }
 
     /// No memory will be asked for while a fork may be copying the heap.
@@ -144,7 +274,7 @@ impl Changes {
 
     /// This is a forked child: what was read is its parent's to apply, and other children are its parent's.
     pub(crate) fn settle_after_fork(&mut self) {
-        self.read.clear();
+        self.clear();
         core::mem::forget(self.ward.take());
         self.born.drain(..).for_each(core::mem::forget);
         self.end_quiet();
@@ -172,12 +302,55 @@ impl Changes {
     }
 
     fn is_moving(&self) -> bool {
-        self.read.iter().any(|event| matches!(event, Event::Remap { .. }))
+        self.read.iter().any(|noted| matches!(noted.event, Event::Remap { .. }))
+    }
+
+    /// Adds one, unless it is the echo of one that was read.
+    fn push(&mut self, event: Event) {
+        let has_come = |noted: &&mut Noted| !noted.has_echo && echo(noted.event) == Some(event);
+        match self.read.iter_mut().rev().find(has_come) {
+            Some(noted) => noted.has_echo = true,
+            None => {
+                self.gone.note(event);
+                self.read.push(Noted { event, has_echo: false });
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.read.clear();
+        self.seals.0.clear();
+        self.gone.addresses.clear();
+    }
+
+    /// Starts with the order of reading.
+    fn begin_order(&mut self) {
+        self.ordered.clear();
+        self.ordered.extend(self.read.iter().map(|noted| noted.event));
+    }
+
+    /// All that has begun was read. What is to be asked is asked at once: whoever moves ranges goes on in a moment.
+    fn note_quiet(&mut self, facts: &mut impl Facts) {
+        self.seals.set(self.read.len());
+        self.gone.ask(facts);
+    }
+
+    /// As [`put_in_order`].
+    fn try_order(&mut self, facts: &mut impl Facts) -> core::result::Result<bool, Doubt> {
+        self.begin_order();
+        let Self { ordered, seals, gone, .. } = self;
+        let is_done = put_in_order(ordered, seals, &mut Recalled(gone, facts))?;
+        if !is_done {
+            gone.prepare(ordered, seals);
+        }
+        Ok(is_done)
     }
 
     /// Bytes this takes.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        ((self.read.capacity() + self.ordered.capacity()) * size_of::<Event>()) as u64
+        let numbers = [&self.seals.0, &self.gone.addresses, &self.gone.wanted];
+        let numbers: usize = numbers.iter().map(|list| list.capacity() * size_of::<usize>()).sum();
+        (self.read.capacity() * size_of::<Noted>() + self.ordered.capacity() * size_of::<Event>() + numbers) as u64
     }
 }
 
@@ -214,7 +387,7 @@ pub(crate) fn note(
     if space.changes.read.len() == MAX_CHANGES {
         doubt(runtime, space, "too many changes of the address space at once");
     }
-    space.changes.read.push(event);
+    space.changes.push(event);
 }
 
 /// Takes a child that was forked.
@@ -234,7 +407,14 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
     if space.is_settled() {
         return true;
     }
-    if space.changes.ward.is_some() || !is_quiet_soon(uffd) && !space.changes.is_long_enough() {
+    if space.changes.ward.is_some() {
+        return false;
+    }
+    let inaccessible = runtime.guard_start.load(Relaxed);
+    let mut facts = Seen { table: &space.table, uffd, pagemap, inaccessible };
+    if is_quiet_soon(uffd) {
+        space.changes.note_quiet(&mut facts);
+    } else if !space.changes.is_long_enough() {
         return false;
     }
     let may_be_nursed = space.changes.born.len() == 1 && space.changes.born[0].is_announced;
@@ -242,18 +422,13 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
         space.changes.ward = space.changes.born.pop().map(|born| born.child);
         return false;
     }
-    let Changes { read, ordered, .. } = &mut space.changes;
-    ordered.clear();
-    ordered.extend_from_slice(read);
-    drop_echoes(ordered);
-    let inaccessible = runtime.guard_start.load(Relaxed);
-    let facts = Seen { table: &space.table, uffd, pagemap, inaccessible };
-    match put_in_order(ordered, &facts) {
+    match space.changes.try_order(&mut facts) {
         Ok(true) => {}
         Ok(false) => return false,
         Err(Doubt) => {
-            for event in space.changes.read.iter().take(TOLD) {
-                crate::complain(format_args!("spm:   read: {event:x?}\n"));
+            for noted in space.changes.read.iter().take(TOLD) {
+                let echo = if noted.has_echo { ", and so announced" } else { "" };
+                crate::complain(format_args!("spm:   read: {:x?}{echo}\n", noted.event));
             }
             doubt(runtime, space, "ranges were moved and unmapped by several threads at once")
         }
@@ -273,7 +448,7 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
         let event = space.changes.ordered[index];
         crate::fault::apply(runtime, space, pagemap, event);
     }
-    space.changes.read.clear();
+    space.changes.clear();
     true
 }
 
@@ -301,9 +476,10 @@ pub(crate) fn is_quiet_soon(uffd: &Uffd) -> bool {
 }
 
 /// Ends the process: going on might hand out wrong bytes. So might its children, which it can serve no more.
-fn doubt(runtime: &Runtime, space: &Space<Cram>, what: &str) -> ! {
+fn doubt(runtime: &Runtime, space: &mut Space<Cram>, what: &str) -> ! {
+    space.changes.begin_order();
     for born in &space.changes.born {
-        condemn(runtime, space, &born.child, &space.changes.read);
+        condemn(runtime, space, &born.child, &space.changes.ordered);
     }
     crate::complain(format_args!(
         "spm: process {}: {what}, in an order that cannot be told; the process is ended\n",
@@ -335,19 +511,11 @@ fn overlap(a: Option<(usize, usize)>, b: Option<(usize, usize)>) -> Option<(usiz
     (both.0 < both.1).then_some(both)
 }
 
-/// mremap(2) is announced twice: as moved, and then its old place as unmapped. The second says nothing new, and may be
-/// read after somebody else's range has come to that place. A real unmapping of that range is an equal event: whichever
-/// of the two was read first, one is left. MREMAP_DONTUNMAP has no echo.
-fn drop_echoes(changes: &mut Vec<Event>) {
-    let mut index = 0;
-    while index < changes.len() {
-        if let Event::Remap { from, len, .. } = changes[index] {
-            let echo = Event::Unmap { start: from, end: from + len };
-            if let Some(at) = changes[index + 1..].iter().position(|&event| event == echo) {
-                changes.remove(index + 1 + at);
-            }
-        }
-        index += 1;
+/// How the old place of a move is announced once more.
+fn echo(event: Event) -> Option<Event> {
+    match event {
+        Event::Remap { from, len, .. } => Some(Event::Unmap { start: from, end: from + len }),
+        _ => None,
     }
 }
 
@@ -356,10 +524,14 @@ fn drop_echoes(changes: &mut Vec<Event>) {
 /// A range that has arrived leaves by a change read later. If the range is still ours although such a change was read,
 /// then what has left is what was there before: the change goes before the arrival. Of two such changes one may have
 /// taken what was there before; which one, the pages tell.
-fn put_in_order(changes: &mut Vec<Event>, facts: &impl Facts) -> core::result::Result<bool, Doubt> {
+fn put_in_order(
+    changes: &mut Vec<Event>,
+    seals: &Seals,
+    facts: &mut impl Facts,
+) -> core::result::Result<bool, Doubt> {
     // Each step puts one change before an arrival that it stood behind.
     for _ in 0..=changes.len() * changes.len() {
-        match find_late(changes, facts)? {
+        match find_late(changes, seals, facts)? {
             Late::None => return Ok(true),
             Late::NotYet => return Ok(false),
             Late::Found { from, to } => {
@@ -382,37 +554,58 @@ enum Late {
     },
 }
 
-fn find_late(changes: &mut Vec<Event>, facts: &impl Facts) -> core::result::Result<Late, Doubt> {
-    for index in (0..changes.len()).rev() {
-        let Some(place) = arrival(changes[index]) else { continue };
-        let next = changes[index + 1..].iter().position(|&event| overlap(arrival(event), Some(place)).is_some());
-        let end = next.map_or(changes.len(), |next| index + 1 + next);
-        for leaving in index + 1..end {
-            let Some(part) = overlap(departure(changes[leaving]), Some(place)) else { continue };
-            let rival = |other: &usize| overlap(departure(changes[*other]), Some(part)).is_some();
-            if (index + 1..leaving).any(|other| rival(&other)) {
-                continue; // looked at with the first of them
-            }
-            let rivals = (leaving + 1..end).filter(rival).count();
-            if rivals > 0 {
-                let second = (leaving + 1..end).find(rival).filter(|_| rivals == 1).ok_or(Doubt)?;
-                let to = first_of_row(changes, index, part.0);
-                if let Some(from) = which_fits(changes, [leaving, second], to, facts)? {
-                    return Ok(Late::Found { from, to });
+fn find_late(
+    changes: &mut Vec<Event>,
+    seals: &Seals,
+    facts: &mut impl Facts,
+) -> core::result::Result<Late, Doubt> {
+    for stretch in seals.stretches(changes.len()) {
+        for index in stretch.clone().rev() {
+            let Some(place) = arrival(changes[index]) else { continue };
+            let mut after = index + 1..stretch.end;
+            let next = after.clone().find(|&at| overlap(arrival(changes[at]), Some(place)).is_some());
+            after.end = next.unwrap_or(after.end);
+            for leaving in after.clone() {
+                let Some(part) = overlap(departure(changes[leaving]), Some(place)) else { continue };
+                let rival = |other: &usize| overlap(departure(changes[*other]), Some(part)).is_some();
+                if (after.start..leaving).any(|other| rival(&other)) {
+                    continue; // looked at with the first of them
                 }
-            } else if next.is_none() {
-                match facts.is_ours(part.0) {
-                    Ok(true) => {
-                        let to = first_of_row(changes, index, part.0);
-                        return Ok(Late::Found { from: leaving, to });
+                let rivals = (leaving + 1..after.end).filter(rival).count();
+                if rivals > 0 {
+                    let second = (leaving + 1..after.end).find(rival).filter(|_| rivals == 1).ok_or(Doubt)?;
+                    let to = first_of_row(changes, stretch.start, index, part.0);
+                    if let Some(from) = which_fits(changes, [leaving, second], to, facts)? {
+                        return Ok(Late::Found { from, to });
                     }
-                    Ok(false) => {}
-                    Err(_) => return Ok(Late::NotYet),
+                } else if next.is_none() {
+                    match was_ours(&changes[stretch.end..], part.0, facts) {
+                        Ok(true) => {
+                            let to = first_of_row(changes, stretch.start, index, part.0);
+                            return Ok(Late::Found { from: leaving, to });
+                        }
+                        Ok(false) => {}
+                        Err(_) => return Ok(Late::NotYet),
+                    }
                 }
             }
         }
     }
     Ok(Late::None)
+}
+
+/// Whether the page of `address` was registered before `later` happened.
+fn was_ours(later: &[Event], address: usize, facts: &mut impl Facts) -> Result<bool> {
+    let page = Some((address, address + PAGE));
+    for &event in later {
+        if overlap(departure(event), page).is_some() {
+            return Ok(true);
+        }
+        if overlap(arrival(event), page).is_some() {
+            return Ok(false);
+        }
+    }
+    facts.is_ours(address)
 }
 
 /// Which of two changes belongs to `to`, or neither: what does not contradict the pages. If more than one does not, what
@@ -421,7 +614,7 @@ fn which_fits(
     changes: &mut Vec<Event>,
     late: [usize; 2],
     to: usize,
-    facts: &impl Facts,
+    facts: &mut impl Facts,
 ) -> core::result::Result<Option<usize>, Doubt> {
     let mut found = facts.outcome(changes).map(|outcome| (None, outcome));
     for from in late {
@@ -439,20 +632,21 @@ fn which_fits(
     found.map(|(from, _)| from).ok_or(Doubt)
 }
 
-/// Ranges came to `address` and left it in turn, the last arrival being `last`: the first arrival of that row.
-fn first_of_row(changes: &[Event], last: usize, address: usize) -> usize {
+/// Ranges came to `address` and left it in turn, the last arrival being `last`: the first arrival of that row, from `start`
+/// on.
+fn first_of_row(changes: &[Event], start: usize, last: usize, address: usize) -> usize {
     let page = Some((address, address + PAGE));
     let mut first = last;
     loop {
-        let earlier = |wanted: fn(Event) -> Option<(usize, usize)>, end: usize| {
-            changes[..end].iter().rposition(|&event| overlap(wanted(event), page).is_some())
+        // What touched the place last before `end`, and whether it came.
+        let earlier = |end: usize| {
+            let at = (start..end).rfind(|&at| {
+                overlap(departure(changes[at]), page).or(overlap(arrival(changes[at]), page)).is_some()
+            })?;
+            Some((at, overlap(arrival(changes[at]), page).is_some()))
         };
-        let Some(left) = earlier(departure, first) else { return first };
-        let Some(came) = earlier(arrival, left) else { return first };
-        // Nothing of the row in between: then the one before has left by `left`.
-        if earlier(departure, left).is_some_and(|other| other > came) {
-            return first;
-        }
+        let Some((left, false)) = earlier(first) else { return first };
+        let Some((came, true)) = earlier(left) else { return first };
         first = came;
     }
 }

@@ -9,7 +9,7 @@
 //!
 //! Hole: a child whose threads move and unmap the same places within these milliseconds (see [`changes`]).
 
-use crate::changes;
+use crate::changes::{self, Noted};
 use crate::protocol::Heir;
 use crate::runtime::{Cram, Runtime};
 use crate::space::Space;
@@ -113,12 +113,14 @@ pub(crate) fn find_raced(
     space: &Space<Cram>,
     child: &Uffd,
     raced: &[Event],
-    (read, read_before): (&[Event], usize),
+    (read, read_before): (&[Noted], usize),
 ) -> Since {
     let mut since = Since::default();
     let before: Vec<Event> = raced
         .iter()
-        .filter(|event| !matches!(event, Event::Remove { .. }) || read[..read_before].contains(event))
+        .filter(|&event| {
+            !matches!(event, Event::Remove { .. }) || read[..read_before].iter().any(|noted| noted.event == *event)
+        })
         .copied()
         .collect();
     let Some(count) = find_moment(runtime, space, child, &mut since, &before, read) else {
@@ -145,7 +147,7 @@ fn find_moment(
     child: &Uffd,
     since: &mut Since,
     raced: &[Event],
-    read: &[Event],
+    read: &[Noted],
 ) -> Option<usize> {
     let mut pages: Vec<usize> = Vec::new();
     for (start, end) in raced.iter().filter_map(|&event| changes::departure(event)) {
@@ -157,7 +159,7 @@ fn find_moment(
     pages.dedup();
     // mremap(2) is followed by an unmapping, but with MREMAP_DONTUNMAP.
     let leaves_empty = |event| match event {
-        Event::Remap { from, len, .. } => read.contains(&Event::Unmap { start: from, end: from + len }),
+        Event::Remap { .. } => read.iter().any(|noted| noted.event == event && noted.has_echo),
         event => matches!(event, Event::Unmap { .. }),
     };
     let is_possible = find_possible_moments(raced, leaves_empty, |page| may_be_ours(runtime, child, since, page));
