@@ -153,7 +153,7 @@ fn moving(ctx: &Ctx, make: impl Fn() -> i32) -> Outcome {
                     sys::remap(places[at % 2], pages, pages, flags, places[(at + 1) % 2])?;
                     moves.fetch_add(1, Ordering::Relaxed);
                     // At times without a pause.
-                    if at / 64 % 2 == 0 {
+                    if (at / 64).is_multiple_of(2) {
                         std::thread::sleep(std::time::Duration::from_micros(at as u64 % 5 * 10));
                     }
                 }

@@ -1,7 +1,7 @@
 //! mremap of cold ranges: pages that are away follow the mapping to its new address.
 
 use crate::area::{Area, Ballast, check_zero};
-use crate::harness::{Case, Ctx, Outcome, all, ensure, join, threads};
+use crate::harness::{Case, Ctx, Outcome, Res, all, ensure, join, threads};
 use crate::sys::{self, ANON, RW};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -13,6 +13,7 @@ pub const CASES: &[Case] = &[
     Case::new("remap-fixed", "MREMAP_FIXED over another cold range replaces it", fixed),
     Case::new("remap-border", "a range of which a part is new and the rest cold moves as one", border),
     Case::new("remap-dontunmap", "MREMAP_DONTUNMAP moves the pages and leaves zeros", dontunmap),
+    Case::new("remap-in-a-row", "ranges moved twice at once, the second time with MREMAP_DONTUNMAP", in_a_row),
     Case::new("remap-swap", "two cold ranges that change places keep their bytes", swap),
     Case::new("remap-race", "threads that remap their ranges at once do not meet", race),
     Case::new("remap-under-readers", "moving one range while threads fault in its neighbour", under_readers),
@@ -20,7 +21,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Reserves address space: a place to move to.
-fn place(pages: usize) -> crate::harness::Res<usize> {
+fn place(pages: usize) -> Res<usize> {
     sys::map(0, pages, libc::PROT_NONE, ANON)
 }
 
@@ -167,8 +168,9 @@ fn border(ctx: &Ctx) -> Outcome {
     Ok(())
 }
 
+const DONTUNMAP: i32 = 4;
+
 fn dontunmap(ctx: &Ctx) -> Outcome {
-    const DONTUNMAP: i32 = 4;
     let mut ballast = Ballast::new(ctx)?;
     let mut area = Area::filled(ctx.seed, ctx.pages())?;
     let mut rng = ctx.rng(0);
@@ -186,6 +188,27 @@ fn dontunmap(ctx: &Ctx) -> Outcome {
         area.check_all("moved without unmapping, again")?;
         sys::unmap(old, left.len())?;
         area.scribble(&mut rng, 2);
+    }
+    Ok(())
+}
+
+fn in_a_row(ctx: &Ctx) -> Outcome {
+    let mut ballast = Ballast::new(ctx)?;
+    let pages = (ctx.pages() / 16).clamp(1, 16);
+    let places = (0..16).map(|_| place(pages)).collect::<Res<Vec<usize>>>()?;
+    let mut areas = (0..16).map(|at| Area::filled(ctx.seed ^ at, pages)).collect::<Res<Vec<Area>>>()?;
+    for _ in ctx.rounds(4) {
+        ballast.sweep()?;
+        for (area, &place) in areas.iter_mut().zip(&places) {
+            let to = self::place(pages)?;
+            move_to(area, place)?;
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | DONTUNMAP;
+            area.base = sys::remap(place, pages, pages, flags, to)?;
+        }
+        for (area, &place) in areas.iter().zip(&places) {
+            area.check_all("moved twice")?;
+            check_zero("what is left behind", place, pages)?;
+        }
     }
     Ok(())
 }

@@ -129,9 +129,9 @@ pub(crate) fn find_raced(
              child's missing pages get SIGBUS\n",
             process::pid()
         ));
-        condemn(runtime, space, child, &before);
+        condemn(runtime, space, child, before.iter().copied());
         for born in since.born.drain(..) {
-            condemn(runtime, space, &born.uffd, &[before.as_slice(), &born.changes].concat());
+            condemn(runtime, space, &born.uffd, before.iter().chain(&born.changes).copied());
         }
         since.is_lost = true;
         return since;
@@ -270,13 +270,18 @@ fn give_all(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, since: &mut Si
 
 /// The child, to which some of `raced` has happened, is not to be given its pages any more: wherever one may be, its user
 /// gets SIGBUS. So does whoever touches any other page that is missing there, as long as `spm` runs.
-pub(crate) fn condemn(runtime: &Runtime, space: &Space<Cram>, child: &Uffd, raced: &[Event]) {
+pub(crate) fn condemn(
+    runtime: &Runtime,
+    space: &Space<Cram>,
+    child: &Uffd,
+    raced: impl Iterator<Item = Event> + Clone,
+) {
     for chunk in space.table.chunks_in(0, ADDRESS_END) {
         for origin in (chunk..chunk + CHUNK).step_by(PAGE).filter(|&page| space.table.get(page).is_away()) {
             poison(runtime, child, origin);
             let mut place = origin;
-            for event in raced {
-                if let Some(page) = changes::destination(core::slice::from_ref(event), place)
+            for event in raced.clone() {
+                if let Some(page) = changes::destination(&[event], place)
                     && page != place
                 {
                     poison(runtime, child, page);

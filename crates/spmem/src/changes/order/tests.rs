@@ -1,0 +1,444 @@
+extern crate std;
+use super::*;
+use crate::changes::destination;
+use spmem_sys::{Errno, PAGE};
+use std::collections::{BTreeMap, VecDeque};
+use std::vec;
+
+const A: usize = 0x10_0000;
+const B: usize = 0x20_0000;
+const C: usize = 0x30_0000;
+const D: usize = 0x40_0000;
+const E: usize = 0x50_0000;
+const LEN: usize = 16 * PAGE;
+
+fn moved(from: usize, to: usize) -> Event {
+    Event::Remap { from, to, len: LEN }
+}
+fn unmapped(start: usize) -> Event {
+    Event::Unmap { start, end: start + LEN }
+}
+
+/// What is ours, which pages were away before, which are present now.
+#[derive(Default)]
+struct Told<'a> {
+    ours: &'a [usize],
+    away: &'a [usize],
+    present: &'a [usize],
+    /// How many questions there is time for.
+    patience: Option<usize>,
+    asked: Vec<usize>,
+}
+
+impl Facts for Told<'_> {
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
+        if self.patience.is_some_and(|most| self.asked.len() >= most) {
+            return Err(Errno::EAGAIN);
+        }
+        self.asked.push(address);
+        Ok(self.ours.contains(&address))
+    }
+    fn outcome(&self, order: &[Event]) -> Option<u64> {
+        let mut digest = 0;
+        for &page in self.away {
+            let now = destination(order, page);
+            if now.is_some_and(|now| self.present.contains(&now)) {
+                return None;
+            }
+            digest = u64::wrapping_add(digest, now.unwrap_or(0) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        }
+        Some(digest)
+    }
+}
+
+/// Each with its echo right behind.
+fn push_all(log: &mut Log, events: &[Event]) {
+    for &event in events {
+        log.push(event);
+        echo(event).into_iter().for_each(|event| log.push(event));
+    }
+}
+
+/// The order found for `stretches`, each read whole before anything of the next had begun.
+fn ordered_in(stretches: &[&[Event]], facts: &mut Told) -> core::result::Result<Vec<Event>, Doubt> {
+    let mut log = Log::new();
+    for stretch in stretches {
+        push_all(&mut log, stretch);
+        log.seals.push(log.read.len());
+    }
+    log.find_order(facts).map(|is_found| {
+        assert!(is_found, "asked for more than there is time for");
+        log.happened
+    })
+}
+
+fn ordered(read: &[Event], ours: &[usize]) -> core::result::Result<Vec<Event>, Doubt> {
+    ordered_in(&[read], &mut Told { ours, ..Told::default() })
+}
+
+/// What is kept of `events`, each with whether its echo came.
+fn noted(events: &[Event]) -> Vec<(Event, bool)> {
+    let mut log = Log::new();
+    events.iter().for_each(|&event| log.push(event));
+    log.read.iter().map(|noted| (noted.event, noted.has_echo)).collect()
+}
+
+#[test]
+fn the_old_place_of_a_move_is_announced_once_more_and_that_is_dropped() {
+    let read = noted(&[moved(A, C), moved(B, A), unmapped(A), unmapped(B), unmapped(A)]);
+    assert_eq!(read, [(moved(A, C), true), (moved(B, A), true), (unmapped(A), false)]);
+}
+
+#[test]
+fn of_equal_moves_each_has_an_echo_of_its_own() {
+    let round = [moved(A, B), unmapped(A), moved(B, A), unmapped(B)];
+    let read = noted(&[&round[..], &round[..], &[unmapped(A)]].concat());
+    let both = [(moved(A, B), true), (moved(B, A), true)];
+    assert_eq!(read, [&both[..], &both[..], &[(unmapped(A), false)]].concat());
+}
+
+#[test]
+fn what_was_unmapped_before_a_move_or_in_part_is_no_echo() {
+    let half = Event::Unmap { start: A, end: A + LEN / 2 };
+    let read = noted(&[unmapped(A), moved(A, B), half]);
+    assert_eq!(read, [(unmapped(A), false), (moved(A, B), false), (half, false)]);
+}
+
+#[test]
+fn what_was_there_before_leaves_before_the_arrival_that_was_announced_first() {
+    let order = ordered(&[moved(B, A), moved(A, C)], &[A, C]);
+    assert_eq!(order, Ok(vec![moved(A, C), moved(B, A)]));
+    let order = ordered(&[moved(B, A), unmapped(A + LEN), Event::Unmap { start: A, end: A + 2 * LEN }], &[A]);
+    let unmapped_both = Event::Unmap { start: A, end: A + 2 * LEN };
+    assert_eq!(order, Ok(vec![unmapped_both, moved(B, A), unmapped(A + LEN)]));
+}
+
+#[test]
+fn what_arrived_and_went_on_stays_in_order() {
+    let read = [moved(B, A), moved(A, C)];
+    assert_eq!(ordered(&read, &[C]), Ok(read.to_vec()));
+    let read = [moved(B, A), moved(A, C), moved(C, A), Event::Unmap { start: A, end: A + 2 * LEN }];
+    assert_eq!(ordered(&read, &[]), Ok(read.to_vec()));
+}
+
+#[test]
+fn what_leaves_an_empty_range_behind_stays_in_order() {
+    let mut log = Log::new();
+    // MREMAP_DONTUNMAP: A is ours still.
+    push_all(&mut log, &[moved(B, A)]);
+    log.push(moved(A, C));
+    let mut facts = Told { ours: &[A, C], ..Told::default() };
+    assert_eq!(log.find_order(&mut facts), Ok(true));
+    assert_eq!(log.happened, [moved(B, A), moved(A, C)]);
+}
+
+#[test]
+fn what_came_back_is_what_left() {
+    let row = [moved(E, A), moved(A, C), moved(C, A)];
+    let order = ordered(&[&row[..], &[moved(B, A), moved(A, D)]].concat(), &[A, D]);
+    assert_eq!(order, Ok([&row[..], &[moved(A, D), moved(B, A)]].concat()));
+}
+
+#[test]
+fn of_a_row_the_pages_tell_who_was_there_before() {
+    // One of the two that left A had been there; what came from B left by the other, and what came from C is there.
+    let read = [moved(B, A), moved(A, D), moved(C, A), moved(A, E)];
+    let away = [B + PAGE, A + 2 * PAGE];
+    let order = |present: &[usize]| {
+        ordered_in(&[&read], &mut Told { ours: &[A, D, E], away: &away, present, ..Told::default() })
+    };
+    let late_first = vec![moved(A, E), moved(B, A), moved(A, D), moved(C, A)];
+    assert_eq!(order(&[E + PAGE, D + 2 * PAGE]), Ok(late_first));
+    let late_second = vec![moved(A, D), moved(B, A), moved(A, E), moved(C, A)];
+    assert_eq!(order(&[D + PAGE, E + 2 * PAGE]), Ok(late_second));
+    assert_eq!(order(&[]), Err(Doubt));
+}
+
+#[test]
+fn three_ranges_in_a_row_are_untangled() {
+    // C left for D, then B came to C, then A came to B; read backwards.
+    let order = ordered(&[moved(A, B), moved(B, C), moved(C, D)], &[B, C, D]);
+    assert_eq!(order, Ok(vec![moved(C, D), moved(B, C), moved(A, B)]));
+}
+
+#[test]
+fn of_two_that_left_after_one_arrival_the_pages_tell_who_was_there_before() {
+    // Page 1 of what came from B, page 2 of what was at A were away. One of the two went to C, one to D.
+    let away = [B + PAGE, A + 2 * PAGE];
+    let read = [moved(B, A), moved(A, C), moved(A, D)];
+    let order = |present: &[usize]| ordered_in(&[&read], &mut Told { away: &away, present, ..Told::default() });
+    assert_eq!(order(&[C + PAGE, D + 2 * PAGE]), Ok(vec![moved(A, C), moved(B, A), moved(A, D)]));
+    assert_eq!(order(&[D + PAGE, C + 2 * PAGE]), Ok(vec![moved(A, D), moved(B, A), moved(A, C)]));
+    assert_eq!(order(&[]), Err(Doubt), "both look alike");
+    assert_eq!(order(&[C + PAGE, C + 2 * PAGE, D + PAGE, D + 2 * PAGE]), Err(Doubt), "neither can be");
+}
+
+#[test]
+fn pieces_of_an_arrival_that_are_unmapped_one_by_one_do_not_contradict_each_other() {
+    let half = LEN / 2;
+    let pieces = [Event::Unmap { start: A, end: A + half }, Event::Unmap { start: A + half, end: A + LEN }];
+    let read = [moved(B, A), pieces[0], pieces[1]];
+    assert_eq!(ordered(&read, &[]), Ok(read.to_vec()));
+}
+
+#[test]
+fn what_grew_where_it_arrived_may_leave_whole() {
+    // mremap(2) is announced with the old length.
+    let grown = Event::Remap { from: A, to: C, len: 2 * LEN };
+    let read = [moved(B, A), grown, moved(D, A), Event::Remap { from: A, to: E, len: 2 * LEN }];
+    assert_eq!(ordered(&read, &[C, E]), Ok(read.to_vec()));
+}
+
+#[test]
+fn an_answer_that_has_to_wait_finds_nothing() {
+    let mut log = Log::new();
+    push_all(&mut log, &[moved(B, A), moved(A, C)]);
+    assert_eq!(log.find_order(&mut Told { patience: Some(0), ..Told::default() }), Ok(false));
+}
+
+#[test]
+fn what_began_after_all_was_read_did_not_happen_before() {
+    let read = [moved(B, A), moved(A, C)];
+    let mut facts = Told { ours: &[A, C], ..Told::default() };
+    assert_eq!(ordered_in(&[&read], &mut facts), Ok(vec![moved(A, C), moved(B, A)]));
+    assert_eq!(ordered_in(&[&read[..1], &read[1..]], &mut facts), Ok(read.to_vec()));
+}
+
+#[test]
+fn what_happened_later_tells_what_was_there_when_all_was_read() {
+    let read = [moved(B, A), moved(A, C)];
+    // Something left A once more; something else came there.
+    let order = ordered_in(&[&read, &[moved(A, D)]], &mut Told { ours: &[C, D], ..Told::default() });
+    assert_eq!(order, Ok(vec![moved(A, C), moved(B, A), moved(A, D)]));
+    let order = ordered_in(&[&read, &[moved(D, A)]], &mut Told { ours: &[A, C], ..Told::default() });
+    assert_eq!(order, Ok(vec![moved(B, A), moved(A, C), moved(D, A)]));
+}
+
+#[test]
+fn what_is_known_of_a_place_is_not_asked_again_until_something_touches_it() {
+    let mut log = Log::new();
+    let asked = |log: &mut Log, ours: &'static [usize]| {
+        let mut facts = Told { ours, patience: Some(1), ..Told::default() };
+        log.note_quiet(&mut facts);
+        (log.find_order(&mut facts), facts.asked)
+    };
+    push_all(&mut log, &[moved(B, A), moved(A, C), moved(C, D)]);
+    // There are two questions, and time for one each time.
+    assert_eq!(asked(&mut log, &[D]), (Ok(false), vec![C]));
+    assert_eq!(asked(&mut log, &[D]), (Ok(true), vec![A]));
+    assert_eq!(asked(&mut log, &[D]), (Ok(true), vec![]));
+    push_all(&mut log, &[moved(D, A), moved(A, B)]);
+    assert_eq!(asked(&mut log, &[A, B]), (Ok(true), vec![A]), "something else may be there now");
+    assert_eq!(log.happened[3..], [moved(A, B), moved(D, A)]);
+}
+
+#[test]
+fn the_order_of_thousands_that_one_thread_made_is_that_of_reading() {
+    let to_and_fro = |at: usize| if at.is_multiple_of(2) { moved(A, B) } else { moved(B, A) };
+    let onwards = |at: usize| moved(A + at * LEN, A + (at + 1) * LEN);
+    for read in [(0..2000).map(to_and_fro).collect::<Vec<_>>(), (0..2000).map(onwards).collect()] {
+        let mut log = Log::new();
+        push_all(&mut log, &read);
+        let ours = [if read[1] == moved(B, A) { A } else { A + 2000 * LEN }];
+        let mut facts = Told { ours: &ours, ..Told::default() };
+        // There is no room for all questions at once.
+        while !log.find_order(&mut facts).unwrap() {}
+        assert!(log.happened == read);
+    }
+}
+
+const PLACES: [usize; 5] = [A, B, C, D, E];
+/// Pages of a place; half of them may move alone.
+const PAGES: usize = 4;
+
+/// Threads that move and unmap the same ranges, what really happens, and what is read of it.
+struct World {
+    rng: u64,
+    /// What is mapped, each page with its name, unless it is empty.
+    mapped: BTreeMap<usize, Option<usize>>,
+    /// Where each page was before anything in the log.
+    was: BTreeMap<usize, usize>,
+    /// Which pages are away, by name.
+    away: Vec<bool>,
+    /// Who brought what is at an address: nobody else knows until that is read.
+    mover: BTreeMap<usize, usize>,
+    /// What each thread has done that was not read: it goes on when that is over.
+    unread: Vec<VecDeque<Event>>,
+    log: Log,
+    /// Whether ranges move whole only.
+    is_whole: bool,
+}
+
+impl World {
+    fn new(seed: u64, threads: usize) -> Self {
+        let mut world = Self {
+            rng: seed,
+            mapped: BTreeMap::new(),
+            was: BTreeMap::new(),
+            away: Vec::new(),
+            mover: BTreeMap::new(),
+            unread: vec![VecDeque::new(); threads],
+            log: Log::new(),
+            is_whole: seed.is_multiple_of(2),
+        };
+        for place in [A, B, C] {
+            for page in 0..PAGES {
+                world.mapped.insert(place + page * PAGE, Some(world.away.len()));
+                let is_away = world.below(2) == 0;
+                world.away.push(is_away);
+            }
+        }
+        world.begin();
+        world
+    }
+
+    fn begin(&mut self) {
+        self.log.clear();
+        self.was = self.mapped.iter().filter_map(|(&at, &name)| Some((name?, at))).collect();
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        // SplitMix64.
+        self.rng = self.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.rng ^ self.rng >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ mixed >> 31) as usize % bound
+    }
+
+    fn any_range(&mut self) -> Range<usize> {
+        let place = PLACES[self.below(PLACES.len())];
+        let len = if self.is_whole || self.below(2) == 0 { PAGES } else { PAGES / 2 };
+        let start = if len < PAGES { self.below(2) * len } else { 0 };
+        place + start * PAGE..place + (start + len) * PAGE
+    }
+
+    /// A thread that waits for nothing moves a range to a free place, or unmaps it.
+    fn act(&mut self, thread: usize) {
+        let (from, to) = (self.any_range(), self.any_range());
+        let pages = || from.clone().step_by(PAGE);
+        let is_known = |page| self.mover.get(&page).is_none_or(|&mover| self.unread[mover].is_empty());
+        if !self.unread[thread].is_empty()
+            || !pages().all(|page| self.mapped.contains_key(&page) && is_known(page))
+        {
+            return;
+        }
+        let unmapped = Event::Unmap { start: from.start, end: from.end };
+        if self.below(16) == 0 {
+            // Told from an echo by a page more, which never was ours.
+            if PLACES.iter().all(|place| place + PAGES * PAGE != from.end) {
+                return;
+            }
+            for page in pages() {
+                self.mapped.remove(&page);
+            }
+            self.unread[thread].push_back(Event::Unmap { start: from.start, end: from.end + PAGE });
+            return;
+        }
+        let is_free = to.clone().step_by(PAGE).all(|page| !self.mapped.contains_key(&page));
+        if !is_free || to.len() != from.len() {
+            return;
+        }
+        // With more threads, an echo cannot always be told from another's.
+        let leaves_empty = self.unread.len() == 1 && self.below(8) == 0;
+        for page in pages() {
+            let name = self.mapped.remove(&page).unwrap();
+            let now = page - from.start + to.start;
+            self.mapped.insert(now, name);
+            self.mover.insert(now, thread);
+            if leaves_empty {
+                self.mapped.insert(page, None);
+                self.mover.insert(page, thread);
+            }
+        }
+        self.unread[thread].push_back(Event::Remap { from: from.start, to: to.start, len: from.len() });
+        if !leaves_empty {
+            self.unread[thread].push_back(unmapped);
+        }
+    }
+
+    fn read(&mut self, thread: usize) {
+        if let Some(event) = self.unread[thread].pop_front() {
+            self.log.push(event);
+        }
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.unread.iter().all(VecDeque::is_empty)
+    }
+
+    /// All was read, and there is time for so many questions. Whether the order was found.
+    fn settle(&mut self, patience: usize) -> core::result::Result<bool, Doubt> {
+        let ours: Vec<usize> = self.mapped.keys().copied().collect();
+        let away: Vec<usize> = self.was.iter().filter(|&(&name, _)| self.away[name]).map(|(_, &at)| at).collect();
+        let is_present = |name: Option<usize>| name.is_some_and(|name| !self.away[name]);
+        let present: Vec<usize> =
+            self.mapped.iter().filter(|&(_, &name)| is_present(name)).map(|(&at, _)| at).collect();
+        let mut facts =
+            Told { ours: &ours, away: &away, present: &present, patience: Some(patience), ..Told::default() };
+        self.log.note_quiet(&mut facts);
+        if !self.log.find_order(&mut facts)? {
+            return Ok(false);
+        }
+        for (&name, &was) in self.was.iter().filter(|&(&name, _)| self.away[name]) {
+            let now = self.mapped.iter().find(|&(_, &other)| other == Some(name)).map(|(&at, _)| at);
+            let found = destination(&self.log.happened, was);
+            let read: Vec<_> = self.log.read.iter().map(|noted| (noted.event, noted.has_echo)).collect();
+            assert_eq!(
+                found, now,
+                "page {name}, from {was:#x}: {:x?} of {read:x?}, {:?}",
+                self.log.happened, self.log.seals
+            );
+        }
+        self.begin();
+        Ok(true)
+    }
+}
+
+/// How often the order was found, and how often it was in doubt, where so many threads move the same ranges.
+fn run_worlds(threads: usize, seeds: Range<u64>) -> (usize, usize) {
+    let (mut found, mut doubted) = (0, 0);
+    for seed in seeds {
+        let mut world = World::new(seed, threads);
+        let mut settle = |world: &mut World, patience| match world.settle(patience) {
+            Ok(is_done) => found += usize::from(is_done),
+            Err(Doubt) => {
+                doubted += 1;
+                world.begin();
+            }
+        };
+        for _ in 0..4 {
+            for _ in 0..24 {
+                let thread = world.below(threads);
+                if world.below(3) == 0 {
+                    world.read(thread)
+                } else {
+                    world.act(thread)
+                }
+                // Now and then all is quiet by itself, with time for a question or for none.
+                if world.is_quiet() && !world.log.read.is_empty() && world.below(3) == 0 {
+                    let patience = world.below(2);
+                    settle(&mut world, patience);
+                }
+            }
+            while !world.is_quiet() {
+                let thread = world.below(threads);
+                world.read(thread);
+            }
+            settle(&mut world, 100);
+        }
+    }
+    (found, doubted)
+}
+
+#[test]
+fn what_one_thread_did_is_never_in_doubt() {
+    assert_eq!(run_worlds(1, 0..3000).1, 0);
+}
+
+#[test]
+fn what_really_happened_is_found_or_in_doubt() {
+    for threads in 2..5 {
+        let (found, doubted) = run_worlds(threads, 0..4000);
+        assert!(doubted * 10 < found, "{threads} threads: {doubted} in doubt, {found} found");
+    }
+}
