@@ -159,11 +159,24 @@ pub fn last_cpu(tid: u32) -> Result<usize> {
     let mut path = Text::<40> { bytes: [0; 40], len: 0 };
     write!(path, "/proc/self/task/{tid}/stat\0").map_err(|_| crate::Errno::EINVAL)?;
     let path = core::ffi::CStr::from_bytes_until_nul(&path.bytes).map_err(|_| crate::Errno::EINVAL)?;
+    stat_field(path, 39)
+}
+
+/// How many threads this process has, the calling one included (proc_pid_stat(5), field 20).
+///
+/// # Errors
+/// As open(2).
+pub fn count() -> Result<usize> {
+    stat_field(c"/proc/self/stat", 20)
+}
+
+/// A number of a file as proc_pid_stat(5) describes it.
+fn stat_field(path: &core::ffi::CStr, number: usize) -> Result<usize> {
     let mut text = [0; 512];
     let len = crate::fd::Fd::open_in_proc(path)?.read_at(&mut text, 0)?;
-    // The name in parentheses may contain anything; the fields behind it are numbers.
+    // The name in parentheses, field 2, may contain anything; the fields behind it are numbers.
     let rest = text[..len].rsplit(|&byte| byte == b')').next().unwrap_or_default();
-    let field = rest.split(|&byte| byte == b' ').nth(37).unwrap_or_default();
+    let field = rest.split(|&byte| byte == b' ').nth(number - 2).unwrap_or_default();
     let number = core::str::from_utf8(field).ok().and_then(|text| text.parse().ok());
     number.ok_or(crate::Errno::EINVAL)
 }
@@ -275,6 +288,24 @@ mod tests {
             assert_eq!(last_cpu(u32::try_from(tid).expect("an id")), Ok(cpu));
         }
         before.apply().expect("what it was");
+    }
+
+    #[test]
+    fn a_thread_more_is_counted() {
+        let count_with = |more: usize| {
+            let barrier = std::sync::Barrier::new(more + 1);
+            std::thread::scope(|scope| {
+                for _ in 0..more {
+                    scope.spawn(|| barrier.wait());
+                }
+                let count = count().expect("there is /proc");
+                barrier.wait();
+                count
+            })
+        };
+        // Other tests come and go.
+        assert!(count_with(200) > 200);
+        assert!(count_with(0) < 200);
     }
 
     #[test]

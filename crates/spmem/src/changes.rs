@@ -38,12 +38,17 @@ const MAX_BORN: usize = 512;
 const LOOK_NS: u64 = 500_000;
 /// ... at first without giving up the processor.
 const LOOK_CLOSELY_NS: u64 = 50_000;
+/// How long a program that has more threads is taken to have more, ns: to ask takes longer than the moments that settling
+/// looks for.
+const CROWDED_NS: u64 = 10_000_000;
 /// Changes shown when their order is in doubt.
 const TOLD: usize = 32;
 
 /// The facts of this process.
 struct Seen<'a> {
     table: &'a Table,
+    /// Pages that are in their places although the table says that they are away.
+    promoted: &'a [usize],
     uffd: &'a Uffd,
     pagemap: Option<&'a Pagemap>,
     /// Address of a page that nobody can read.
@@ -60,7 +65,7 @@ impl Facts for Seen<'_> {
         for (start, end) in order.iter().filter_map(|&event| departure(event)) {
             for chunk in self.table.chunks_in(start, end) {
                 for page in (chunk.max(start)..(chunk + CHUNK).min(end)).step_by(PAGE) {
-                    if !self.table.get(page).is_away() {
+                    if !self.table.get(page).is_away() || self.promoted.contains(&page) {
                         continue;
                     }
                     let now = destination(order, page);
@@ -90,6 +95,8 @@ pub(crate) fn destination(changes: &[Event], page: usize) -> Option<usize> {
 /// Changes that were read and not applied yet.
 pub struct Changes {
     log: Log,
+    /// Until then it is not asked again whether the program has one thread only.
+    crowded_until_ns: u64,
     /// Children forked meanwhile.
     born: Vec<Born>,
     /// The child that is to be nursed before anything is applied.
@@ -109,7 +116,13 @@ struct Born {
 impl Changes {
     /// None. Allocates all that will be needed.
     pub(crate) fn new() -> Self {
-        Self { log: Log::new(), born: Vec::with_capacity(MAX_BORN), ward: None, has_moved: false }
+        Self {
+            log: Log::new(),
+            crowded_until_ns: 0,
+            born: Vec::with_capacity(MAX_BORN),
+            ward: None,
+            has_moved: false,
+        }
     }
 
     /// No memory will be asked for while a fork may be copying the heap.
@@ -192,10 +205,21 @@ pub(crate) fn note(
         crate::fault::apply(runtime, space, pagemap, event);
         return;
     }
-    if space.changes.log.read().len() == MAX_CHANGES {
+    if space.changes.log.is_full() {
         doubt(runtime, space, "too many changes of the address space at once");
     }
-    space.changes.log.push(event);
+    let Changes { log, crowded_until_ns, .. } = &mut space.changes;
+    log.push(event, || {
+        let now_ns = clock::now_ns();
+        if now_ns < *crowded_until_ns {
+            return false;
+        }
+        let is_alone = runtime.is_single_threaded();
+        if !is_alone {
+            *crowded_until_ns = now_ns + CROWDED_NS;
+        }
+        is_alone
+    });
 }
 
 /// Takes a child that was forked.
@@ -219,7 +243,7 @@ pub(crate) fn settle(runtime: &Runtime, space: &mut Space<Cram>, uffd: &Uffd, pa
         return false;
     }
     let inaccessible = runtime.guard_start.load(Relaxed);
-    let mut facts = Seen { table: &space.table, uffd, pagemap, inaccessible };
+    let mut facts = Seen { table: &space.table, promoted: &space.promoted, uffd, pagemap, inaccessible };
     if is_quiet_soon(uffd) {
         space.changes.log.note_quiet(&mut facts);
     } else if !space.changes.is_long_enough() {

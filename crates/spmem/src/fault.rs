@@ -116,7 +116,7 @@ pub(crate) extern "C" fn handler(argument: usize) -> ! {
     thread::set_name(c"spm-fault");
     thread::set_nice(-10);
     let runtime = Runtime::from_argument(argument);
-    let Some(uffd) = runtime.await_userfaultfd() else { thread::exit() };
+    let Some(uffd) = runtime.await_userfaultfd() else { runtime.end_thread() };
     runtime.handler_tid.store(process::tid(), Relaxed);
     let uffd = Uffd::from_fd(Fd::from_raw(uffd));
     let Ok(mut server) = Server::new(runtime) else { crate::die_without_memory() };

@@ -290,6 +290,7 @@ impl Runtime {
         self.dismiss_porter();
         spmem_sys::fd::set_proc(-1);
         self.has_handler.store(false, Ordering::Relaxed);
+        self.own_threads.store(0, Ordering::SeqCst);
         self.number.store(0, Ordering::Relaxed);
         self.leaving.store(0, Ordering::Relaxed);
         self.reclaimers.store(1, Ordering::Relaxed);
@@ -555,7 +556,7 @@ extern "C" fn adopt(argument: usize) -> ! {
             runtime.launch.signal();
             runtime.give_slot_back();
             runtime.end_fork_in_child();
-            thread::exit()
+            runtime.end_thread()
         }
         Err(errno) => {
             let pid = process::pid();

@@ -65,7 +65,7 @@ pub(crate) extern "C" fn monitor_of_child(argument: usize) -> ! {
             runtime.shared().counters.unmanaged_processes.fetch_add(1, Relaxed);
             runtime.set_stage(Stage::Dormant);
             runtime.end_fork_in_child();
-            thread::exit()
+            runtime.end_thread()
         }
     };
     if let Some(hello) = hello {
@@ -154,7 +154,7 @@ pub(crate) fn run_monitor(runtime: &'static Runtime, mut is_fresh_child: bool) -
     runtime.monitor_tid.store(process::tid(), Relaxed);
     let Ok(gauge) = Gauge::open(runtime) else {
         crate::complain(format_args!("spm: process {}: no /proc, so it cannot be measured\n", process::pid()));
-        thread::exit()
+        runtime.end_thread()
     };
     // Below the program's own threads where the right to it is there: a late monitor costs the budget.
     thread::set_nice(-5);

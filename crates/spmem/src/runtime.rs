@@ -147,6 +147,8 @@ pub struct Runtime {
     pub(crate) is_node_full: AtomicBool,
     /// Where the handler is bound, for the monitor to follow.
     pub(crate) home: Home,
+    /// Threads of the agent in this process, at most as many as there are.
+    pub(crate) own_threads: AtomicUsize,
     /// The fault handler's thread.
     pub(crate) handler_tid: AtomicU32,
     /// The monitor's, which is in `spm`'s network name space. A forked child finds its parent's here until it has one.
@@ -220,6 +222,7 @@ impl Runtime {
             is_node_full: AtomicBool::new(false),
             home: Home::nowhere(),
             handler_tid: AtomicU32::new(0),
+            own_threads: AtomicUsize::new(0),
             monitor_tid: AtomicU32::new(0),
             has_handler: AtomicBool::new(false),
             launch: Event::new(),
@@ -369,7 +372,20 @@ impl Runtime {
         // SAFETY: the stack is used by thread `number` only, which starts once in a process's life; the entries of
         // this crate use no thread-local storage.
         unsafe { thread::spawn(table, top, entry, argument) }?;
+        self.own_threads.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Ends the calling thread, one of the agent's.
+    pub(crate) fn end_thread(&self) -> ! {
+        self.own_threads.fetch_sub(1, Ordering::SeqCst);
+        thread::exit()
+    }
+
+    /// Whether the program has one thread and no more. When in doubt it has more.
+    pub(crate) fn is_single_threaded(&self) -> bool {
+        let own = self.own_threads.load(Ordering::SeqCst);
+        thread::count().is_ok_and(|count| count <= own + 1)
     }
 
     /// Where the stack of thread `number` begins, at its upper end.

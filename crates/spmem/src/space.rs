@@ -59,7 +59,7 @@ pub struct Space<B> {
     /// There were more of those.
     has_more_swap_orphans: bool,
     /// Pages promoted in a quiet time: their entries still say `away`.
-    promoted: Vec<usize>,
+    pub(crate) promoted: Vec<usize>,
 }
 
 impl<B: Backend> Space<B> {

@@ -5,7 +5,9 @@
 //! - What has arrived leaves by a change read later: its address is known once mremap(2) has returned, which waits for the
 //!   reading. So changes are read too late, never too early; and arrivals at one place are read in their order.
 //! - Whether something is left there at the end ([`Facts::is_ours`]). MREMAP_DONTUNMAP leaves an empty range.
-//! - Where all that had begun was read, nothing read later happened before.
+//! - Where all that had begun was read, nothing read later happened before. Nor where there is one thread only.
+//!
+//! Not known is what has grown: in place that is not announced, and of what mremap(2) makes longer the old length is.
 //!
 //! Orders that agree with that are tried one after the other, that of reading first. If there are several, pages decide that
 //! are present where one that is away would have to be ([`Facts::outcome`]).
@@ -17,7 +19,9 @@ use spmem_sys::Result;
 use spmem_sys::uffd::Event;
 
 /// As many as a thread makes that goes from one to the next, until [`super::is_quiet_soon`].
-pub(super) const MAX_CHANGES: usize = 1 << 12;
+pub(super) const MAX_CHANGES: usize = 4000;
+/// Where they begin and end.
+const MAX_ENDS: usize = 2 * MAX_CHANGES;
 /// So many without asking for memory.
 const USUAL_CHANGES: usize = 1 << 10;
 /// Places at which one order has a choice, ...
@@ -158,6 +162,10 @@ pub(super) struct Log {
     read: Vec<Noted>,
     /// Numbers of changes after which all that had begun was read.
     seals: Vec<usize>,
+    /// So many, from the first, have been read with their echoes.
+    whole: usize,
+    /// Where ranges that changed begin and end, in ascending order.
+    ends: Vec<usize>,
     /// What was asked, by address: valid until something read touches the place. There is time for few questions before
     /// the next change begins.
     known: Vec<(usize, bool)>,
@@ -175,6 +183,8 @@ impl Log {
         Self {
             read: Vec::with_capacity(USUAL_CHANGES),
             seals: Vec::with_capacity(USUAL_CHANGES),
+            whole: 0,
+            ends: Vec::with_capacity(USUAL_CHANGES),
             known: Vec::with_capacity(USUAL_CHANGES),
             wanted: Vec::with_capacity(USUAL_CHANGES),
             order: Vec::with_capacity(USUAL_CHANGES),
@@ -186,6 +196,7 @@ impl Log {
     pub(super) fn reserve(&mut self) {
         self.read.reserve_exact(MAX_CHANGES);
         self.seals.reserve_exact(MAX_CHANGES);
+        self.ends.reserve_exact(MAX_ENDS);
         self.known.reserve_exact(MAX_CHANGES);
         self.wanted.reserve_exact(MAX_CHANGES);
         self.order.reserve_exact(MAX_CHANGES);
@@ -195,6 +206,7 @@ impl Log {
     pub(super) fn shrink(&mut self) {
         self.read.shrink_to(USUAL_CHANGES);
         self.seals.shrink_to(USUAL_CHANGES);
+        self.ends.shrink_to(USUAL_CHANGES);
         self.known.shrink_to(USUAL_CHANGES);
         self.wanted.shrink_to(USUAL_CHANGES);
         self.order.shrink_to(USUAL_CHANGES);
@@ -204,6 +216,8 @@ impl Log {
     pub(super) fn clear(&mut self) {
         self.read.clear();
         self.seals.clear();
+        self.whole = 0;
+        self.ends.clear();
         self.known.clear();
         self.wanted.clear();
     }
@@ -213,7 +227,16 @@ impl Log {
         self.read.capacity() * size_of::<Noted>()
             + self.happened.capacity() * size_of::<Event>()
             + self.known.capacity() * size_of::<(usize, bool)>()
-            + (self.seals.capacity() + self.wanted.capacity() + self.order.capacity()) * size_of::<usize>()
+            + [&self.seals, &self.ends, &self.wanted, &self.order]
+                .iter()
+                .map(|list| list.capacity())
+                .sum::<usize>()
+                * size_of::<usize>()
+    }
+
+    /// Whether no more can be added.
+    pub(super) fn is_full(&self) -> bool {
+        self.read.len() >= MAX_CHANGES || self.ends.len() + 4 > MAX_ENDS
     }
 
     /// In the order of reading.
@@ -226,24 +249,43 @@ impl Log {
         &self.happened
     }
 
-    /// Adds one, unless it is the echo of one that was read.
-    pub(super) fn push(&mut self, event: Event) {
+    /// Adds one, unless it is the echo of one that was read. `is_alone` tells whether no other thread is there: then all
+    /// that happened before was read, and nothing else is under way.
+    pub(super) fn push(&mut self, event: Event, is_alone: impl FnOnce() -> bool) {
         let has_come = |noted: &&mut Noted| !noted.has_echo && echo(noted.event) == Some(event);
-        if let Some(noted) = self.read.iter_mut().rev().find(has_come) {
+        if let Some(noted) = self.read[self.whole..].iter_mut().rev().find(has_come) {
             noted.has_echo = true;
             return;
+        }
+        let is_alone = !self.read.is_empty() && is_alone();
+        if is_alone {
+            self.seal();
         }
         let noted = Noted { event, has_echo: false };
         self.known.retain(|&(address, _)| !noted.touches(address));
         self.read.push(noted);
+        for end in [departure(event), arrival(event)].into_iter().flatten().flat_map(|(start, end)| [start, end]) {
+            if let Err(at) = self.ends.binary_search(&end) {
+                self.ends.insert(at, end);
+            }
+        }
+        if is_alone {
+            self.seal();
+        }
+    }
+
+    /// Nothing read later happened before.
+    fn seal(&mut self) {
+        let count = self.read.len();
+        if count > 0 && self.seals.last() != Some(&count) {
+            self.seals.push(count);
+        }
     }
 
     /// All that has begun was read. What is to be asked is asked at once: whoever moves ranges goes on in a moment.
     pub(super) fn note_quiet(&mut self, facts: &mut impl Facts) {
-        let count = self.read.len();
-        if self.seals.last() != Some(&count) {
-            self.seals.push(count);
-        }
+        self.seal();
+        self.whole = self.read.len();
         self.ask(facts);
     }
 
@@ -315,12 +357,10 @@ impl Log {
         start..self.seals.get(next).copied().unwrap_or(self.read.len())
     }
 
-    /// One page of each part of the range that a change of the stretch may treat otherwise than the rest.
-    fn parts(&self, (start, end): (usize, usize), stretch: Range<usize>) -> impl Iterator<Item = usize> {
-        let ranges = self.read[stretch].iter().flat_map(|noted| [departure(noted.event), arrival(noted.event)]);
-        let within =
-            ranges.flatten().flat_map(|(start, end)| [start, end]).filter(move |&at| start < at && at < end);
-        core::iter::once(start).chain(within)
+    /// One page of each part of the range that a change may treat otherwise than the rest.
+    fn parts(&self, (start, end): (usize, usize)) -> impl Iterator<Item = usize> {
+        let after = self.ends.partition_point(|&at| at <= start);
+        core::iter::once(start).chain(self.ends[after..].iter().copied().take_while(move |&at| at < end))
     }
 
     /// Finds out what has to be asked, and is not known.
@@ -334,7 +374,7 @@ impl Log {
             if !later.iter().any(|noted| overlap(departure(noted.event), Some(place)).is_some()) {
                 continue;
             }
-            for page in self.parts(place, stretch.clone()) {
+            for page in self.parts(place) {
                 if later.iter().any(|noted| noted.arrives_at(page)) {
                     continue;
                 }
@@ -409,9 +449,8 @@ impl Log {
         while placed < self.order.len() {
             let current = self.order[placed];
             if let Some((start, end)) = departure(self.read[current].event) {
-                let stretch = self.stretch_of(current);
                 // What arrives was read before it leaves.
-                let mut parts = self.parts((start, end), stretch);
+                let mut parts = self.parts((start, end));
                 if parts.any(|page| matches!(self.state(page, placed), Place::Taken(Some(by)) if by > current)) {
                     return Ok(false);
                 }
@@ -444,7 +483,7 @@ impl Log {
         let stretch = self.stretch_of(current);
         let place = arrival(self.read[current].event);
         let is_now = place.is_none_or(|place| {
-            self.parts(place, stretch.clone()).all(|page| {
+            self.parts(place).all(|page| {
                 !matches!(self.state(page, placed), Place::Taken(_)) && self.may_arrive(page, placed, &stretch)
             })
         });
@@ -487,7 +526,7 @@ impl Log {
         if self.order[placed..at].iter().any(is_overtaken) {
             return false;
         }
-        self.parts(part, stretch.clone()).any(|page| {
+        self.parts(part).any(|page| {
             let is_there = match self.state(page, placed) {
                 Place::Unknown => true,
                 Place::Free => false,
