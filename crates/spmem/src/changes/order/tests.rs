@@ -215,6 +215,41 @@ fn what_happened_later_tells_what_was_there_when_all_was_read() {
 }
 
 #[test]
+fn a_part_of_what_arrived_may_have_been_there_before() {
+    let half = LEN / 2;
+    let part = Event::Remap { from: A + half, to: C, len: half };
+    assert_eq!(ordered(&[moved(B, A), part], &[A, A + half, C]), Ok(vec![part, moved(B, A)]));
+    assert_eq!(ordered(&[moved(B, A), part], &[A, C]), Ok(vec![moved(B, A), part]));
+}
+
+#[test]
+fn facts_that_no_order_explains_are_in_doubt() {
+    assert_eq!(ordered(&[moved(A, B), moved(B, A)], &[B]), Err(Doubt));
+    assert_eq!(ordered(&[moved(B, A), moved(C, A)], &[A]), Err(Doubt));
+}
+
+#[test]
+fn what_was_unmapped_or_left_empty_later_does_not_tell_what_was_there() {
+    let read = [moved(B, A), moved(A, C)];
+    let unmapped_both = [Event::Unmap { start: A, end: A + 2 * LEN }];
+    let away = [B + PAGE];
+    let order = |present: &[usize]| {
+        ordered_in(&[&read, &unmapped_both], &mut Told { ours: &[C], away: &away, present, ..Told::default() })
+    };
+    assert_eq!(order(&[]), Err(Doubt));
+    assert_eq!(order(&[C + PAGE]), Ok(vec![moved(A, C), moved(B, A), unmapped_both[0]]));
+    // MREMAP_DONTUNMAP from A, which is ours still: what came from D found it free.
+    let mut log = Log::new();
+    push_all(&mut log, &read);
+    log.seal();
+    push_all(&mut log, &[moved(D, A)]);
+    log.push(moved(A, E), || false);
+    let mut facts = Told { ours: &[A, C, E], away: &away, ..Told::default() };
+    assert_eq!(log.find_order(&mut facts), Ok(true));
+    assert_eq!(log.happened, [moved(B, A), moved(A, C), moved(D, A), moved(A, E)]);
+}
+
+#[test]
 fn what_is_known_of_a_place_is_not_asked_again_until_something_touches_it() {
     let mut log = Log::new();
     let asked = |log: &mut Log, ours: &'static [usize]| {
