@@ -160,7 +160,7 @@ impl Tries {
 pub(super) struct Log {
     /// In the order of reading.
     read: Vec<Noted>,
-    /// Numbers of changes after which all that had begun was read.
+    /// Numbers of changes before which nothing happened that was read later.
     seals: Vec<usize>,
     /// So many, from the first, have been read with their echoes.
     whole: usize,
@@ -309,6 +309,9 @@ impl Log {
             self.want();
             return Ok(false);
         }
+        if self.is_echo_in_doubt() {
+            return Err(Doubt);
+        }
         let mut tries = Tries::new();
         let mut best = self.next_order(&mut tries)?.ok_or(Doubt)?;
         if self.next_order(&mut tries)?.is_some() {
@@ -317,6 +320,16 @@ impl Log {
             return Ok(true);
         }
         self.try_order(&mut best)
+    }
+
+    /// Whether of two moves away from one place, which may have happened in either order, one has an echo and the other has
+    /// none: then it may be the other's.
+    fn is_echo_in_doubt(&self) -> bool {
+        self.read.iter().enumerate().filter(|(_, noted)| arrival(noted.event).is_some()).any(|(at, noted)| {
+            self.read[at + 1..self.stretch_of(at).end]
+                .iter()
+                .any(|other| echo(other.event) == echo(noted.event) && other.has_echo != noted.has_echo)
+        })
     }
 
     /// Of several orders, the one that does not contradict the pages; if more than one does not, the same must come of them.
@@ -350,7 +363,7 @@ impl Log {
         Ok(None)
     }
 
-    /// What was read between two moments in which all that had begun was read, around that change.
+    /// What may have happened in another order, around that change: what was read between two seals.
     fn stretch_of(&self, at: usize) -> Range<usize> {
         let next = self.seals.partition_point(|&seal| seal <= at);
         let start = next.checked_sub(1).map_or(0, |before| self.seals[before]);
