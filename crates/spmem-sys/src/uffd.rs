@@ -340,13 +340,14 @@ impl Uffd {
         self.ioctl(WRITEPROTECT, &mut [SOMEWHERE, PAGE as u64, 0]) != Err(Errno::ESRCH)
     }
 
-    /// Whether the page of `address` is registered; `inaccessible` is the address of a page of our own that nobody may read.
+    /// Whether all pages from `address` on, so many bytes, are registered and of one mapping; `inaccessible` is the address of
+    /// a page of our own that nobody may read.
     ///
     /// # Errors
     /// `EAGAIN` while [`Uffd::is_changing`].
-    pub fn is_registered(&self, address: usize, inaccessible: usize) -> Result<bool> {
-        // The copy fails after the kernel has looked at where it would go.
-        match self.copy_from(address & !(PAGE - 1), inaccessible, PAGE).stopped {
+    pub fn is_registered(&self, address: usize, len: usize, inaccessible: usize) -> Result<bool> {
+        // The copy fails after the kernel has looked at where it would go (`validate_dst_vma`, mm/userfaultfd.c).
+        match self.copy_from(address & !(PAGE - 1), inaccessible, len).stopped {
             Some(Errno::EAGAIN) => Err(Errno::EAGAIN),
             Some(Errno::ENOENT) => Ok(false),
             _ => Ok(true),

@@ -25,7 +25,7 @@ use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Table};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
-use order::{Doubt, Facts, Log, MAX_CHANGES};
+use order::{Doubt, Facts, Found, Log, MAX_CHANGES};
 use spmem_sys::fd::{Poll, poll};
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::thread::Urgent;
@@ -56,8 +56,12 @@ struct Seen<'a> {
 }
 
 impl Facts for Seen<'_> {
-    fn is_ours(&mut self, address: usize) -> Result<bool> {
-        self.uffd.is_registered(address, self.inaccessible)
+    fn what_is_at(&mut self, address: usize) -> Result<Found> {
+        if !self.uffd.is_registered(address, PAGE, self.inaccessible)? {
+            return Ok(Found::Nothing);
+        }
+        let goes_on = self.uffd.is_registered(address - PAGE, 2 * PAGE, self.inaccessible)?;
+        Ok(if goes_on { Found::Part } else { Found::Start })
     }
 
     fn outcome(&self, order: &[Event]) -> Option<u64> {

@@ -226,7 +226,7 @@ fn may_be_ours(runtime: &Runtime, child: &Uffd, since: &mut Since, page: usize) 
     let inaccessible = runtime.guard_start.load(Ordering::Relaxed);
     loop {
         let Some(at) = changes::destination(&since.changes, page) else { return true };
-        match child.is_registered(at, inaccessible) {
+        match child.is_registered(at, PAGE, inaccessible) {
             Ok(is_ours) => return is_ours,
             Err(_) => read_on(runtime, child, since),
         }

@@ -328,7 +328,7 @@ impl Sweeper {
         // The program may have unmapped some of it in between: the kernel passes over holes. What is registered is no
         // part of a mapping that is not, so one mapping and one page of it tell.
         let now = self.maps.at_or_above(from)?.filter(|now| now.start <= from && now.end >= to);
-        if now.is_none() || !self.uffd.is_registered(from, self.runtime.guard_start.load(Relaxed))? {
+        if now.is_none() || !self.uffd.is_registered(from, PAGE, self.runtime.guard_start.load(Relaxed))? {
             return Err(Errno::EAGAIN);
         }
         space.table.find_or_add(start).set_registered(from, to, true);

@@ -4,10 +4,12 @@
 //! - Whatever arrives finds the place free: what mremap(2) overwrites is unmapped first, and announced.
 //! - What has arrived leaves by a change read later: its address is known once mremap(2) has returned, which waits for the
 //!   reading. So changes are read too late, never too early; and arrivals at one place are read in their order.
-//! - Whether something is left there at the end ([`Facts::is_ours`]). MREMAP_DONTUNMAP leaves an empty range.
+//! - Whether something is left there at the end ([`Facts::what_is_at`]). MREMAP_DONTUNMAP leaves an empty range. What has grown
+//!   over the place is no mapping that begins there.
 //! - Where all that had begun was read, nothing read later happened before. Nor where there is one thread only.
 //!
-//! Not known is what has grown: in place that is not announced, and of what mremap(2) makes longer the old length is.
+//! Not known is what has grown, and when: in place that is not announced, and of what mremap(2) makes longer the old length is.
+//! Where more has left a place than can have been there the order is in doubt.
 //!
 //! Orders that agree with that are tried one after the other, that of reading first. If there are several, pages decide that
 //! are present where one that is away would have to be ([`Facts::outcome`]).
@@ -33,10 +35,20 @@ const MAX_TRIES: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Doubt;
 
+/// What is registered at a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    Nothing,
+    /// A mapping that begins there: it has not grown over the place.
+    Start,
+    /// More of the mapping of the page before.
+    Part,
+}
+
 /// What the kernel tells.
 pub(super) trait Facts {
-    /// Whether the page of `address` is registered now; an error when more changes have begun: to be asked again later.
-    fn is_ours(&mut self, address: usize) -> Result<bool>;
+    /// What is registered at `address` now; an error when more changes have begun: to be asked again later.
+    fn what_is_at(&mut self, address: usize) -> Result<Found>;
     /// What comes of this order, as a digest of where each page that is away ends up; `None` when that cannot be,
     /// because a page is present there.
     fn outcome(&self, order: &[Event]) -> Option<u64>;
@@ -71,8 +83,9 @@ impl Noted {
         self.has_echo || matches!(self.event, Event::Unmap { .. })
     }
 
-    fn is_unmapping(&self) -> bool {
-        matches!(self.event, Event::Unmap { .. })
+    /// Whether it takes away what begins at the page.
+    fn begins_at(&self, page: usize) -> bool {
+        matches!(self.event, Event::Remap { from, .. } if from == page)
     }
 }
 
@@ -95,6 +108,7 @@ fn echo(event: Event) -> Option<Event> {
 }
 
 /// What has to be asked and was not.
+#[derive(PartialEq, Eq)]
 struct Unasked(usize);
 
 /// What is known of a place at some point of an order.
@@ -168,7 +182,7 @@ pub(super) struct Log {
     ends: Vec<usize>,
     /// What was asked, by address: valid until something read touches the place. There is time for few questions before
     /// the next change begins.
-    known: Vec<(usize, bool)>,
+    known: Vec<(usize, Found)>,
     /// What is to be asked.
     wanted: Vec<usize>,
     /// Positions in `read`, in the order of happening.
@@ -226,7 +240,7 @@ impl Log {
     pub(super) fn metadata_bytes(&self) -> usize {
         self.read.capacity() * size_of::<Noted>()
             + self.happened.capacity() * size_of::<Event>()
-            + self.known.capacity() * size_of::<(usize, bool)>()
+            + self.known.capacity() * size_of::<(usize, Found)>()
             + [&self.seals, &self.ends, &self.wanted, &self.order]
                 .iter()
                 .map(|list| list.capacity())
@@ -292,11 +306,11 @@ impl Log {
     /// Whether all that is wanted was answered.
     fn ask(&mut self, facts: &mut impl Facts) -> bool {
         while let Some(address) = self.wanted.pop() {
-            let Ok(is_ours) = facts.is_ours(address) else { return false };
+            let Ok(found) = facts.what_is_at(address) else { return false };
             if let Err(at) = self.known.binary_search_by_key(&address, |&(known, _)| known)
                 && self.known.len() < MAX_CHANGES
             {
-                self.known.insert(at, (address, is_ours));
+                self.known.insert(at, (address, found));
             }
         }
         true
@@ -309,7 +323,7 @@ impl Log {
             self.want();
             return Ok(false);
         }
-        if self.is_echo_in_doubt() {
+        if self.is_echo_in_doubt() || self.has_grown() {
             return Err(Doubt);
         }
         let mut tries = Tries::new();
@@ -329,6 +343,31 @@ impl Log {
             self.read[at + 1..self.stretch_of(at).end]
                 .iter()
                 .any(|other| echo(other.event) == echo(noted.event) && other.has_echo != noted.has_echo)
+        })
+    }
+
+    /// Whether more has left a place than can have been there, so that a range has grown over it between two of them, or what
+    /// MREMAP_DONTUNMAP had left was moved: whose pages are whose depends on which was first.
+    fn has_grown(&self) -> bool {
+        self.read.iter().enumerate().any(|(at, noted)| {
+            // What a range has grown by since it arrived goes with it.
+            let Some((start, _)) = departure(noted.event) else { return false };
+            let stretch = self.stretch_of(at);
+            let (mut left, mut arrived, mut is_moved) = (0, 0, false);
+            for noted in &self.read[stretch.clone()] {
+                arrived += usize::from(noted.arrives_at(start));
+                if noted.departs_from(start) {
+                    left += 1;
+                    is_moved |= arrival(noted.event).is_some();
+                }
+            }
+            // Whatever it is, and even if it came there by growing.
+            let is_found = || {
+                let is_last = self.read[stretch.end..].iter().all(|noted| !noted.touches(start));
+                is_last && self.found_at(start).is_some_and(|found| found != Found::Nothing)
+            };
+            let remains = || is_found() || self.is_left(start, &stretch) == Ok(Some(true));
+            is_moved && left > 1 && (left > arrived + 1 || left > arrived && remains())
         })
     }
 
@@ -414,17 +453,27 @@ impl Log {
         }
     }
 
+    /// What is known to be at the page now.
+    fn found_at(&self, page: usize) -> Option<Found> {
+        let at = self.known.binary_search_by_key(&page, |&(known, _)| known).ok()?;
+        Some(self.known[at].1)
+    }
+
     /// Whether something was at the page before the changes from the `from`-th on.
     fn is_taken_after(&self, page: usize, mut from: usize) -> core::result::Result<Option<bool>, Unasked> {
         loop {
             let Some(next) = (from..self.read.len()).find(|&at| self.read[at].touches(page)) else {
-                let known = self.known.binary_search_by_key(&page, |&(known, _)| known);
-                return known.map(|at| Some(self.known[at].1)).map_err(|_| Unasked(page));
+                return match self.found_at(page).ok_or(Unasked(page))? {
+                    Found::Nothing => Ok(Some(false)),
+                    Found::Start if !self.is_split_at(page) => Ok(Some(true)),
+                    // It may have grown since.
+                    Found::Start | Found::Part => Ok(None),
+                };
             };
             let first = &self.read[next];
             if first.departs_from(page) {
-                // What is unmapped may have been free.
-                return Ok((!first.is_unmapping()).then_some(true));
+                // What is unmapped may have been free, and what begins before may have grown since.
+                return Ok(first.begins_at(page).then_some(true));
             }
             from = self.stretch_of(next).end;
             let later = || self.read[next + 1..from].iter().filter(|noted| noted.touches(page));
@@ -435,6 +484,11 @@ impl Log {
                 _ => return Ok(None),
             }
         }
+    }
+
+    /// Whether a part of a mapping may have left that ended there.
+    fn is_split_at(&self, page: usize) -> bool {
+        self.read.iter().any(|noted| departure(noted.event).is_some_and(|(_, end)| end == page))
     }
 
     /// What is at the page after the first `placed` of the order.

@@ -19,10 +19,12 @@ fn unmapped(start: usize) -> Event {
     Event::Unmap { start, end: start + LEN }
 }
 
-/// What is ours, which pages were away before, which are present now.
+/// What is ours now, which pages were away before, which are present now.
 #[derive(Default)]
 struct Told<'a> {
     ours: &'a [usize],
+    /// What of that goes on from the page before.
+    parts: &'a [usize],
     away: &'a [usize],
     present: &'a [usize],
     /// How many questions there is time for.
@@ -31,12 +33,18 @@ struct Told<'a> {
 }
 
 impl Facts for Told<'_> {
-    fn is_ours(&mut self, address: usize) -> Result<bool> {
+    fn what_is_at(&mut self, address: usize) -> Result<Found> {
         if self.patience.is_some_and(|most| self.asked.len() >= most) {
             return Err(Errno::EAGAIN);
         }
         self.asked.push(address);
-        Ok(self.ours.contains(&address))
+        Ok(if !self.ours.contains(&address) {
+            Found::Nothing
+        } else if self.parts.contains(&address) {
+            Found::Part
+        } else {
+            Found::Start
+        })
     }
     fn outcome(&self, order: &[Event]) -> Option<u64> {
         let mut digest = 0;
@@ -250,11 +258,56 @@ fn what_was_unmapped_or_left_empty_later_does_not_tell_what_was_there() {
 }
 
 #[test]
-#[ignore = "growing in place is not announced (README, Limits)"]
 fn what_was_left_late_and_what_has_grown_since_are_told_apart() {
-    // Either something left A for C late, or what came from B did, and another thread's range has grown over A since.
-    let mut facts = Told { ours: &[A, C], away: &[B + PAGE], ..Told::default() };
-    assert_eq!(ordered_in(&[&[moved(B, A), moved(A, C)]], &mut facts), Err(Doubt));
+    // Either something left A for C late, or what came from B did, and another range has grown over A since.
+    let read = [moved(B, A), moved(A, C)];
+    let late_first = vec![moved(A, C), moved(B, A)];
+    let order = |parts: &[usize], present: &[usize]| {
+        let away = [B + 2 * PAGE];
+        ordered_in(&[&read], &mut Told { ours: &[A, C], parts, away: &away, present, ..Told::default() })
+    };
+    assert_eq!(order(&[], &[]), Ok(late_first.clone()), "it has not grown");
+    assert_eq!(order(&[A], &[]), Err(Doubt));
+    assert_eq!(order(&[A], &[C + 2 * PAGE]), Ok(late_first));
+    assert_eq!(order(&[A], &[A + 2 * PAGE]), Ok(read.to_vec()));
+}
+
+#[test]
+fn more_than_was_there_has_left_only_where_something_has_grown() {
+    assert_eq!(ordered(&[moved(A, C), moved(A, D)], &[C, D]), Err(Doubt));
+    let unmapped_both = Event::Unmap { start: A, end: A + 2 * LEN };
+    assert_eq!(ordered(&[unmapped_both, moved(A, C)], &[C]), Err(Doubt));
+    // What came there is there still, so of two that have left one had grown.
+    let read = [moved(A, C), unmapped_both, moved(B, A)];
+    assert_eq!(ordered(&read, &[A, C]), Err(Doubt));
+    assert_eq!(
+        ordered(&[unmapped_both, unmapped_both], &[]),
+        Ok(vec![unmapped_both, unmapped_both]),
+        "all is gone"
+    );
+    let order = ordered_in(&[&[moved(A, C)], &[moved(A, D)]], &mut Told::default());
+    assert_eq!(order, Ok(vec![moved(A, C), moved(A, D)]), "in this order, whatever has grown");
+}
+
+#[test]
+fn a_mapping_that_begins_where_a_part_of_it_has_left_may_have_grown() {
+    let before = Event::Remap { from: A - LEN, to: D, len: LEN };
+    let mut facts = Told { ours: &[A, C, D], away: &[B + PAGE], ..Told::default() };
+    assert_eq!(ordered_in(&[&[moved(B, A), moved(A, C)], &[before]], &mut facts), Err(Doubt));
+}
+
+#[test]
+fn what_left_later_with_what_was_before_it_has_grown() {
+    let away = [B + PAGE];
+    let order = |later| {
+        ordered_in(
+            &[&[moved(B, A), moved(A, C)], &[later]],
+            &mut Told { ours: &[C, E], away: &away, ..Told::default() },
+        )
+    };
+    assert_eq!(order(moved(A, E)), Ok(vec![moved(A, C), moved(B, A), moved(A, E)]));
+    let longer = Event::Remap { from: A - LEN, to: D, len: 2 * LEN };
+    assert_eq!(order(longer), Err(Doubt));
 }
 
 #[test]
@@ -320,15 +373,25 @@ fn what_is_unmapped_after_all_was_read_is_no_echo_of_what_was_moved_before() {
     assert_eq!(log.read.iter().map(|noted| noted.event).collect::<Vec<_>>(), [moved(A, D), unmapped(A)]);
 }
 
-const PLACES: [usize; 5] = [A, B, C, D, E];
 /// Pages of a place; half of them may move alone.
 const PAGES: usize = 4;
+const WIDTH: usize = PAGES * PAGE;
+/// Two of them, twice, next to each other.
+const PLACES: [usize; 5] = [A, A + WIDTH, B, B + WIDTH, C];
 
-/// Threads that move and unmap the same ranges, what really happens, and what is read of it.
+/// A page that is mapped.
+#[derive(Clone, Copy)]
+struct Mapped {
+    /// Unless it is empty.
+    name: Option<usize>,
+    mapping: usize,
+}
+
+/// Threads that move, unmap and grow the same ranges, what really happens, and what is read of it.
 struct World {
     rng: u64,
-    /// What is mapped, each page with its name, unless it is empty.
-    mapped: BTreeMap<usize, Option<usize>>,
+    mapped: BTreeMap<usize, Mapped>,
+    mappings: usize,
     /// Where each page was before anything in the log.
     was: BTreeMap<usize, usize>,
     /// Which pages are away, by name.
@@ -340,6 +403,7 @@ struct World {
     log: Log,
     /// Whether ranges move whole only.
     is_whole: bool,
+    grows: bool,
 }
 
 impl World {
@@ -347,16 +411,18 @@ impl World {
         let mut world = Self {
             rng: seed,
             mapped: BTreeMap::new(),
+            mappings: PLACES.len(),
             was: BTreeMap::new(),
             away: Vec::new(),
             mover: BTreeMap::new(),
             unread: vec![VecDeque::new(); threads],
             log: Log::new(),
             is_whole: seed.is_multiple_of(2),
+            grows: seed % 4 > 1,
         };
-        for place in [A, B, C] {
+        for (mapping, place) in PLACES.into_iter().step_by(2).enumerate() {
             for page in 0..PAGES {
-                world.mapped.insert(place + page * PAGE, Some(world.away.len()));
+                world.mapped.insert(place + page * PAGE, Mapped { name: Some(world.away.len()), mapping });
                 let is_away = world.below(2) == 0;
                 world.away.push(is_away);
             }
@@ -367,7 +433,7 @@ impl World {
 
     fn begin(&mut self) {
         self.log.clear();
-        self.was = self.mapped.iter().filter_map(|(&at, &name)| Some((name?, at))).collect();
+        self.was = self.mapped.iter().filter_map(|(&at, page)| Some((page.name?, at))).collect();
     }
 
     fn below(&mut self, bound: usize) -> usize {
@@ -385,52 +451,101 @@ impl World {
         place + start * PAGE..place + (start + len) * PAGE
     }
 
-    /// A thread that waits for nothing moves a range to a free place, or unmaps it.
+    /// Whether nobody has to hear first of what is there.
+    fn is_known(&self, page: usize) -> bool {
+        self.mover.get(&page).is_none_or(|&mover| self.unread[mover].is_empty())
+    }
+
+    fn is_one(&self, range: &Range<usize>) -> bool {
+        let mapping = |page| self.mapped.get(&page).map(|page| page.mapping);
+        let first = mapping(range.start);
+        first.is_some() && range.clone().step_by(PAGE).all(|page| mapping(page) == first && self.is_known(page))
+    }
+
+    fn is_free(&self, range: &Range<usize>) -> bool {
+        range.clone().step_by(PAGE).all(|page| !self.mapped.contains_key(&page))
+    }
+
+    /// What a mapping is made longer by is empty.
+    fn extend(&mut self, range: Range<usize>, mapping: usize) {
+        for page in range.step_by(PAGE) {
+            self.mapped.insert(page, Mapped { name: None, mapping });
+        }
+    }
+
+    /// What is behind becomes a mapping of its own.
+    fn split(&mut self, behind: usize, mapping: usize) {
+        self.mappings += 1;
+        for (_, page) in self.mapped.range_mut(behind..).filter(|(_, page)| page.mapping == mapping) {
+            page.mapping = self.mappings;
+        }
+    }
+
+    /// A thread that waits for nothing moves a range to a free place, or unmaps it, or lets it grow.
     fn act(&mut self, thread: usize) {
         let (from, to) = (self.any_range(), self.any_range());
-        // In place, which is not announced. The only thread's changes are in order anyhow.
-        if self.unread.len() == 1 && self.mapped.contains_key(&from.start) && self.below(4) == 0 {
-            from.step_by(PAGE).for_each(|page| _ = self.mapped.entry(page).or_insert(None));
+        if !self.unread[thread].is_empty() {
             return;
         }
-        let pages = || from.clone().step_by(PAGE);
-        let is_known = |page| self.mover.get(&page).is_none_or(|&mover| self.unread[mover].is_empty());
-        if !self.unread[thread].is_empty()
-            || !pages().all(|page| self.mapped.contains_key(&page) && is_known(page))
-        {
+        // In place, which is not announced.
+        if self.grows && self.below(4) == 0 {
+            let before = from.start - PAGE;
+            if self.is_one(&(before..from.start)) && self.is_free(&from) && !self.is_outside(from.start) {
+                from.clone().step_by(PAGE).for_each(|page| _ = self.mover.remove(&page));
+                self.extend(from, self.mapped[&before].mapping);
+            }
             return;
         }
+        if !self.is_one(&from) {
+            return;
+        }
+        let mapping = self.mapped[&from.start].mapping;
         let unmapped = Event::Unmap { start: from.start, end: from.end };
         if self.below(16) == 0 {
             // Told from an echo by a page more, which never was ours.
-            if PLACES.iter().all(|place| place + PAGES * PAGE != from.end) {
+            if !self.is_outside(from.end) {
                 return;
             }
-            for page in pages() {
-                self.mapped.remove(&page);
-            }
+            self.split(from.end, mapping);
+            from.clone().step_by(PAGE).for_each(|page| _ = self.mapped.remove(&page));
             self.unread[thread].push_back(Event::Unmap { start: from.start, end: from.end + PAGE });
             return;
         }
-        let is_free = to.clone().step_by(PAGE).all(|page| !self.mapped.contains_key(&page));
-        if !is_free || to.len() != from.len() {
+        if to.len() < from.len() || to.len() > from.len() && !self.grows || !self.is_free(&to) {
             return;
         }
-        let leaves_empty = self.below(8) == 0;
-        for page in pages() {
-            let name = self.mapped.remove(&page).unwrap();
+        let leaves_empty = to.len() == from.len() && self.below(8) == 0;
+        self.split(from.end, mapping);
+        self.mappings += 1;
+        let moved = self.mappings;
+        for page in from.clone().step_by(PAGE) {
+            let Mapped { name, .. } = self.mapped.remove(&page).unwrap();
             let now = page - from.start + to.start;
-            self.mapped.insert(now, name);
+            self.mapped.insert(now, Mapped { name, mapping: moved });
             self.mover.insert(now, thread);
             if leaves_empty {
-                self.mapped.insert(page, None);
+                self.mapped.insert(page, Mapped { name: None, mapping });
                 self.mover.insert(page, thread);
             }
+        }
+        let longer = to.start + from.len()..to.end;
+        longer.clone().step_by(PAGE).for_each(|page| _ = self.mover.insert(page, thread));
+        self.extend(longer, moved);
+        // Where it goes on from what is before, the two become one.
+        if let Some(&Mapped { mapping, .. }) = self.mapped.get(&(to.start - PAGE))
+            && self.below(8) == 0
+        {
+            self.mapped.values_mut().filter(|page| page.mapping == moved).for_each(|page| page.mapping = mapping);
         }
         self.unread[thread].push_back(Event::Remap { from: from.start, to: to.start, len: from.len() });
         if !leaves_empty {
             self.unread[thread].push_back(unmapped);
         }
+    }
+
+    /// Whether an address is behind all places that are next to each other.
+    fn is_outside(&self, address: usize) -> bool {
+        PLACES.iter().all(|place| !(*place..place + WIDTH).contains(&address))
     }
 
     fn read(&mut self, thread: usize) {
@@ -447,18 +562,26 @@ impl World {
     /// All was read, and there is time for so many questions. Whether the order was found.
     fn settle(&mut self, patience: usize) -> core::result::Result<bool, Doubt> {
         let ours: Vec<usize> = self.mapped.keys().copied().collect();
+        let mapping = |at: usize| self.mapped.get(&at).map(|page| page.mapping);
+        let parts: Vec<usize> = ours.iter().copied().filter(|at| mapping(at - PAGE) == mapping(*at)).collect();
         let away: Vec<usize> = self.was.iter().filter(|&(&name, _)| self.away[name]).map(|(_, &at)| at).collect();
         let is_present = |name: Option<usize>| name.is_some_and(|name| !self.away[name]);
         let present: Vec<usize> =
-            self.mapped.iter().filter(|&(_, &name)| is_present(name)).map(|(&at, _)| at).collect();
-        let mut facts =
-            Told { ours: &ours, away: &away, present: &present, patience: Some(patience), ..Told::default() };
+            self.mapped.iter().filter(|(_, page)| is_present(page.name)).map(|(&at, _)| at).collect();
+        let mut facts = Told {
+            ours: &ours,
+            parts: &parts,
+            away: &away,
+            present: &present,
+            patience: Some(patience),
+            ..Told::default()
+        };
         self.log.note_quiet(&mut facts);
         if !self.log.find_order(&mut facts)? {
             return Ok(false);
         }
         for (&name, &was) in self.was.iter().filter(|&(&name, _)| self.away[name]) {
-            let now = self.mapped.iter().find(|&(_, &other)| other == Some(name)).map(|(&at, _)| at);
+            let now = self.mapped.iter().find(|(_, page)| page.name == Some(name)).map(|(&at, _)| at);
             let found = destination(&self.log.happened, was);
             let read: Vec<_> = self.log.read.iter().map(|noted| (noted.event, noted.has_echo)).collect();
             assert_eq!(
