@@ -349,6 +349,8 @@ impl Uffd {
         // The copy fails after the kernel has looked at where it would go (`validate_dst_vma`, mm/userfaultfd.c).
         match self.copy_from(address & !(PAGE - 1), inaccessible, len).stopped {
             Some(Errno::EAGAIN) => Err(Errno::EAGAIN),
+            // From 6.9 on the kernel looks for the mapping before it looks whether something is under way.
+            Some(Errno::ENOENT) if self.is_changing() => Err(Errno::EAGAIN),
             Some(Errno::ENOENT) => Ok(false),
             _ => Ok(true),
         }

@@ -7,7 +7,7 @@
 //!
 //! Until all that has begun was read, calls that change program memory fail with `EAGAIN` ([`Uffd::is_changing`]). So
 //! an arrival read in such a time is put off, and so is every change after it. Nothing is served meanwhile. When all is
-//! read, [`order`] decides by two facts the kernel tells: whether the place of arrival is still ours, and which pages are
+//! read, [`order`] decides by what the kernel tells: what is at the place of arrival now, and which pages are
 //! present where (one that is away cannot be). Where that does not decide, the process is ended: it takes threads that
 //! move and unmap the same places within microseconds, and ranges that look alike.
 //!
@@ -25,7 +25,7 @@ use crate::space::{Mode, Space};
 use crate::table::{CHUNK, Table};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering::Relaxed;
-use order::{Doubt, Facts, Found, Log, MAX_CHANGES};
+use order::{Doubt, Facts, Log, MAX_CHANGES};
 use spmem_sys::fd::{Poll, poll};
 use spmem_sys::pagemap::Pagemap;
 use spmem_sys::thread::Urgent;
@@ -56,17 +56,18 @@ struct Seen<'a> {
 }
 
 impl Facts for Seen<'_> {
-    fn what_is_at(&mut self, address: usize) -> Result<Found> {
-        if !self.uffd.is_registered(address, PAGE, self.inaccessible)? {
-            return Ok(Found::Nothing);
-        }
-        let goes_on = self.uffd.is_registered(address - PAGE, 2 * PAGE, self.inaccessible)?;
-        Ok(if goes_on { Found::Part } else { Found::Start })
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
+        self.uffd.is_registered(address, PAGE, self.inaccessible)
+    }
+
+    fn goes_on(&mut self, address: usize) -> Result<bool> {
+        self.uffd.is_registered(address - PAGE, 2 * PAGE, self.inaccessible)
     }
 
     fn outcome(&self, order: &[Event]) -> Option<u64> {
         let mut digest = 0_u64;
-        for (start, end) in order.iter().filter_map(|&event| departure(event)) {
+        let places = order.iter().flat_map(|&event| [departure(event), arrival(event)]).flatten();
+        for (start, end) in places {
             for chunk in self.table.chunks_in(start, end) {
                 for page in (chunk.max(start)..(chunk + CHUNK).min(end)).step_by(PAGE) {
                     if !self.table.get(page).is_away() || self.promoted.contains(&page) {
@@ -75,7 +76,7 @@ impl Facts for Seen<'_> {
                     let now = destination(order, page);
                     // Without a pagemap nothing is known to be present.
                     let is_there = |now| self.pagemap.is_some_and(|map| map.is_there(now).unwrap_or(false));
-                    if now.is_some_and(is_there) {
+                    if is_overwritten(order, page) || now.is_some_and(is_there) {
                         return None;
                     }
                     digest =
@@ -94,6 +95,19 @@ pub(crate) fn destination(changes: &[Event], page: usize) -> Option<usize> {
         Event::Remap { from, to, len } if (from..from + len).contains(&at) => Some(at - from + to),
         _ => Some(at),
     })
+}
+
+/// Whether something arrives where the page is that was at `page` before `changes`: then they did not happen in this order.
+fn is_overwritten(changes: &[Event], page: usize) -> bool {
+    let mut at = page;
+    for event in changes {
+        let Some(next) = destination(core::slice::from_ref(event), at) else { return false };
+        if next == at && arrival(*event).is_some_and(|(start, end)| (start..end).contains(&at)) {
+            return true;
+        }
+        at = next;
+    }
+    false
 }
 
 /// Changes that were read and not applied yet.

@@ -4,15 +4,16 @@
 //! - Whatever arrives finds the place free: what mremap(2) overwrites is unmapped first, and announced.
 //! - What has arrived leaves by a change read later: its address is known once mremap(2) has returned, which waits for the
 //!   reading. So changes are read too late, never too early; and arrivals at one place are read in their order.
-//! - Whether something is left there at the end ([`Facts::what_is_at`]). MREMAP_DONTUNMAP leaves an empty range. What has grown
-//!   over the place is no mapping that begins there.
+//! - Whether something is left there at the end ([`Facts::is_ours`]). MREMAP_DONTUNMAP leaves an empty range. What has grown
+//!   over the place begins before it, unless it was split since ([`Facts::goes_on`]).
 //! - Where all that had begun was read, nothing read later happened before. Nor where there is one thread only.
 //!
 //! Not known is what has grown, and when: in place that is not announced, and of what mremap(2) makes longer the old length is.
-//! Where more has left a place than can have been there the order is in doubt.
+//! Where more was moved away from a place than can have been there the order is in doubt.
 //!
 //! Orders that agree with that are tried one after the other, that of reading first. If there are several, pages decide that
-//! are present where one that is away would have to be ([`Facts::outcome`]).
+//! are present where one that is away would have to be, and pages that are away where something would have arrived
+//! ([`Facts::outcome`]).
 
 use super::{arrival, departure};
 use alloc::vec::Vec;
@@ -35,22 +36,26 @@ const MAX_TRIES: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Doubt;
 
-/// What is registered at a page.
+/// What is known to be registered at a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Found {
+enum Found {
     Nothing,
-    /// A mapping that begins there: it has not grown over the place.
+    /// Something; whether it begins there has to be asked, too.
+    Something,
+    /// A mapping that begins there.
     Start,
-    /// More of the mapping of the page before.
+    /// More of the mapping of the page before: it has grown, or has come back to where it was a part.
     Part,
 }
 
 /// What the kernel tells.
 pub(super) trait Facts {
-    /// What is registered at `address` now; an error when more changes have begun: to be asked again later.
-    fn what_is_at(&mut self, address: usize) -> Result<Found>;
+    /// Whether the page of `address` is registered now; an error when more changes have begun: to be asked again later.
+    fn is_ours(&mut self, address: usize) -> Result<bool>;
+    /// Whether it belongs to the mapping of the page before; likewise.
+    fn goes_on(&mut self, address: usize) -> Result<bool>;
     /// What comes of this order, as a digest of where each page that is away ends up; `None` when that cannot be,
-    /// because a page is present there.
+    /// because a page is present there, or something would have arrived where one was.
     fn outcome(&self, order: &[Event]) -> Option<u64>;
 }
 
@@ -303,14 +308,23 @@ impl Log {
         self.ask(facts);
     }
 
-    /// Whether all that is wanted was answered.
+    /// Whether all that is wanted was answered. There may be time for one question.
     fn ask(&mut self, facts: &mut impl Facts) -> bool {
-        while let Some(address) = self.wanted.pop() {
-            let Ok(found) = facts.what_is_at(address) else { return false };
-            if let Err(at) = self.known.binary_search_by_key(&address, |&(known, _)| known)
-                && self.known.len() < MAX_CHANGES
-            {
-                self.known.insert(at, (address, found));
+        while let Some(&address) = self.wanted.last() {
+            let known = self.known.binary_search_by_key(&address, |&(known, _)| known);
+            let answer = if known.is_ok() {
+                facts.goes_on(address).map(|goes_on| if goes_on { Found::Part } else { Found::Start })
+            } else {
+                facts.is_ours(address).map(|is_ours| if is_ours { Found::Something } else { Found::Nothing })
+            };
+            let Ok(found) = answer else { return false };
+            match known {
+                Ok(at) => self.known[at].1 = found,
+                Err(at) if self.known.len() < MAX_CHANGES => self.known.insert(at, (address, found)),
+                Err(_) => {}
+            }
+            if found != Found::Something {
+                self.wanted.pop();
             }
         }
         true
@@ -346,28 +360,37 @@ impl Log {
         })
     }
 
-    /// Whether more has left a place than can have been there, so that a range has grown over it between two of them, or what
-    /// MREMAP_DONTUNMAP had left was moved: whose pages are whose depends on which was first.
+    /// Whether more was moved away from a place than can have been there: a range has grown over it in between. Whose pages are
+    /// whose depends on which was first.
     fn has_grown(&self) -> bool {
         self.read.iter().enumerate().any(|(at, noted)| {
-            // What a range has grown by since it arrived goes with it.
-            let Some((start, _)) = departure(noted.event) else { return false };
-            let stretch = self.stretch_of(at);
-            let (mut left, mut arrived, mut is_moved) = (0, 0, false);
-            for noted in &self.read[stretch.clone()] {
-                arrived += usize::from(noted.arrives_at(start));
-                if noted.departs_from(start) {
-                    left += 1;
-                    is_moved |= arrival(noted.event).is_some();
-                }
+            let Event::Remap { from: start, .. } = noted.event else { return false };
+            if !noted.empties() {
+                return false;
             }
+            let stretch = self.stretch_of(at);
+            let arrivals =
+                |page| self.read[stretch.clone()].iter().filter(move |noted| noted.arrives_at(page)).count();
+            // What is unmapped need not have been there, if that was read later. What a range has grown by since it arrived
+            // goes with it. And what MREMAP_DONTUNMAP leaves can be moved as often as one likes.
+            let has_left = |&(other, noted): &(usize, &Noted)| match noted.event {
+                Event::Unmap { .. } => other < at,
+                Event::Remap { from, .. } => {
+                    from == start && noted.empties() || from < start && arrivals(from) == 0
+                }
+                _ => false,
+            };
+            let leaves =
+                self.read[stretch.clone()].iter().enumerate().map(|(other, noted)| (stretch.start + other, noted));
+            let left = leaves.filter(|(_, noted)| noted.departs_from(start)).filter(has_left).count();
             // Whatever it is, and even if it came there by growing.
             let is_found = || {
                 let is_last = self.read[stretch.end..].iter().all(|noted| !noted.touches(start));
                 is_last && self.found_at(start).is_some_and(|found| found != Found::Nothing)
             };
             let remains = || is_found() || self.is_left(start, &stretch) == Ok(Some(true));
-            is_moved && left > 1 && (left > arrived + 1 || left > arrived && remains())
+            let arrived = arrivals(start);
+            left > 1 && (left > arrived + 1 || left > arrived && remains())
         })
     }
 
@@ -465,6 +488,7 @@ impl Log {
             let Some(next) = (from..self.read.len()).find(|&at| self.read[at].touches(page)) else {
                 return match self.found_at(page).ok_or(Unasked(page))? {
                     Found::Nothing => Ok(Some(false)),
+                    Found::Something => Err(Unasked(page)),
                     Found::Start if !self.is_split_at(page) => Ok(Some(true)),
                     // It may have grown since.
                     Found::Start | Found::Part => Ok(None),
@@ -596,7 +620,8 @@ impl Log {
         self.parts(part).any(|page| {
             let is_there = match self.state(page, placed) {
                 Place::Unknown => true,
-                Place::Free => false,
+                // What is unmapped need not have been there.
+                Place::Free => matches!(noted.event, Event::Unmap { .. }),
                 Place::Taken(by) => by.is_none_or(|by| by < late),
             };
             let (arrive, leave) = self.to_come(page, placed, stretch);

@@ -1,8 +1,8 @@
 extern crate std;
 use super::*;
-use crate::changes::destination;
+use crate::changes::{destination, is_overwritten};
 use spmem_sys::{Errno, PAGE};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::vec;
 
 const A: usize = 0x10_0000;
@@ -32,25 +32,28 @@ struct Told<'a> {
     asked: Vec<usize>,
 }
 
-impl Facts for Told<'_> {
-    fn what_is_at(&mut self, address: usize) -> Result<Found> {
+impl Told<'_> {
+    fn answer(&mut self, address: usize, answer: bool) -> Result<bool> {
         if self.patience.is_some_and(|most| self.asked.len() >= most) {
             return Err(Errno::EAGAIN);
         }
         self.asked.push(address);
-        Ok(if !self.ours.contains(&address) {
-            Found::Nothing
-        } else if self.parts.contains(&address) {
-            Found::Part
-        } else {
-            Found::Start
-        })
+        Ok(answer)
+    }
+}
+
+impl Facts for Told<'_> {
+    fn is_ours(&mut self, address: usize) -> Result<bool> {
+        self.answer(address, self.ours.contains(&address))
+    }
+    fn goes_on(&mut self, address: usize) -> Result<bool> {
+        self.answer(address, self.parts.contains(&address))
     }
     fn outcome(&self, order: &[Event]) -> Option<u64> {
         let mut digest = 0;
         for &page in self.away {
             let now = destination(order, page);
-            if now.is_some_and(|now| self.present.contains(&now)) {
+            if is_overwritten(order, page) || now.is_some_and(|now| self.present.contains(&now)) {
                 return None;
             }
             digest = u64::wrapping_add(digest, now.unwrap_or(0) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -277,9 +280,8 @@ fn more_than_was_there_has_left_only_where_something_has_grown() {
     assert_eq!(ordered(&[moved(A, C), moved(A, D)], &[C, D]), Err(Doubt));
     let unmapped_both = Event::Unmap { start: A, end: A + 2 * LEN };
     assert_eq!(ordered(&[unmapped_both, moved(A, C)], &[C]), Err(Doubt));
-    // What came there is there still, so of two that have left one had grown.
-    let read = [moved(A, C), unmapped_both, moved(B, A)];
-    assert_eq!(ordered(&read, &[A, C]), Err(Doubt));
+    let read = [moved(A, C), moved(A, D), moved(B, A)];
+    assert_eq!(ordered(&read, &[A, C, D]), Err(Doubt), "what came there is there still");
     assert_eq!(
         ordered(&[unmapped_both, unmapped_both], &[]),
         Ok(vec![unmapped_both, unmapped_both]),
@@ -287,6 +289,41 @@ fn more_than_was_there_has_left_only_where_something_has_grown() {
     );
     let order = ordered_in(&[&[moved(A, C)], &[moved(A, D)]], &mut Told::default());
     assert_eq!(order, Ok(vec![moved(A, C), moved(A, D)]), "in this order, whatever has grown");
+}
+
+#[test]
+fn what_one_of_many_threads_does_to_its_own_ranges_stays_in_order() {
+    let half = LEN / 2;
+    let as_read = |read: &[Event], ours: &[usize]| assert_eq!(ordered(read, ours), Ok(read.to_vec()));
+    // A piece is moved out, and the whole unmapped, hole and all.
+    as_read(&[Event::Remap { from: A + half, to: C, len: half }, unmapped(A)], &[C]);
+    as_read(&[moved(A, C), Event::Unmap { start: A - LEN, end: A + LEN }, moved(B, A)], &[A, C]);
+    // What came before the old place has grown over that, and went on.
+    let longer = |from, to| Event::Remap { from, to, len: 2 * LEN };
+    as_read(&[moved(A, C), moved(B, A - LEN), longer(A - LEN, E)], &[C, E]);
+    as_read(&[unmapped(A + LEN), longer(A, C)], &[C]);
+    // MREMAP_DONTUNMAP, more than once.
+    let mut log = Log::new();
+    for _ in 0..3 {
+        log.push(moved(A, C), || false);
+        push_all(&mut log, &[moved(C, D), moved(D, E), unmapped(E)]);
+    }
+    let read: Vec<_> = log.read.iter().map(|noted| noted.event).collect();
+    assert_eq!(log.find_order(&mut Told { ours: &[A], ..Told::default() }), Ok(true));
+    assert_eq!(log.happened, read);
+}
+
+#[test]
+fn a_page_that_is_away_was_not_overwritten() {
+    // Where what is there may have grown, and where that cannot be told.
+    let read = [moved(B, A), moved(A, C)];
+    let order = |parts: &[usize], later: &[Event]| {
+        let away = [A + PAGE];
+        ordered_in(&[&read, later], &mut Told { ours: &[A, C], parts, away: &away, ..Told::default() })
+    };
+    assert_eq!(order(&[A], &[]), Ok(vec![moved(A, C), moved(B, A)]));
+    let unmapped_both = Event::Unmap { start: A, end: A + 2 * LEN };
+    assert_eq!(order(&[], &[unmapped_both]), Ok(vec![moved(A, C), moved(B, A), unmapped_both]));
 }
 
 #[test]
@@ -334,7 +371,9 @@ fn what_is_known_of_a_place_is_not_asked_again_until_something_touches_it() {
     assert_eq!(asked(&mut log, &[D]), (Ok(true), vec![A]));
     assert_eq!(asked(&mut log, &[D]), (Ok(true), vec![]));
     push_all(&mut log, &[moved(D, A), moved(A, B)]);
-    assert_eq!(asked(&mut log, &[A, B]), (Ok(true), vec![A]), "something else may be there now");
+    assert_eq!(asked(&mut log, &[A, B]), (Ok(false), vec![A]), "something else may be there now");
+    assert_eq!(asked(&mut log, &[A, B]), (Ok(true), vec![A]), "and whether it begins there");
+    assert_eq!(asked(&mut log, &[A, B]), (Ok(true), vec![]));
     assert_eq!(log.happened[3..], [moved(A, B), moved(D, A)]);
 }
 
@@ -404,6 +443,8 @@ struct World {
     /// Whether ranges move whole only.
     is_whole: bool,
     grows: bool,
+    /// Addresses that something in the log has unmapped: nothing grows over them.
+    unmapped: BTreeSet<usize>,
 }
 
 impl World {
@@ -419,6 +460,7 @@ impl World {
             log: Log::new(),
             is_whole: seed.is_multiple_of(2),
             grows: seed % 4 > 1,
+            unmapped: BTreeSet::new(),
         };
         for (mapping, place) in PLACES.into_iter().step_by(2).enumerate() {
             for page in 0..PAGES {
@@ -433,6 +475,7 @@ impl World {
 
     fn begin(&mut self) {
         self.log.clear();
+        self.unmapped.clear();
         self.was = self.mapped.iter().filter_map(|(&at, page)| Some((page.name?, at))).collect();
     }
 
@@ -466,6 +509,10 @@ impl World {
         range.clone().step_by(PAGE).all(|page| !self.mapped.contains_key(&page))
     }
 
+    fn has_been_unmapped(&self, range: &Range<usize>) -> bool {
+        self.unread.len() > 1 && range.clone().step_by(PAGE).any(|page| self.unmapped.contains(&page))
+    }
+
     /// What a mapping is made longer by is empty.
     fn extend(&mut self, range: Range<usize>, mapping: usize) {
         for page in range.step_by(PAGE) {
@@ -490,7 +537,11 @@ impl World {
         // In place, which is not announced.
         if self.grows && self.below(4) == 0 {
             let before = from.start - PAGE;
-            if self.is_one(&(before..from.start)) && self.is_free(&from) && !self.is_outside(from.start) {
+            if self.is_one(&(before..from.start))
+                && self.is_free(&from)
+                && !self.has_been_unmapped(&from)
+                && !self.is_outside(from.start)
+            {
                 from.clone().step_by(PAGE).for_each(|page| _ = self.mover.remove(&page));
                 self.extend(from, self.mapped[&before].mapping);
             }
@@ -507,11 +558,17 @@ impl World {
                 return;
             }
             self.split(from.end, mapping);
-            from.clone().step_by(PAGE).for_each(|page| _ = self.mapped.remove(&page));
+            for page in from.clone().step_by(PAGE) {
+                self.mapped.remove(&page);
+                self.unmapped.insert(page);
+            }
             self.unread[thread].push_back(Event::Unmap { start: from.start, end: from.end + PAGE });
             return;
         }
         if to.len() < from.len() || to.len() > from.len() && !self.grows || !self.is_free(&to) {
+            return;
+        }
+        if self.has_been_unmapped(&(to.start + from.len().min(to.len())..to.end)) {
             return;
         }
         let leaves_empty = to.len() == from.len() && self.below(8) == 0;
@@ -583,6 +640,7 @@ impl World {
         for (&name, &was) in self.was.iter().filter(|&(&name, _)| self.away[name]) {
             let now = self.mapped.iter().find(|(_, page)| page.name == Some(name)).map(|(&at, _)| at);
             let found = destination(&self.log.happened, was);
+            assert!(!is_overwritten(&self.log.happened, was), "{:x?}", self.log.happened);
             let read: Vec<_> = self.log.read.iter().map(|noted| (noted.event, noted.has_echo)).collect();
             assert_eq!(
                 found, now,
