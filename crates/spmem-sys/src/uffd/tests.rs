@@ -127,3 +127,30 @@ fn an_occupied_destination_stops_a_move_and_nothing_is_lost() {
     assert!(from.bytes(PAGE, PAGE).iter().all(|&b| b == 1));
     assert!(to.bytes(PAGE, PAGE).iter().all(|&b| b == 2));
 }
+
+#[test]
+fn pages_of_two_mappings_are_not_one_registered_range() {
+    let Some(uffd) = scratch() else {
+        std::println!("skipped: no userfaultfd with MOVE here");
+        return;
+    };
+    let mut memory = Mapping::new(4 * PAGE, c"spmem test").expect("mmap");
+    let forbidden = Mapping::reserve(PAGE, PAGE, c"spmem test").expect("mmap");
+    memory.bytes_mut(0, PAGE).fill(7);
+    let start = memory.start();
+    uffd.register(start, 3 * PAGE).expect("register");
+    let is_registered = |page: usize, pages: usize| {
+        uffd.is_registered(start + page * PAGE, pages * PAGE, forbidden.start()).expect("nothing changes")
+    };
+    assert!(is_registered(0, 1) && is_registered(2, 1) && !is_registered(3, 1));
+    assert!(is_registered(0, 2) && is_registered(1, 2) && !is_registered(2, 2), "what is registered ends there");
+    // SAFETY: of the test's own mapping; a flag more makes the page a mapping of its own.
+    unsafe { syscall!(Sysno::madvise, start + PAGE, PAGE, libc::MADV_DONTFORK) }.expect("madvise");
+    assert!(is_registered(1, 1) && !is_registered(0, 2) && !is_registered(1, 2));
+    assert_eq!(memory.bytes(0, PAGE), [7; PAGE], "a question writes nothing");
+    let pagemap = Pagemap::open().expect("pagemap");
+    assert_eq!(
+        (1..4).map(|page| pagemap.is_there(start + page * PAGE)).collect::<std::vec::Vec<_>>(),
+        [Ok(false); 3]
+    );
+}
