@@ -79,8 +79,11 @@ impl Facts for Seen<'_> {
                     if is_overwritten(order, page) || now.is_some_and(is_there) {
                         return None;
                     }
-                    digest =
-                        (digest ^ now.unwrap_or(0) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+                    // Added up, as the places come in another order with each order of changes. SplitMix64's finalizer.
+                    let both = (page as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ now.unwrap_or(0) as u64;
+                    let mixed = (both ^ both >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+                    digest = digest.wrapping_add(mixed ^ mixed >> 31);
                 }
             }
         }
@@ -351,5 +354,43 @@ pub(crate) fn arrival(event: Event) -> Option<(usize, usize)> {
     match event {
         Event::Remap { to, len, .. } => Some((to, to + len)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::table::{Copy, Entry};
+    use spmem_core::lru::Age;
+    use spmem_sys::fd::Fd;
+
+    const A: usize = 8 * CHUNK;
+    const B: usize = A + 4 * PAGE;
+    const C: usize = 16 * CHUNK;
+    const D: usize = C + 4 * PAGE;
+
+    fn moved(from: usize, to: usize) -> Event {
+        Event::Remap { from, to, len: 4 * PAGE }
+    }
+
+    #[test]
+    fn the_outcome_is_where_each_page_that_is_away_ends_up_however_it_got_there() {
+        let mut table = Table::new();
+        for page in [A + PAGE, B + PAGE] {
+            table.find_or_add(page);
+            table.set(page, Entry::away(Copy::Holding(0), Age::COLDEST));
+        }
+        let uffd = Uffd::from_fd(Fd::open_in_proc(c"/proc/self/stat").expect("/proc"));
+        let outcome = |promoted: &[usize], order: &[Event]| {
+            Seen { table: &table, promoted, uffd: &uffd, pagemap: None, inaccessible: 0 }.outcome(order)
+        };
+        let straight = outcome(&[], &[moved(A, C), moved(B, D)]);
+        assert!(straight.is_some());
+        assert_eq!(straight, outcome(&[], &[moved(B, D), moved(A, C)]), "the same comes of another order");
+        assert_ne!(straight, outcome(&[], &[moved(A, D), moved(B, C)]), "each is where the other was");
+        assert_eq!(outcome(&[], &[moved(B, A), moved(A, C)]), None, "one would have been overwritten");
+        assert!(outcome(&[A + PAGE], &[moved(B, A), moved(A, C)]).is_some(), "but it has come back");
+        assert_eq!(outcome(&[], &[moved(D, A)]), None, "nor does it need to leave for that");
     }
 }

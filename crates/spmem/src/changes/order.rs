@@ -318,12 +318,14 @@ impl Log {
                 facts.is_ours(address).map(|is_ours| if is_ours { Found::Something } else { Found::Nothing })
             };
             let Ok(found) = answer else { return false };
+            let is_kept = known.is_ok() || self.known.len() < MAX_CHANGES;
             match known {
                 Ok(at) => self.known[at].1 = found,
-                Err(at) if self.known.len() < MAX_CHANGES => self.known.insert(at, (address, found)),
+                Err(at) if is_kept => self.known.insert(at, (address, found)),
                 Err(_) => {}
             }
-            if found != Found::Something {
+            // What there is no room for stays unknown.
+            if found != Found::Something || !is_kept {
                 self.wanted.pop();
             }
         }

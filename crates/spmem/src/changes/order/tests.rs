@@ -378,6 +378,16 @@ fn what_is_known_of_a_place_is_not_asked_again_until_something_touches_it() {
 }
 
 #[test]
+fn an_answer_that_there_is_no_room_for_stays_unknown() {
+    let mut log = Log::new();
+    push_all(&mut log, &[moved(B, A), moved(A, C)]);
+    log.known = (0..MAX_CHANGES).map(|address| (address, Found::Nothing)).collect();
+    let mut facts = Told { ours: &[A, C], away: &[B], ..Told::default() };
+    assert_eq!(log.find_order(&mut facts), Err(Doubt));
+    assert_eq!(facts.asked, [A]);
+}
+
+#[test]
 fn the_order_of_thousands_that_one_thread_made_is_that_of_reading() {
     let to_and_fro = |at: usize| if at.is_multiple_of(2) { moved(A, B) } else { moved(B, A) };
     let onwards = |at: usize| moved(A + at * LEN, A + (at + 1) * LEN);
